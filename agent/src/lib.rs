@@ -1,0 +1,5 @@
+//! Outgate's agent, in the order that a change travels: objects are watched, modelled, compiled to a map
+//! image, applied to the kernel, and reported.
+
+pub mod facts;
+pub mod image;

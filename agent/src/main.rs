@@ -1,0 +1,3 @@
+//! The `outgate` command.
+
+fn main() {}

@@ -1,0 +1,410 @@
+//! Keys and values of every map, as the kernel programs and the agent lay them out.
+//!
+//! Rules: `repr(C)`; padding is named and zero; ports, ids and indices are in host byte order, so that
+//! `bpftool map dump` reads like a table; addresses are octets in network order; no `bool`, `Option` or enum
+//! with data (any bit pattern must be a value).
+
+use crate::addr::Ip;
+use crate::limits::{GRANULES, LEASE_RANGES, POLICY_ADDRESSES};
+
+/// A pod's id: given by the agent to a pod's address, never given again. 0 is none.
+pub type PodId = u32;
+/// An EgressIP object's id on this node, never given again. 0 is none.
+pub type PolicyId = u32;
+/// The id of one address of one EgressIP object on this node, never given again. 0 is none.
+pub type EgressId = u32;
+/// A node's id on this node; 16 bits wide because granule tables hold 1,008 of them. 0 is none.
+pub type NodeId = u16;
+/// An interface's index. 0 is none.
+pub type IfIndex = u32;
+
+/// `PODS`, by address: what `from_pod` needs to know of a packet's source.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Pod {
+    /// The pod.
+    pub id: PodId,
+    /// Its EgressIP object; 0: not selected, none of our business.
+    pub policy: PolicyId,
+    /// The pod-facing interface whose traffic may carry this address: the pod's own, or the bridge it is a
+    /// port of. 0: not known yet, nothing is accepted.
+    pub ifindex: IfIndex,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// How a reply reaches a pod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DeliveryMode {
+    /// `bpf_redirect_peer` into the pod's namespace: a veth whose peer is in another one.
+    Peer = 1,
+    /// `bpf_redirect_neigh` on the device of the host's route to the pod.
+    Neighbour = 2,
+}
+
+/// `DELIVERY`, by pod id: where replies go. Absent: the pod is gone.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Delivery {
+    /// The pod's address.
+    pub ip: Ip,
+    /// Interface to redirect to.
+    pub ifindex: IfIndex,
+    /// A [`DeliveryMode`].
+    pub mode: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+    /// A hash of the pod's namespace, name and UID: by it a restarted agent knows the pod again.
+    pub identity: u64,
+}
+
+/// `POD_NAMES`, by pod id: read by people and by `outgate flows`, never by a program.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PodName {
+    /// Namespace, padded with zeros (at most 63 characters, RFC 1123).
+    pub namespace: [u8; 64],
+    /// Name, padded with zeros (at most 253 characters, RFC 1123).
+    pub name: [u8; 256],
+}
+
+/// `POLICIES`, by id: the addresses of one EgressIP object.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Policy {
+    /// A hash of the object's name and UID: by it a restarted agent knows the object again.
+    pub identity: u64,
+    /// How many of `egress` are set.
+    pub len: u32,
+    /// The object's addresses.
+    pub egress: [EgressId; POLICY_ADDRESSES],
+    /// Zero.
+    pub pad: u32,
+}
+
+/// `EGRESS_IPS`, by id: one address of one EgressIP object.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct EgressIp {
+    /// The address.
+    pub ip: Ip,
+    /// The policy it belongs to.
+    pub policy: PolicyId,
+    /// This node's uplink whose network contains it; 0: this node is no gateway for it.
+    pub uplink: IfIndex,
+    /// The node that holds it; 0: nobody does.
+    pub holder: NodeId,
+    /// Zero.
+    pub pad: [u16; 3],
+}
+
+/// `GRANULES`, by egress id: the node that leases each granule, 0 for none.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct GranuleTable {
+    /// Indexed by granule.
+    pub node: [NodeId; GRANULES],
+}
+
+/// A contiguous range of granules.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct GranuleRange {
+    /// First granule.
+    pub first: u16,
+    /// Number of granules.
+    pub count: u16,
+}
+
+/// `LEASES`, by egress id: the granules that this node may take ports from.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Lease {
+    /// Sum of the ranges' counts.
+    pub granules: u32,
+    /// How many of `ranges` are set.
+    pub len: u32,
+    /// The ranges, ascending.
+    pub ranges: [GranuleRange; LEASE_RANGES],
+}
+
+/// `NODES`, by node id.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Node {
+    /// The address its tunnel sends from and receives at.
+    pub tunnel_ip: Ip,
+}
+
+/// What an interface is to Outgate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InterfaceKind {
+    /// Leads to one pod.
+    Pod = 1,
+    /// A bridge that has pod-facing ports.
+    Bridge = 2,
+    /// Leads out of the node.
+    Uplink = 3,
+}
+
+/// `INTERFACES`, by index.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Interface {
+    /// An [`InterfaceKind`].
+    pub kind: u8,
+    /// 1: selected pods speak through it, so `to_uplink` wants a token or [`Settings::pass_token`] from all
+    /// that it sends outside.
+    pub guarded: u8,
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// The bridge it is a port of; 0 for none.
+    pub bridge: IfIndex,
+}
+
+/// What a prefix is to the cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NetworkKind {
+    /// Pod addresses.
+    Pods = 1,
+    /// Service (cluster) addresses: what they lead to is known only after the host's DNAT.
+    Services = 2,
+    /// A node's own address.
+    Node = 3,
+}
+
+/// `NETWORKS`: longest-prefix key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct NetworkKey {
+    /// Bits of `ip` that count; an IPv4 prefix length plus 96.
+    pub prefix_len: u32,
+    /// The network's address.
+    pub ip: Ip,
+}
+
+/// `NETWORKS`: value.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Network {
+    /// A [`NetworkKind`].
+    pub kind: u32,
+}
+
+/// A packet's addresses and ports. ICMP echo: the identifier is the source port of a request and the
+/// destination port of a reply, the other port is 0.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Tuple {
+    /// Source address.
+    pub source: Ip,
+    /// Destination address.
+    pub destination: Ip,
+    /// Source port, host order.
+    pub source_port: u16,
+    /// Destination port, host order.
+    pub destination_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// `TOKENS`, by the 32 bits put in the skb's hash: what a packet was before the host's stack had it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Token {
+    /// Whose packet.
+    pub pod: PodId,
+    /// The pod's policy when it sent.
+    pub policy: PolicyId,
+    /// As the pod sent it.
+    pub tuple: Tuple,
+}
+
+/// Which way a flow's packets take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FlowPath {
+    /// Past the host's stack, both ways, after the first packet.
+    Offloaded = 0,
+    /// Through the host's stack both ways, because it rewrote the destination; translated at the uplink.
+    Host = 1,
+}
+
+/// `FLOWS` (and `INBOUND`): one connection of a pod, seen from the pod.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct FlowKey {
+    /// The pod.
+    pub pod: PodId,
+    /// The address outside.
+    pub remote: Ip,
+    /// The pod's port (ICMP: identifier); on the host's path the port the host's stack left in the packet.
+    pub local_port: u16,
+    /// The port outside (ICMP: 0).
+    pub remote_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// A [`FlowPath`].
+    pub path: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// `FLOWS`: value.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Flow {
+    /// The egress address it is translated to.
+    pub egress: EgressId,
+    /// The policy that decided so; the flow is void once the pod has another.
+    pub policy: PolicyId,
+    /// The port it is translated to.
+    pub egress_port: u16,
+    /// A [`crate::conntrack::FlowState`].
+    pub state: u8,
+    /// Zero.
+    pub pad: u8,
+    /// When it last carried a packet, in [`crate::conntrack::Ticks`].
+    pub seen: u32,
+    /// Packets the pod sent.
+    pub packets: u64,
+    /// Bytes the pod sent, IP headers included.
+    pub bytes: u64,
+}
+
+/// `REPLIES`: the same connection, seen from outside.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct ReplyKey {
+    /// The egress address it comes back to.
+    pub egress: EgressId,
+    /// The address outside.
+    pub remote: Ip,
+    /// The port it comes back to (ICMP: identifier).
+    pub egress_port: u16,
+    /// The port outside (ICMP: 0).
+    pub remote_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// `REPLIES`: value.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Reply {
+    /// The pod.
+    pub pod: PodId,
+    /// [`FlowKey::local_port`] of the connection.
+    pub local_port: u16,
+    /// A [`FlowPath`].
+    pub path: u8,
+    /// Zero.
+    pub pad: u8,
+    /// What the packet's source was before Outgate set it: the pod, or the node where it masqueraded.
+    pub local: Ip,
+}
+
+/// `INBOUND`: value. A connection that came in from outside, whose answers are not egress.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Inbound {
+    /// When it was last asked for, in [`crate::conntrack::Ticks`].
+    pub seen: u32,
+}
+
+/// `DROPS`, per CPU, by [`crate::verdict::DropReason`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DropCount {
+    /// Packets dropped.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// What happens to a selected pod's traffic while nobody holds any of its egress addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unassigned {
+    /// Dropped and counted.
+    Drop = 0,
+    /// Leaves with the node's address, as in OVN-Kubernetes.
+    NodeIp = 1,
+}
+
+/// `SETTINGS`, one entry.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Settings {
+    /// This node.
+    pub node: NodeId,
+    /// UDP port of the tunnel.
+    pub tunnel_port: u16,
+    /// VNI of the tunnel.
+    pub tunnel_vni: u32,
+    /// The tunnel's device.
+    pub tunnel_ifindex: IfIndex,
+    /// The skb hash by which `from_pod` says "seen, let pass"; random, never 0.
+    pub pass_token: u32,
+    /// An [`Unassigned`].
+    pub unassigned: u8,
+    /// 1: egress address by pod; 2: by connection.
+    pub spread: u8,
+    /// 1: packets of unknown addresses of the cluster's pod networks are held.
+    pub hold_unknown: u8,
+    /// Zero.
+    pub pad: u8,
+    /// Idle time of an established TCP flow, in seconds.
+    pub tcp_established: u32,
+    /// Idle time of a TCP flow that opens or closes, in seconds.
+    pub tcp_transitory: u32,
+    /// Idle time of a UDP flow, in seconds.
+    pub udp: u32,
+    /// Idle time of an ICMP echo flow, in seconds.
+    pub icmp: u32,
+    /// How long a port rests after its connection was closed, in seconds.
+    pub rest: u32,
+}
+
+/// Types that are plain bytes: `repr(C)`, no padding that is not named, every bit pattern a value.
+///
+/// # Safety
+/// The implementor must be exactly that; the agent copies these to and from kernel memory.
+#[expect(unsafe_code, reason = "the marker that lets the agent copy these types to the kernel")]
+pub unsafe trait MapData: Copy + 'static {}
+
+macro_rules! map_data {
+    ($($type:ty = $size:literal),+ $(,)?) => {$(
+        const _: () = assert!(size_of::<$type>() == $size, stringify!($type));
+        // SAFETY: integers and arrays of integers only, `repr(C)`; the size above leaves no room for padding.
+        #[expect(unsafe_code, reason = "see the trait")]
+        unsafe impl MapData for $type {}
+    )+};
+}
+
+map_data! {
+    Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
+    GranuleRange = 4, Lease = 72, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
+    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Inbound = 4, DropCount = 16, Settings = 40,
+    u32 = 4,
+}
+
+impl Default for PodName {
+    fn default() -> Self {
+        Self { namespace: [0; 64], name: [0; 256] }
+    }
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { identity: 0, len: 0, egress: [0; POLICY_ADDRESSES], pad: 0 }
+    }
+}
+
+impl Default for GranuleTable {
+    fn default() -> Self {
+        Self { node: [0; GRANULES] }
+    }
+}

@@ -1,0 +1,36 @@
+//! Capacities. Each says why it is what it is, and what happens when it is reached.
+
+/// First port that a granule covers; below are the well-known ports, which no NAT hands out (RFC 6056, 3.2).
+pub const FIRST_PORT: u16 = 1024;
+/// Ports in a granule, the smallest lease: one machine word of a bitmap, and Google Cloud NAT's own minimum.
+pub const GRANULE_PORTS: u16 = 64;
+/// Granules of one egress IP: ports 1024-65535 in 64s. It bounds the source nodes of one address.
+pub const GRANULES: usize = 1008;
+/// Ranges of granules that one node may hold of one egress IP. A lease grows by contiguous ranges, so few are
+/// needed; the leader refuses to cut a lease into more.
+pub const LEASE_RANGES: usize = 16;
+/// Addresses of one EgressIP object. A new flow scores every one of them; the object is refused beyond.
+pub const POLICY_ADDRESSES: usize = 32;
+/// Pods with an address on one node: eight times the kubelet's recommended 110 and room for dual stack.
+/// Beyond, a pod is not programmed: its traffic is held as an unknown pod's, and its status says so.
+pub const PODS: u32 = 2048;
+/// EgressIP objects that one node's pods use, or whose addresses it may hold.
+pub const POLICIES: u32 = 4096;
+/// Egress addresses a node knows. With 2 KiB of granule table each this is 8 MiB when full.
+pub const EGRESS_IPS: u32 = 4096;
+/// Nodes of the cluster, Kubernetes' own limit being 5,000. Node ids are 16 bits wide in granule tables.
+pub const NODES: u32 = 8192;
+/// Prefixes of the cluster: pod and service networks, and every node's addresses.
+pub const NETWORKS: u32 = 32_768;
+/// Interfaces of a node: one a pod, and the rest.
+pub const INTERFACES: u32 = 8192;
+/// Flows of a node, both directions. Full: `FlowTableFull`, a counted drop of the new connection only.
+pub const FLOWS: u32 = 262_144;
+/// Packets between `from_pod` and `to_uplink`, which one CPU walks one after another; the rest is for those
+/// that netfilter dropped or queued. Least recently used goes first; its packet is then `TokenLost`.
+pub const TOKENS: u32 = 65_536;
+/// Connections that came in from outside the cluster. Least recently used goes first: a connection that idles
+/// while 262,144 others come in is answered no more.
+pub const INBOUND: u32 = 262_144;
+/// Ports that a new flow tries before it gives up with `NoPortFree`.
+pub const PORT_PROBES: u32 = 64;

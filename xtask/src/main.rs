@@ -1,0 +1,3 @@
+//! Outgate's build, setup, demo and tests.
+
+fn main() {}
