@@ -112,6 +112,7 @@ impl fmt::Display for Ip {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::string::ToString;
 
     fn ip(s: &str) -> Ip {
         s.parse::<IpAddr>().unwrap().into()

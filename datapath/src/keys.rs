@@ -231,7 +231,7 @@ pub enum FlowPath {
     Host = 1,
 }
 
-/// `FLOWS` (and `INBOUND`): one connection of a pod, seen from the pod.
+/// `FLOWS` (and `OPENERS`): one connection of a pod, seen from the pod.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct FlowKey {
@@ -307,12 +307,25 @@ pub struct Reply {
     pub local: Ip,
 }
 
-/// `INBOUND`: value. A connection that came in from outside, whose answers are not egress.
+/// Which end of a connection spoke first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OpenedBy {
+    /// The pod: egress.
+    Pod = 1,
+    /// The outside: the pod's packets are answers, not egress.
+    Remote = 2,
+}
+
+/// `OPENERS`: value. Who opened a connection of a selected pod, where a single packet does not tell.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Inbound {
-    /// When it was last asked for, in [`crate::conntrack::Ticks`].
+pub struct Opener {
+    /// When it last carried a packet that was looked up here, in [`crate::conntrack::Ticks`].
     pub seen: u32,
+    /// An [`OpenedBy`].
+    pub by: u8,
+    /// Zero.
+    pub pad: [u8; 3],
 }
 
 /// `DROPS`, per CPU, by [`crate::verdict::DropReason`].
@@ -387,7 +400,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 72, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Inbound = 4, DropCount = 16, Settings = 40,
+    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 40,
     u32 = 4,
 }
 

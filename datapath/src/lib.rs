@@ -2,6 +2,9 @@
 //!
 //! Everything here is a pure function over [`tables::Tables`]. The kernel programs implement that trait with
 //! BPF maps, the tests with `BTreeMap`s; both run this same code. No dependencies, no I/O, no clock.
+//!
+//! The modules follow a packet: [`from_pod`], [`to_uplink`], ([`from_tunnel`] at the gateway,)
+//! [`from_uplink`], and [`to_pod`] for connections that come in.
 
 #![no_std]
 
@@ -9,5 +12,16 @@
 extern crate std;
 
 pub mod addr;
+pub mod conntrack;
+pub mod from_pod;
+pub mod from_tunnel;
+pub mod from_uplink;
 pub mod keys;
 pub mod limits;
+pub mod packet;
+pub mod ports;
+pub mod snat;
+pub mod tables;
+pub mod to_pod;
+pub mod to_uplink;
+pub mod verdict;

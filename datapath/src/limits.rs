@@ -29,8 +29,8 @@ pub const FLOWS: u32 = 262_144;
 /// Packets between `from_pod` and `to_uplink`, which one CPU walks one after another; the rest is for those
 /// that netfilter dropped or queued. Least recently used goes first; its packet is then `TokenLost`.
 pub const TOKENS: u32 = 65_536;
-/// Connections that came in from outside the cluster. Least recently used goes first: a connection that idles
-/// while 262,144 others come in is answered no more.
-pub const INBOUND: u32 = 262_144;
+/// Connections of selected pods whose packets do not tell who opened them. Least recently used goes first: a
+/// connection from outside that idles while 262,144 others come is then answered no more.
+pub const OPENERS: u32 = 262_144;
 /// Ports that a new flow tries before it gives up with `NoPortFree`.
-pub const PORT_PROBES: u32 = 64;
+pub const PORT_PROBES: u32 = 256;

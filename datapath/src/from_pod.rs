@@ -1,0 +1,210 @@
+//! A packet leaves a pod (TC ingress of the pod's interface): known flows are translated at once, the first
+//! packet of a flow is given a token and goes up the host's stack.
+
+use crate::conntrack::{Sender, Ticks, expired, idle_time, next_state, older_than};
+use crate::keys::{
+    FlowKey, FlowPath, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token, Tuple,
+};
+use crate::packet::{Kind, Packet, UDP};
+use crate::snat::way_out;
+use crate::tables::{InsertError, Tables};
+use crate::verdict::{DropReason, FromPod, Snat};
+
+/// Tries to find an unused token number before the packet is dropped: with a full table of 65,536 tokens one
+/// try in 65,536 fails.
+const TOKEN_TRIES: u32 = 4;
+
+/// The flow key of a packet as the pod sent it.
+#[inline(always)]
+#[must_use]
+pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
+    FlowKey {
+        pod,
+        remote: tuple.destination,
+        local_port: tuple.source_port,
+        remote_port: tuple.destination_port,
+        protocol: tuple.protocol,
+        path: path as u8,
+        pad: 0,
+    }
+}
+
+/// Decides on a packet that came in by the pod-facing interface `ifindex`.
+#[inline(always)]
+pub fn from_pod<T: Tables>(t: &T, ifindex: IfIndex, packet: &Packet) -> FromPod {
+    let Some(settings) = t.settings() else { return FromPod::NotOurs };
+    let tuple = &packet.tuple;
+    let Some(pod) = t.pod(&tuple.source) else { return from_unknown(t, settings, ifindex, tuple) };
+    if pod.policy == 0 {
+        return not_selected(t, ifindex);
+    }
+    if pod.ifindex != ifindex && !is_port_of(t, ifindex, pod.ifindex) {
+        return FromPod::Drop(DropReason::SpoofedSource);
+    }
+    match packet.kind {
+        Kind::Tcp | Kind::Udp | Kind::EchoRequest => {}
+        Kind::EchoReply => return untranslatable(t, settings, &pod, tuple, DropReason::NoFlow),
+        Kind::OtherIcmp => return untranslatable(t, settings, &pod, tuple, DropReason::IcmpType),
+        Kind::Fragment => return untranslatable(t, settings, &pod, tuple, DropReason::Fragment),
+        Kind::Other => return untranslatable(t, settings, &pod, tuple, DropReason::Protocol),
+    }
+    let now = t.now();
+    let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
+    if let Some(verdict) = along_flow(t, settings, now, &pod, &key, packet) {
+        return verdict;
+    }
+    let network = t.network(&tuple.destination);
+    if tuple.destination.stays_on_link() || network == NetworkKind::Pods as u32 {
+        return FromPod::Unmarked;
+    }
+    // A node's address may stand for a client that netfilter masqueraded, or lead outside by a NodePort.
+    if network != NetworkKind::Services as u32 && answers(t, settings, now, &key, packet) {
+        return FromPod::Pass;
+    }
+    identify(t, &pod, tuple)
+}
+
+/// Follows an offloaded flow; `None` if there is none, or if it has to walk the host's stack again.
+#[inline(always)]
+fn along_flow<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    now: Ticks,
+    pod: &Pod,
+    key: &FlowKey,
+    packet: &Packet,
+) -> Option<FromPod> {
+    let (egress_id, egress_port) = t.flow(key, |flow| {
+        let state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
+        // A flow of an old policy is void. A new SYN on a flow that had got further opens a connection anew:
+        // the node's netfilter must see it (invariant 5).
+        let reopens = packet.kind == Kind::Tcp && packet.opens() && flow.state != state;
+        if flow.policy != pod.policy || reopens || expired(settings, now, flow, key.protocol) {
+            return None;
+        }
+        flow.state = state;
+        flow.seen = now;
+        flow.packets = flow.packets.wrapping_add(1);
+        flow.bytes = flow.bytes.wrapping_add(packet.len as u64);
+        Some((flow.egress, flow.egress_port))
+    })??;
+    // The address left the object: the flow is void.
+    let egress = t.egress_ip(egress_id)?;
+    Some(match way_out(t, settings, &egress, 0) {
+        Ok(way) => FromPod::Translate(Snat { source: egress.ip, source_port: egress_port, way }),
+        Err(reason) => FromPod::Drop(reason),
+    })
+}
+
+/// A packet whose source is no pod that we know.
+#[inline(always)]
+fn from_unknown<T: Tables>(t: &T, settings: &Settings, ifindex: IfIndex, tuple: &Tuple) -> FromPod {
+    let interface = t.interface(ifindex).unwrap_or_default();
+    let own_of_selected = interface.guarded != 0 && interface.bridge == 0;
+    if t.egress_id(&tuple.source).is_some() || (own_of_selected && !tuple.destination.stays_on_link()) {
+        return FromPod::Drop(DropReason::SpoofedSource);
+    }
+    if settings.hold_unknown != 0
+        && t.network(&tuple.source) == NetworkKind::Pods as u32
+        && !stays_inside(t, tuple)
+    {
+        return FromPod::Drop(DropReason::UnknownPod);
+    }
+    not_selected(t, ifindex)
+}
+
+/// A packet that is none of our business: untouched, unless the uplink wants a mark from all of a bridge.
+#[inline(always)]
+fn not_selected<T: Tables>(t: &T, ifindex: IfIndex) -> FromPod {
+    match t.interface(ifindex) {
+        Some(interface) if interface.guarded != 0 => FromPod::Pass,
+        _ => FromPod::NotOurs,
+    }
+}
+
+/// A selected pod's packet that cannot be translated: let go inside the cluster, dropped towards outside.
+#[inline(always)]
+fn untranslatable<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    pod: &Pod,
+    tuple: &Tuple,
+    reason: DropReason,
+) -> FromPod {
+    let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
+    if opened_by_remote(t, settings, t.now(), &key) {
+        FromPod::Pass
+    } else if stays_inside(t, tuple) {
+        FromPod::Unmarked
+    } else {
+        FromPod::Drop(reason)
+    }
+}
+
+/// Whether a packet's destination is a pod or a node, or stays on the link. A service address does not tell:
+/// the host's DNAT decides.
+#[inline(always)]
+fn stays_inside<T: Tables>(t: &T, tuple: &Tuple) -> bool {
+    if tuple.destination.stays_on_link() {
+        return true;
+    }
+    let network = t.network(&tuple.destination);
+    network == NetworkKind::Pods as u32 || network == NetworkKind::Node as u32
+}
+
+/// Whether a packet answers a connection that came in. A UDP packet that answers none is noted as the pod's
+/// own opening, so that its answers are not taken for openings when they come through the host's stack.
+#[inline(always)]
+fn answers<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &FlowKey, packet: &Packet) -> bool {
+    if packet.kind != Kind::Udp {
+        return !packet.opens() && opened_by_remote(t, settings, now, key);
+    }
+    let by = match t.opener(key) {
+        Some(o) if !older_than(now, o.seen, idle_time(settings, 0, UDP)) => o.by,
+        _ => OpenedBy::Pod as u8,
+    };
+    t.put_opener(key, &Opener { seen: now, by, pad: [0; 3] });
+    by == OpenedBy::Remote as u8
+}
+
+/// Whether a connection is noted as opened from outside; keeps the note fresh.
+#[inline(always)]
+fn opened_by_remote<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &FlowKey) -> bool {
+    let established = crate::conntrack::FlowState::Established as u8;
+    let Some(opener) = t.opener(key) else { return false };
+    if opener.by != OpenedBy::Remote as u8
+        || older_than(now, opener.seen, idle_time(settings, established, key.protocol))
+    {
+        return false;
+    }
+    if opener.seen != now {
+        t.put_opener(key, &Opener { seen: now, ..opener });
+    }
+    true
+}
+
+/// Keeps the packet's tuple under a fresh token.
+#[inline(always)]
+fn identify<T: Tables>(t: &T, pod: &Pod, tuple: &Tuple) -> FromPod {
+    let token = Token { pod: pod.id, policy: pod.policy, tuple: *tuple };
+    let mut verdict = FromPod::Drop(DropReason::TokenTableFull);
+    let mut tries = 0;
+    while tries < TOKEN_TRIES {
+        tries += 1;
+        let hash = t.random() | 1; // an skb hash of 0 means "none"
+        match t.insert_token(hash, &token) {
+            Ok(()) => {
+                verdict = FromPod::Identify(hash);
+                break;
+            }
+            Err(InsertError::Exists) => {}
+            Err(InsertError::Full) => break,
+        }
+    }
+    verdict
+}
+
+#[inline(always)]
+fn is_port_of<T: Tables>(t: &T, port: IfIndex, bridge: IfIndex) -> bool {
+    bridge != 0 && t.interface(port).is_some_and(|i| i.bridge == bridge)
+}

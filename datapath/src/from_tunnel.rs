@@ -1,0 +1,35 @@
+//! A packet comes out of the tunnel: at a gateway to leave by its uplink, at a source node as a reply. Only
+//! what the sending node may send is accepted; a gateway keeps no state.
+
+use crate::addr::Ip;
+use crate::from_uplink::steer;
+use crate::packet::{Kind, Packet};
+use crate::ports::granule_of;
+use crate::tables::Tables;
+use crate::verdict::{DropReason, FromTunnel, Steer};
+
+/// Decides on a packet that node `sender` (its tunnel address) sent with `vni`.
+#[inline(always)]
+pub fn from_tunnel<T: Tables>(t: &T, sender: &Ip, vni: u32, packet: &Packet) -> FromTunnel {
+    let drop = |reason| FromTunnel::Steer(Steer::Drop(reason));
+    let Some(settings) = t.settings() else { return drop(DropReason::NotReady) };
+    let Some(node) = t.node_id(sender) else { return drop(DropReason::UnknownTunnelPeer) };
+    if vni != settings.tunnel_vni || node == settings.node {
+        return drop(DropReason::UnknownTunnelPeer);
+    }
+    let tuple = &packet.tuple;
+    // Outwards: the source is an egress IP, and the sender leases the source port.
+    if let Some(egress) = t.egress_id(&tuple.source)
+        && matches!(packet.kind, Kind::Tcp | Kind::Udp | Kind::EchoRequest)
+        && granule_of(tuple.source_port).is_some_and(|granule| t.granule(egress, granule) == node)
+    {
+        return match t.egress_ip(egress) {
+            Some(egress) if egress.uplink != 0 => FromTunnel::Forward(egress.uplink),
+            _ => drop(DropReason::NotAGateway),
+        };
+    }
+    match t.egress_id(&tuple.destination) {
+        Some(egress) => FromTunnel::Steer(steer(t, settings, egress, packet, false)),
+        None => drop(DropReason::TunnelNotAllowed),
+    }
+}

@@ -1,0 +1,98 @@
+//! A packet comes to the node (TC ingress of an uplink): what is addressed to an egress IP is steered to the
+//! node that leases its port, and there to the pod.
+
+use crate::addr::Ip;
+use crate::conntrack::{Sender, expired, next_state};
+use crate::keys::{EgressId, FlowPath, IfIndex, ReplyKey, Settings};
+use crate::packet::{Kind, Packet};
+use crate::ports::{flow_key_of, granule_of};
+use crate::tables::Tables;
+use crate::verdict::{DropReason, FromUplink, ReverseSnat, Steer};
+
+/// Decides on a packet that came in by an uplink.
+#[inline(always)]
+pub fn from_uplink<T: Tables>(t: &T, packet: &Packet) -> FromUplink {
+    let Some(egress) = t.egress_id(&packet.tuple.destination) else { return FromUplink::NotOurs };
+    let Some(settings) = t.settings() else { return FromUplink::Steer(Steer::Drop(DropReason::NotReady)) };
+    FromUplink::Steer(steer(t, settings, egress, packet, true))
+}
+
+/// Whether this node answers ARP and neighbour discovery for an address that is asked for on `uplink`: only
+/// the holder claims it, and only where its network is.
+#[inline(always)]
+pub fn claims<T: Tables>(t: &T, uplink: IfIndex, target: &Ip) -> bool {
+    let Some(settings) = t.settings() else { return false };
+    t.egress_id(target)
+        .and_then(|id| t.egress_ip(id))
+        .is_some_and(|egress| egress.holder == settings.node && egress.holder != 0 && egress.uplink == uplink)
+}
+
+/// Steers a packet to an egress IP by its destination port's granule. An egress IP never reaches the node's
+/// own services: what answers no flow is dropped. `may_tunnel`: it did not come through the tunnel itself.
+#[inline(always)]
+pub(crate) fn steer<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    egress: EgressId,
+    packet: &Packet,
+    may_tunnel: bool,
+) -> Steer {
+    match packet.kind {
+        Kind::Tcp | Kind::Udp | Kind::EchoReply => {}
+        Kind::EchoRequest => return Steer::Drop(DropReason::NoReplyFlow),
+        Kind::OtherIcmp => return Steer::Drop(DropReason::IcmpType),
+        Kind::Fragment => return Steer::Drop(DropReason::Fragment),
+        Kind::Other => return Steer::Drop(DropReason::Protocol),
+    }
+    let node = match granule_of(packet.tuple.destination_port) {
+        Some(granule) => t.granule(egress, granule),
+        None => 0,
+    };
+    if node == 0 {
+        return Steer::Drop(DropReason::NoRange);
+    }
+    if node == settings.node {
+        return deliver(t, settings, egress, packet);
+    }
+    if !may_tunnel {
+        return Steer::Drop(DropReason::TunnelNotAllowed);
+    }
+    match t.node(node) {
+        Some(node) => Steer::Tunnel(node.tunnel_ip),
+        None => Steer::Drop(DropReason::NoRange),
+    }
+}
+
+/// Reverse SNAT on the node that leases the port.
+#[inline(always)]
+fn deliver<T: Tables>(t: &T, settings: &Settings, egress: EgressId, packet: &Packet) -> Steer {
+    let tuple = &packet.tuple;
+    let key = ReplyKey {
+        egress,
+        remote: tuple.source,
+        egress_port: tuple.destination_port,
+        remote_port: tuple.source_port,
+        protocol: tuple.protocol,
+        pad: [0; 3],
+    };
+    let Some(reply) = t.reply(&key) else { return Steer::Drop(DropReason::NoReplyFlow) };
+    let now = t.now();
+    let alive = t.flow(&flow_key_of(&key, &reply), |flow| {
+        let own = flow.egress == egress && flow.egress_port == key.egress_port;
+        if !own || expired(settings, now, flow, key.protocol) {
+            return false;
+        }
+        flow.state = next_state(flow.state, Sender::Server, key.protocol, packet.tcp_flags);
+        flow.seen = now;
+        true
+    });
+    if alive != Some(true) {
+        return Steer::Drop(DropReason::NoReplyFlow);
+    }
+    let reverse = ReverseSnat { destination: reply.local, destination_port: reply.local_port };
+    match t.delivery(reply.pod) {
+        None => Steer::Drop(DropReason::PodGone),
+        Some(_) if reply.path == FlowPath::Host as u8 => Steer::Host(reverse),
+        Some(delivery) => Steer::Deliver(reverse, delivery),
+    }
+}

@@ -1,0 +1,152 @@
+//! Granules of an egress IP's ports, and which port a new flow gets.
+
+use crate::conntrack::{Ticks, expired};
+use crate::keys::{FlowKey, Lease, Reply, ReplyKey, Settings};
+use crate::limits::{FIRST_PORT, GRANULE_PORTS, LEASE_RANGES, PORT_PROBES};
+use crate::tables::{InsertError, Tables};
+use crate::verdict::DropReason;
+
+/// The granule that covers a port; `None` below [`FIRST_PORT`].
+#[inline(always)]
+#[must_use]
+pub const fn granule_of(port: u16) -> Option<u16> {
+    if port < FIRST_PORT { None } else { Some((port - FIRST_PORT) / GRANULE_PORTS) }
+}
+
+/// The `nth` port of a lease, counted over its ranges; `None` past its end.
+#[inline(always)]
+#[must_use]
+pub fn nth_port(lease: &Lease, nth: u32) -> Option<u16> {
+    let mut granules_left = nth / GRANULE_PORTS as u32;
+    let offset = nth % GRANULE_PORTS as u32;
+    let mut i = 0;
+    while i < LEASE_RANGES {
+        let range = &lease.ranges[i];
+        if granules_left < range.count as u32 {
+            let granule = range.first as u32 + granules_left;
+            let port = FIRST_PORT as u32 + granule * GRANULE_PORTS as u32 + offset;
+            return if port <= u16::MAX as u32 { Some(port as u16) } else { None };
+        }
+        granules_left -= range.count as u32;
+        i += 1;
+    }
+    None
+}
+
+/// Claims a port of this node's lease for a flow, by inserting its reply key: the insertion is the claim, so
+/// two CPUs never get one port. Ports are tried in random order (RFC 6056); one whose flow is past its time
+/// is taken over.
+///
+/// `key` is complete but for its port. Returns the port.
+#[inline(always)]
+pub fn claim_port<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    now: Ticks,
+    mut key: ReplyKey,
+    reply: &Reply,
+) -> Result<u16, DropReason> {
+    let Some(lease) = t.lease(key.egress) else { return Err(DropReason::NoPortRange) };
+    let ports = lease.granules * GRANULE_PORTS as u32;
+    if ports == 0 {
+        return Err(DropReason::NoPortRange);
+    }
+    let mut found = Err(DropReason::NoPortFree);
+    t.repeat(PORT_PROBES, |_| {
+        let Some(port) = nth_port(lease, t.random() % ports) else { return false };
+        key.egress_port = port;
+        match t.insert_reply(&key, reply) {
+            Ok(()) => {
+                found = Ok(port);
+                true
+            }
+            Err(InsertError::Full) => {
+                found = Err(DropReason::FlowTableFull);
+                true
+            }
+            Err(InsertError::Exists) => {
+                if !release_if_dead(t, settings, now, &key) {
+                    return false;
+                }
+                // Another CPU may have been quicker: then the next port.
+                let claimed = t.insert_reply(&key, reply).is_ok();
+                if claimed {
+                    found = Ok(port);
+                }
+                claimed
+            }
+        }
+    });
+    found
+}
+
+/// Removes a reply entry whose flow is gone, is past its time, has another port now, or whose pod is gone.
+/// Returns whether the key is free now.
+#[inline(always)]
+pub fn release_if_dead<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &ReplyKey) -> bool {
+    let Some(reply) = t.reply(key) else { return true };
+    let flow_key = flow_key_of(key, &reply);
+    let alive = t.delivery(reply.pod).is_some()
+        && t.flow(&flow_key, |flow| {
+            flow.egress == key.egress
+                && flow.egress_port == key.egress_port
+                && !expired(settings, now, flow, key.protocol)
+        }) == Some(true);
+    if alive {
+        return false;
+    }
+    // The forward entry goes only if it is this reply's own.
+    let own = t.flow(&flow_key, |flow| flow.egress == key.egress && flow.egress_port == key.egress_port);
+    if own == Some(true) {
+        t.remove_flow(&flow_key);
+    }
+    t.remove_reply(key);
+    true
+}
+
+/// The forward key of a reply entry.
+#[inline(always)]
+#[must_use]
+pub const fn flow_key_of(key: &ReplyKey, reply: &Reply) -> FlowKey {
+    FlowKey {
+        pod: reply.pod,
+        remote: key.remote,
+        local_port: reply.local_port,
+        remote_port: key.remote_port,
+        protocol: key.protocol,
+        path: reply.path,
+        pad: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::GranuleRange;
+    use crate::limits::GRANULES;
+
+    #[test]
+    fn granules_cover_1024_to_65535() {
+        assert_eq!(granule_of(0), None);
+        assert_eq!(granule_of(1023), None);
+        assert_eq!(granule_of(1024), Some(0));
+        assert_eq!(granule_of(1087), Some(0));
+        assert_eq!(granule_of(1088), Some(1));
+        assert_eq!(granule_of(65535), Some(GRANULES as u16 - 1));
+    }
+
+    #[test]
+    fn every_port_of_a_lease_is_counted_once_and_lies_in_it() {
+        let mut lease = Lease { granules: 4, len: 2, ..Lease::default() };
+        lease.ranges[0] = GranuleRange { first: 0, count: 1 };
+        lease.ranges[1] = GranuleRange { first: 1005, count: 3 };
+        let ports: std::vec::Vec<u16> = (0..4 * 64).map(|n| nth_port(&lease, n).unwrap()).collect();
+        assert_eq!(ports[0], 1024);
+        assert_eq!(ports[63], 1087);
+        assert_eq!(ports[64], 1024 + 1005 * 64);
+        assert_eq!(*ports.last().unwrap(), 65535);
+        assert!(ports.windows(2).all(|w| w[0] < w[1]));
+        assert_eq!(nth_port(&lease, 4 * 64), None);
+        assert_eq!(nth_port(&Lease::default(), 0), None);
+    }
+}

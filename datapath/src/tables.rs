@@ -1,0 +1,77 @@
+//! The only door to state: BPF maps in the kernel, `BTreeMap`s in tests, pinned maps in `outgate trace`.
+
+use crate::addr::Ip;
+use crate::conntrack::Ticks;
+use crate::keys::{
+    Delivery, EgressId, EgressIp, Flow, FlowKey, IfIndex, Interface, Lease, Node, NodeId, Opener, Pod, PodId,
+    Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+};
+
+/// Why an entry was not inserted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InsertError {
+    /// The key is there already.
+    Exists,
+    /// The table is full.
+    Full,
+}
+
+/// Everything a decision may look at or change.
+///
+/// Values are returned as copies: an entry of a hash map may be reused for another key while it is read.
+pub trait Tables {
+    /// The settings; `None` until the agent has written them.
+    fn settings(&self) -> Option<&Settings>;
+    /// The pod with this address.
+    fn pod(&self, ip: &Ip) -> Option<Pod>;
+    /// Where replies of this pod go.
+    fn delivery(&self, pod: PodId) -> Option<Delivery>;
+    /// What an interface is.
+    fn interface(&self, ifindex: IfIndex) -> Option<Interface>;
+    /// The [`crate::keys::NetworkKind`] of the longest prefix that contains the address; 0 outside the cluster.
+    fn network(&self, ip: &Ip) -> u32;
+    /// An EgressIP object's addresses.
+    fn policy(&self, id: PolicyId) -> Option<&Policy>;
+    /// The id of an egress address.
+    fn egress_id(&self, ip: &Ip) -> Option<EgressId>;
+    /// An egress address.
+    fn egress_ip(&self, id: EgressId) -> Option<EgressIp>;
+    /// The node that leases a granule; 0 for none.
+    fn granule(&self, egress: EgressId, granule: u16) -> NodeId;
+    /// The granules this node may use.
+    fn lease(&self, egress: EgressId) -> Option<&Lease>;
+    /// A node.
+    fn node(&self, id: NodeId) -> Option<Node>;
+    /// The node with this tunnel address.
+    fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId>;
+
+    /// Looks at a flow, and may change it in place.
+    fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;
+    /// Writes a flow, new or not.
+    fn put_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
+    /// Removes a flow, if it is there.
+    fn remove_flow(&self, key: &FlowKey);
+    /// A flow seen from outside.
+    fn reply(&self, key: &ReplyKey) -> Option<Reply>;
+    /// Claims a reply key; `Exists` if somebody has it.
+    fn insert_reply(&self, key: &ReplyKey, reply: &Reply) -> Result<(), InsertError>;
+    /// Gives a reply key back.
+    fn remove_reply(&self, key: &ReplyKey);
+
+    /// Who opened a connection.
+    fn opener(&self, key: &FlowKey) -> Option<Opener>;
+    /// Notes who opened a connection.
+    fn put_opener(&self, key: &FlowKey, opener: &Opener);
+
+    /// Keeps a token; `Exists` if its number is taken.
+    fn insert_token(&self, hash: u32, token: &Token) -> Result<(), InsertError>;
+    /// Takes a token out.
+    fn take_token(&self, hash: u32) -> Option<Token>;
+
+    /// A random number.
+    fn random(&self) -> u32;
+    /// Time since boot.
+    fn now(&self) -> Ticks;
+    /// Calls `step` with 0, 1, … until it returns true or `times` calls are made.
+    fn repeat<F: FnMut(u32) -> bool>(&self, times: u32, step: F);
+}

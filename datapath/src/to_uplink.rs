@@ -1,0 +1,195 @@
+//! A packet is about to leave the node (TC egress of an uplink), after the host's routing, DNAT and
+//! masquerade: here new flows are decided, and what should not leave is stopped.
+
+use crate::conntrack::{FlowState, Sender, expired, next_state};
+use crate::from_pod::flow_key;
+use crate::keys::{
+    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, NetworkKind, Reply, ReplyKey,
+    Settings, Token, Tuple, Unassigned,
+};
+use crate::packet::{Kind, Packet};
+use crate::ports::claim_port;
+use crate::snat::{choose_egress_ip, way_out};
+use crate::tables::Tables;
+use crate::verdict::{DropReason, Snat, ToUplink};
+
+/// Decides on a packet about to leave by `uplink`, which came into the node by `ingress` (0: the node sends
+/// it itself) and carries `hash` as its skb hash.
+#[inline(always)]
+pub fn to_uplink<T: Tables>(t: &T, uplink: IfIndex, ingress: IfIndex, hash: u32, packet: &Packet) -> ToUplink {
+    // The node's own: its host processes, and the outer packets of tunnels, which lose their ingress
+    // interface in encapsulation (skb_scrub_packet, net/core/skbuff.c).
+    if ingress == 0 {
+        return ToUplink::NotOurs;
+    }
+    let Some(settings) = t.settings() else { return ToUplink::NotOurs };
+    let tuple = &packet.tuple;
+    // Translated already: a program redirected it here. No pod may send from an egress address (`from_pod`).
+    if t.egress_id(&tuple.source).is_some() {
+        return ToUplink::NotOurs;
+    }
+    if packet.kind == Kind::Udp
+        && tuple.destination_port == settings.tunnel_port
+        && t.network(&tuple.destination) == NetworkKind::Node as u32
+    {
+        return ToUplink::Drop(DropReason::TunnelForged);
+    }
+    // A token is believed from pods only: other packets chance upon hashes.
+    let Some(interface) = t.interface(ingress) else { return ToUplink::NotOurs };
+    if interface.kind != InterfaceKind::Pod as u8 && interface.kind != InterfaceKind::Bridge as u8 {
+        return ToUplink::NotOurs;
+    }
+    if hash == settings.pass_token {
+        return ToUplink::Pass;
+    }
+    if let Some(token) = t.take_token(hash) {
+        return decide(t, settings, uplink, &token, packet);
+    }
+    let selected = interface.guarded != 0 || t.pod(&tuple.source).is_some_and(|pod| pod.policy != 0);
+    if selected && is_outside(t, tuple) {
+        return ToUplink::Drop(DropReason::TokenLost);
+    }
+    ToUplink::NotOurs
+}
+
+/// Decides on a packet whose pod and original tuple are known, on its destination after the host's DNAT.
+#[inline(always)]
+fn decide<T: Tables>(t: &T, settings: &Settings, uplink: IfIndex, token: &Token, packet: &Packet) -> ToUplink {
+    let tuple = &packet.tuple;
+    if !is_outside(t, tuple) {
+        return ToUplink::Pass;
+    }
+    let Some(policy) = t.policy(token.policy) else { return ToUplink::Drop(DropReason::NoOwner) };
+    let undisturbed = tuple.destination == token.tuple.destination
+        && tuple.destination_port == token.tuple.destination_port;
+    let key = if undisturbed {
+        flow_key(token.pod, &token.tuple, FlowPath::Offloaded)
+    } else {
+        flow_key(token.pod, tuple, FlowPath::Host)
+    };
+    if let Some((egress, port)) = known_flow(t, settings, token, &key, packet) {
+        return translate(t, settings, uplink, &egress, port);
+    }
+    let choice = choose_egress_ip(t, settings, policy, &token.tuple);
+    if choice.best == 0 {
+        return if settings.unassigned == Unassigned::NodeIp as u8 {
+            ToUplink::Pass
+        } else {
+            ToUplink::Drop(DropReason::NoOwner)
+        };
+    }
+    if !packet.opens() {
+        return ToUplink::Drop(DropReason::NoFlow);
+    }
+    match new_flow(t, settings, token, &key, packet, choice.best) {
+        Ok((egress, port)) => translate(t, settings, uplink, &egress, port),
+        // Another address of the object, when this one has no port for us.
+        Err(DropReason::NoPortFree | DropReason::NoPortRange) if choice.second != 0 => {
+            match new_flow(t, settings, token, &key, packet, choice.second) {
+                Ok((egress, port)) => translate(t, settings, uplink, &egress, port),
+                Err(reason) => ToUplink::Drop(reason),
+            }
+        }
+        Err(reason) => ToUplink::Drop(reason),
+    }
+}
+
+#[inline(always)]
+fn translate<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    uplink: IfIndex,
+    egress: &EgressIp,
+    source_port: u16,
+) -> ToUplink {
+    match way_out(t, settings, egress, uplink) {
+        Ok(way) => ToUplink::Translate(Snat { source: egress.ip, source_port, way }),
+        Err(reason) => ToUplink::Drop(reason),
+    }
+}
+
+/// The flow this packet belongs to, if there is one and it is in force: flows on the host's path, and packets
+/// of an offloaded flow that were under way when it was made. A dead one is removed.
+#[inline(always)]
+fn known_flow<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    token: &Token,
+    key: &FlowKey,
+    packet: &Packet,
+) -> Option<(EgressIp, u16)> {
+    let now = t.now();
+    let (egress_id, egress_port, alive) = t.flow(key, |flow| {
+        let alive = flow.policy == token.policy && !expired(settings, now, flow, key.protocol);
+        if alive {
+            flow.state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
+            flow.seen = now;
+            flow.packets = flow.packets.wrapping_add(1);
+            flow.bytes = flow.bytes.wrapping_add(packet.len as u64);
+        }
+        (flow.egress, flow.egress_port, alive)
+    })?;
+    if alive && let Some(egress) = t.egress_ip(egress_id) {
+        return Some((egress, egress_port));
+    }
+    // Forward entry first: while it is there, its reply entry counts as alive.
+    t.remove_flow(key);
+    t.remove_reply(&reply_key(egress_id, egress_port, key));
+    None
+}
+
+/// Makes a flow: the reply entry, which claims the port, then the forward entry; undone if that fails.
+#[inline(always)]
+fn new_flow<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    token: &Token,
+    key: &FlowKey,
+    packet: &Packet,
+    egress_id: EgressId,
+) -> Result<(EgressIp, u16), DropReason> {
+    let Some(egress) = t.egress_ip(egress_id) else { return Err(DropReason::NoOwner) };
+    let now = t.now();
+    let offloaded = key.path == FlowPath::Offloaded as u8;
+    let reply = Reply {
+        pod: token.pod,
+        local_port: key.local_port,
+        path: key.path,
+        pad: 0,
+        local: if offloaded { token.tuple.source } else { packet.tuple.source },
+    };
+    let mut flow = Flow {
+        egress: egress_id,
+        policy: token.policy,
+        egress_port: 0,
+        state: FlowState::Opening as u8,
+        pad: 0,
+        seen: now,
+        packets: 1,
+        bytes: packet.len as u64,
+    };
+    flow.egress_port = claim_port(t, settings, now, reply_key(egress_id, 0, key), &reply)?;
+    if t.put_flow(key, &flow).is_err() {
+        t.remove_reply(&reply_key(egress_id, flow.egress_port, key));
+        return Err(DropReason::FlowTableFull);
+    }
+    Ok((egress, flow.egress_port))
+}
+
+#[inline(always)]
+const fn reply_key(egress: EgressId, egress_port: u16, key: &FlowKey) -> ReplyKey {
+    ReplyKey {
+        egress,
+        remote: key.remote,
+        egress_port,
+        remote_port: key.remote_port,
+        protocol: key.protocol,
+        pad: [0; 3],
+    }
+}
+
+/// Whether a packet leaves the cluster. An untranslated service address stays in it.
+#[inline(always)]
+fn is_outside<T: Tables>(t: &T, tuple: &Tuple) -> bool {
+    !tuple.destination.stays_on_link() && t.network(&tuple.destination) == 0
+}

@@ -1,0 +1,179 @@
+//! What is done with a packet: the outcome of each program's decision, and why packets are dropped.
+
+use crate::addr::Ip;
+use crate::keys::{Delivery, IfIndex};
+
+macro_rules! drop_reasons {
+    ($($(#[$doc:meta])+ $name:ident = $value:literal,)+) => {
+        /// Why a packet was dropped: index of `DROPS`, label of the metric and text of the command line.
+        /// Append only: the numbers are kept in pinned maps across upgrades.
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+        pub enum DropReason { $($(#[$doc])+ $name = $value,)+ }
+
+        impl DropReason {
+            /// Every reason, by number.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The name, as metrics and the command line show it.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)+ }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    /// A header is missing, short or contradicts itself.
+    Malformed = 0,
+    /// The pod's interface may not send from this address.
+    SpoofedSource = 1,
+    /// An address of the cluster's pod networks that the agent has not programmed yet.
+    UnknownPod = 2,
+    /// A selected pod's packet whose protocol cannot be translated.
+    Protocol = 3,
+    /// A fragment of a selected pod's packet, or of an answer to it.
+    Fragment = 4,
+    /// An ICMP message of a selected pod that is neither echo request nor an answer, or one to an egress IP.
+    IcmpType = 5,
+    /// No node holds any of the pod's egress IPs.
+    NoOwner = 6,
+    /// This node has no port range of the egress IP.
+    NoPortRange = 7,
+    /// Every port that was tried is in use towards this destination.
+    NoPortFree = 8,
+    /// The flow table is full.
+    FlowTableFull = 9,
+    /// The token table is full of packets that are under way.
+    TokenTableFull = 10,
+    /// A selected pod's packet reached the uplink without the token that says whose it is.
+    TokenLost = 11,
+    /// A TCP packet that opens nothing and belongs to no flow.
+    NoFlow = 12,
+    /// A packet to an egress IP that answers no flow.
+    NoReplyFlow = 13,
+    /// A packet to an egress IP's port that no node leases.
+    NoRange = 14,
+    /// The pod that a reply is for is gone.
+    PodGone = 15,
+    /// There is no next hop to the destination.
+    NoRoute = 16,
+    /// A tunnelled packet from an address that is no node's, or with another VNI.
+    UnknownTunnelPeer = 17,
+    /// A tunnelled packet that its sender has no right to send.
+    TunnelNotAllowed = 18,
+    /// A packet to a node's tunnel port that this node forwarded: a pod's forgery.
+    TunnelForged = 19,
+    /// A tunnelled packet for an egress IP that none of this node's uplinks can carry.
+    NotAGateway = 20,
+    /// The kernel refused to rewrite or to redirect the packet.
+    Rewrite = 21,
+    /// The agent has not written the settings yet.
+    NotReady = 22,
+}
+
+/// Where a translated packet goes next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// On, out of the uplink it is on already.
+    Here,
+    /// Out of this uplink, by its routes.
+    Uplink(IfIndex),
+    /// Through the tunnel to the node with this tunnel address.
+    Tunnel(Ip),
+}
+
+/// A translation of an egress packet: its new source, and its way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Snat {
+    /// New source address.
+    pub source: Ip,
+    /// New source port (ICMP: identifier).
+    pub source_port: u16,
+    /// Where it goes.
+    pub way: Way,
+}
+
+/// Outcome at `from_pod`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FromPod {
+    /// Not ours: the next program, untouched.
+    NotOurs,
+    /// Not to be translated wherever it goes: marked as seen, to the host's stack.
+    Pass,
+    /// Stays in the cluster: any mark is taken off, to the host's stack. Should netfilter send it outside
+    /// all the same, the uplink finds no token and drops it.
+    Unmarked,
+    /// Of no known flow: this token into the skb's hash, to the host's stack.
+    Identify(u32),
+    /// Of a known flow.
+    Translate(Snat),
+    /// Dropped.
+    Drop(DropReason),
+}
+
+/// Outcome at `to_uplink`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ToUplink {
+    /// Not ours: the next program, untouched.
+    NotOurs,
+    /// Ours, not to be translated: the mark is taken off.
+    Pass,
+    /// Translated.
+    Translate(Snat),
+    /// Dropped.
+    Drop(DropReason),
+}
+
+/// A translation of a reply: its new destination.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReverseSnat {
+    /// New destination address.
+    pub destination: Ip,
+    /// New destination port (ICMP: identifier).
+    pub destination_port: u16,
+}
+
+/// What is done with a packet to an egress IP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Steer {
+    /// To the node that leases its port, through the tunnel.
+    Tunnel(Ip),
+    /// To the pod, past the host's stack.
+    Deliver(ReverseSnat, Delivery),
+    /// To the host's stack, which knows the connection.
+    Host(ReverseSnat),
+    /// Dropped.
+    Drop(DropReason),
+}
+
+/// Outcome at `from_uplink`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FromUplink {
+    /// Not ours: the next program, untouched.
+    NotOurs,
+    /// To an egress IP.
+    Steer(Steer),
+}
+
+/// Outcome at `from_tunnel`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FromTunnel {
+    /// Out of this uplink, as its gateway.
+    Forward(IfIndex),
+    /// A reply.
+    Steer(Steer),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_positions() {
+        for (i, reason) in DropReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, i, "{}", reason.name());
+        }
+    }
+}
