@@ -1,5 +1,8 @@
 //! Outgate's agent, in the order that a change travels: objects are watched, modelled, compiled to a map
 //! image, applied to the kernel, and reported.
 
+pub mod objects;
+pub mod watch;
+
 pub mod facts;
 pub mod image;

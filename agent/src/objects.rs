@@ -1,0 +1,661 @@
+//! The Kubernetes objects that Outgate reads and writes, as they stand in YAML and JSON.
+//!
+//! These types take whatever a real cluster has: unknown fields are ignored and `null` is the same as absent.
+//! What a field means, and whether it is right, is [`crate::model`]'s business.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// The label key that lets a node own egress IPs; its value is ignored.
+pub const EGRESS_ASSIGNABLE: &str = "k8s.ovn.org/egress-assignable";
+/// The node annotation that says how many addresses the node may hold (clouds bound it).
+pub const EGRESS_CAPACITY: &str = "cloud.network.openshift.io/egress-ipconfig";
+/// The label that the API server puts on every namespace: its own name.
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+/// API version of Outgate's own objects.
+pub const OUTGATE_API: &str = "outgate.dev/v1alpha1";
+/// API version of EgressIP and EgressFirewall.
+pub const OVN_API: &str = "k8s.ovn.org/v1";
+
+/// `metadata` of any object.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Meta {
+    /// Name.
+    #[serde(deserialize_with = "or_default")]
+    pub name: String,
+    /// Namespace; empty for cluster-scoped objects.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+    /// UID; files written by hand have none.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+    /// Counts the changes of the spec.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_zero")]
+    pub generation: u64,
+    /// Version of the whole object, opaque.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub resource_version: String,
+    /// RFC 3339, UTC; so order of text is order of time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub creation_timestamp: Option<String>,
+    /// Set while the object is going away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deletion_timestamp: Option<String>,
+    /// Labels.
+    #[serde(deserialize_with = "text_map", skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    #[serde(deserialize_with = "text_map", skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Meta {
+    /// Orders objects by age, oldest first; an object without a creation time is the youngest, and names
+    /// decide between equals.
+    #[must_use]
+    pub fn age(&self) -> (bool, &str, &str, &str) {
+        let created = self.creation_timestamp.as_deref();
+        (created.is_none(), created.unwrap_or_default(), &self.namespace, &self.name)
+    }
+}
+
+/// `v1` Node.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Node {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: NodeSpec,
+    /// Status.
+    #[serde(deserialize_with = "or_default")]
+    pub status: NodeStatus,
+}
+
+/// `spec` of a Node.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeSpec {
+    /// The first of the networks its pods are in.
+    #[serde(rename = "podCIDR", deserialize_with = "or_default")]
+    pub pod_cidr: String,
+    /// All of them.
+    #[serde(rename = "podCIDRs", deserialize_with = "or_default")]
+    pub pod_cidrs: Vec<String>,
+}
+
+/// `status` of a Node.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Its addresses.
+    #[serde(deserialize_with = "or_default")]
+    pub addresses: Vec<NodeAddress>,
+    /// Its conditions; `Ready` is the one that matters.
+    #[serde(deserialize_with = "or_default")]
+    pub conditions: Vec<Condition>,
+}
+
+/// One of a Node's addresses.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeAddress {
+    /// `InternalIP`, `ExternalIP`, `Hostname` and others.
+    #[serde(rename = "type", deserialize_with = "or_default")]
+    pub kind: String,
+    /// The address.
+    #[serde(deserialize_with = "or_default")]
+    pub address: String,
+}
+
+/// A condition of any object.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Condition {
+    /// What it is about.
+    #[serde(rename = "type", deserialize_with = "or_default")]
+    pub kind: String,
+    /// Outgate's EgressIP conditions: the address it is about, if about one.
+    #[serde(rename = "egressIP", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub egress_ip: String,
+    /// `True`, `False` or `Unknown`.
+    #[serde(deserialize_with = "or_default")]
+    pub status: String,
+    /// One word for programs.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// A sentence for people.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// When `status` last changed.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub last_transition_time: String,
+}
+
+/// `v1` Namespace.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Namespace {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+}
+
+/// `v1` Pod.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Pod {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: PodSpec,
+    /// Status.
+    #[serde(deserialize_with = "or_default")]
+    pub status: PodStatus,
+}
+
+/// `spec` of a Pod.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PodSpec {
+    /// The node it runs on; empty until it is scheduled.
+    #[serde(deserialize_with = "or_default")]
+    pub node_name: String,
+    /// Whether it uses the node's own network.
+    #[serde(deserialize_with = "or_default")]
+    pub host_network: bool,
+}
+
+/// `status` of a Pod.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PodStatus {
+    /// Its first address.
+    #[serde(rename = "podIP", deserialize_with = "or_default")]
+    pub pod_ip: String,
+    /// All its addresses.
+    #[serde(rename = "podIPs", deserialize_with = "or_default")]
+    pub pod_ips: Vec<PodIp>,
+    /// `Pending`, `Running`, `Succeeded`, `Failed` or `Unknown`.
+    #[serde(deserialize_with = "or_default")]
+    pub phase: String,
+}
+
+/// One of a Pod's addresses.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PodIp {
+    /// The address.
+    #[serde(deserialize_with = "or_default")]
+    pub ip: String,
+}
+
+/// A label selector.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LabelSelector {
+    /// Labels that must be there with these values.
+    #[serde(deserialize_with = "text_map")]
+    pub match_labels: BTreeMap<String, String>,
+    /// Further demands; all must hold.
+    #[serde(deserialize_with = "or_default")]
+    pub match_expressions: Vec<LabelRequirement>,
+}
+
+/// One of a selector's `matchExpressions`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct LabelRequirement {
+    /// The label.
+    #[serde(deserialize_with = "or_default")]
+    pub key: String,
+    /// `In`, `NotIn`, `Exists` or `DoesNotExist`.
+    #[serde(deserialize_with = "or_default")]
+    pub operator: String,
+    /// Values for `In` and `NotIn`.
+    #[serde(deserialize_with = "or_default")]
+    pub values: Vec<String>,
+}
+
+/// `k8s.ovn.org/v1` EgressIP.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct EgressIp {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: EgressIpSpec,
+}
+
+/// `spec` of an EgressIP.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressIpSpec {
+    /// The addresses.
+    #[serde(rename = "egressIPs", deserialize_with = "or_default")]
+    pub egress_ips: Vec<String>,
+    /// Namespaces it is for. The schema requires it.
+    pub namespace_selector: Option<LabelSelector>,
+    /// Pods of these namespaces; absent or empty: all.
+    #[serde(deserialize_with = "or_default")]
+    pub pod_selector: LabelSelector,
+}
+
+/// `status` of an EgressIP; in a directory source it is a file of its own under `.outgate/status`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EgressIpStatus {
+    /// Addresses that a node holds.
+    #[serde(deserialize_with = "or_default")]
+    pub items: Vec<EgressIpItem>,
+    /// Why an address is or is not in force.
+    #[serde(deserialize_with = "or_default")]
+    pub conditions: Vec<Condition>,
+}
+
+/// One address and its owner.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EgressIpItem {
+    /// The node that holds it.
+    #[serde(deserialize_with = "or_default")]
+    pub node: String,
+    /// The address.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+}
+
+/// An EgressIP's status as a file.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressIpReport {
+    /// `k8s.ovn.org/v1`.
+    pub api_version: String,
+    /// `EgressIP`.
+    pub kind: String,
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Status.
+    #[serde(deserialize_with = "or_default")]
+    pub status: EgressIpStatus,
+}
+
+/// `k8s.ovn.org/v1` EgressFirewall: known by name only, because this version does not enforce it.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct EgressFirewall {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+}
+
+/// `outgate.dev/v1alpha1` EgressConfig.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct EgressConfig {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: EgressConfigSpec,
+}
+
+/// `spec` of an EgressConfig. Words are text here, so that a wrong one is refused by its field's name.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressConfigSpec {
+    /// Pod networks.
+    #[serde(rename = "clusterCIDRs", deserialize_with = "or_default")]
+    pub cluster_cidrs: Vec<String>,
+    /// Service networks.
+    #[serde(rename = "serviceCIDRs", deserialize_with = "or_default")]
+    pub service_cidrs: Vec<String>,
+    /// `Drop` or `NodeIP`.
+    pub unassigned: Option<String>,
+    /// `Hold` or `Allow`.
+    pub unknown_pods: Option<String>,
+    /// `Pod` or `Connection`.
+    pub spread: Option<String>,
+    /// The tunnel between the nodes.
+    #[serde(deserialize_with = "or_default")]
+    pub tunnel: TunnelSpec,
+    /// Idle times.
+    #[serde(deserialize_with = "or_default")]
+    pub timeouts: TimeoutsSpec,
+}
+
+/// `tunnel` of an EgressConfig.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct TunnelSpec {
+    /// UDP port.
+    pub port: Option<i64>,
+    /// Network identifier, 1 to 16,777,215.
+    pub vni: Option<i64>,
+}
+
+/// `timeouts` of an EgressConfig, in seconds.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TimeoutsSpec {
+    /// An established TCP connection.
+    pub tcp_established_seconds: Option<i64>,
+    /// A TCP connection that opens or closes.
+    pub tcp_transitory_seconds: Option<i64>,
+    /// UDP.
+    pub udp_seconds: Option<i64>,
+    /// ICMP echo.
+    pub icmp_seconds: Option<i64>,
+    /// A port after its connection was closed.
+    pub port_rest_seconds: Option<i64>,
+}
+
+/// `outgate.dev/v1alpha1` EgressNode: what a node's agent says about its node. Written by that agent only.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressNode {
+    /// `outgate.dev/v1alpha1`.
+    pub api_version: String,
+    /// `EgressNode`.
+    pub kind: String,
+    /// Metadata; the name is the node's.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Status.
+    #[serde(deserialize_with = "or_default")]
+    pub status: EgressNodeStatus,
+}
+
+impl Default for EgressNode {
+    fn default() -> Self {
+        Self {
+            api_version: OUTGATE_API.to_owned(),
+            kind: "EgressNode".to_owned(),
+            metadata: Meta::default(),
+            status: EgressNodeStatus::default(),
+        }
+    }
+}
+
+/// `status` of an EgressNode.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressNodeStatus {
+    /// UID of the Node object: a node made anew under an old name is another node.
+    #[serde(rename = "nodeUID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub node_uid: String,
+    /// The kernel's boot id: a node that has restarted has forgotten its flows.
+    #[serde(rename = "bootID", deserialize_with = "or_default")]
+    pub boot_id: String,
+    /// Where its tunnel sends from and receives at; empty while it has no address.
+    #[serde(deserialize_with = "or_default")]
+    pub tunnel_address: String,
+    /// Every address of the node.
+    #[serde(deserialize_with = "or_default")]
+    pub addresses: Vec<String>,
+    /// Interfaces that lead out.
+    #[serde(deserialize_with = "or_default")]
+    pub uplinks: Vec<EgressUplink>,
+    /// Egress IPs that the node's pods need ports of.
+    #[serde(deserialize_with = "or_default")]
+    pub demand: Vec<String>,
+    /// Allocations whose whole port table the node's kernel has.
+    #[serde(deserialize_with = "or_default")]
+    pub loaded: Vec<LoadedAllocation>,
+}
+
+/// An uplink of an EgressNode.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressUplink {
+    /// Interface name.
+    #[serde(deserialize_with = "or_default")]
+    pub name: String,
+    /// Hardware address.
+    #[serde(deserialize_with = "or_default")]
+    pub mac: String,
+    /// Its addresses with their prefix lengths.
+    #[serde(deserialize_with = "or_default")]
+    pub networks: Vec<String>,
+    /// Whether it is up and has carrier.
+    #[serde(deserialize_with = "or_default")]
+    pub up: bool,
+}
+
+/// That a node's kernel has an allocation's port table.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LoadedAllocation {
+    /// The address.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+    /// [`Meta::uid`] of the allocation: an address given up and taken again is another allocation.
+    #[serde(deserialize_with = "or_default")]
+    pub uid: String,
+    /// [`Meta::generation`] of the allocation.
+    #[serde(deserialize_with = "or_default")]
+    pub generation: u64,
+}
+
+/// `outgate.dev/v1alpha1` EgressAllocation: who holds one egress IP and who leases which of its ports.
+/// Written by the leader only.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressAllocation {
+    /// `outgate.dev/v1alpha1`.
+    pub api_version: String,
+    /// `EgressAllocation`.
+    pub kind: String,
+    /// Metadata; the name is the address.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: EgressAllocationSpec,
+}
+
+impl Default for EgressAllocation {
+    fn default() -> Self {
+        Self {
+            api_version: OUTGATE_API.to_owned(),
+            kind: "EgressAllocation".to_owned(),
+            metadata: Meta::default(),
+            spec: EgressAllocationSpec::default(),
+        }
+    }
+}
+
+/// `spec` of an EgressAllocation.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressAllocationSpec {
+    /// The address.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+    /// The node that holds it; empty for none.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub owner: String,
+    /// Who leases which ports.
+    #[serde(deserialize_with = "or_default")]
+    pub leases: Vec<PortLease>,
+}
+
+/// One node's ports of an egress IP.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PortLease {
+    /// Name of the node.
+    #[serde(deserialize_with = "or_default")]
+    pub node: String,
+    /// UID of the node.
+    #[serde(rename = "nodeUID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub node_uid: String,
+    /// Boot id of the node.
+    #[serde(rename = "bootID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub boot_id: String,
+    /// [`Meta::generation`] of the allocation that first had this lease as it is.
+    #[serde(deserialize_with = "or_default")]
+    pub generation: u64,
+    /// The ports, as ranges of granules.
+    #[serde(deserialize_with = "or_default")]
+    pub ranges: Vec<Granules>,
+}
+
+/// A contiguous range of granules: 64 ports each, granule 0 begins at port 1024.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Granules {
+    /// The first.
+    pub first: u16,
+    /// How many.
+    pub count: u16,
+}
+
+/// What all agents of a directory agree on, chosen once by the leader.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Cluster {
+    /// The tunnel.
+    pub tunnel: Tunnel,
+}
+
+/// The tunnel between the nodes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Tunnel {
+    /// UDP port.
+    pub port: u16,
+    /// VXLAN network identifier.
+    pub vni: u32,
+}
+
+/// What an object is called: kind, namespace (empty if it is cluster-scoped) and name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ObjectName {
+    /// Kind.
+    pub kind: &'static str,
+    /// Namespace or nothing.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name)
+        } else {
+            write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
+/// Every object that a source has, each kind by name (pods and firewalls by namespace and name).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Objects {
+    /// Nodes.
+    pub nodes: BTreeMap<String, Node>,
+    /// Namespaces.
+    pub namespaces: BTreeMap<String, Namespace>,
+    /// Pods.
+    pub pods: BTreeMap<(String, String), Pod>,
+    /// EgressIPs.
+    pub egress_ips: BTreeMap<String, EgressIp>,
+    /// EgressFirewalls.
+    pub egress_firewalls: BTreeMap<(String, String), EgressFirewall>,
+    /// EgressConfigs; only the one named `default` counts.
+    pub egress_configs: BTreeMap<String, EgressConfig>,
+    /// EgressNodes.
+    pub egress_nodes: BTreeMap<String, EgressNode>,
+    /// EgressAllocations, by name.
+    pub egress_allocations: BTreeMap<String, EgressAllocation>,
+    /// What the leader has chosen for all; none until it has.
+    pub cluster: Option<Cluster>,
+}
+
+/// `null` is the same as absent.
+fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> Result<T, D::Error> {
+    Option::<T>::deserialize(d).map(Option::unwrap_or_default)
+}
+
+/// Labels and annotations: a value left out (`key:`) is the empty text.
+fn text_map<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D::Error> {
+    let map = Option::<BTreeMap<String, Option<String>>>::deserialize(d)?.unwrap_or_default();
+    Ok(map.into_iter().map(|(k, v)| (k, v.unwrap_or_default())).collect())
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_real_pod_is_read_and_null_is_absent() {
+        let pod: Pod = serde_saphyr::from_str(
+            "apiVersion: v1
+kind: Pod
+metadata:
+  name: web
+  namespace: shop
+  creationTimestamp: null
+  labels: {app: web, marked: }
+  ownerReferences: [{kind: ReplicaSet}]
+spec:
+  nodeName: node-a
+  hostNetwork: null
+  containers: [{name: c, ports: [{containerPort: 80}]}]
+status: {phase: Running, podIP: 10.1.0.5, podIPs: [{ip: 10.1.0.5}, {ip: 'fd00::5'}]}
+",
+        )
+        .unwrap();
+        assert_eq!(pod.metadata.labels["marked"], "");
+        assert_eq!(pod.status.pod_ips[1].ip, "fd00::5");
+        assert!(!pod.spec.host_network);
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let allocation = EgressAllocation {
+            metadata: Meta { name: "192.0.2.1".into(), uid: "0123".into(), generation: 3, ..Meta::default() },
+            spec: EgressAllocationSpec {
+                egress_ip: "192.0.2.1".into(),
+                owner: "true".into(),
+                leases: vec![PortLease {
+                    node: "1e3".into(),
+                    generation: 2,
+                    ranges: vec![Granules { first: 0, count: 94 }],
+                    ..PortLease::default()
+                }],
+            },
+            ..EgressAllocation::default()
+        };
+        let text = serde_saphyr::to_string(&allocation).unwrap();
+        assert_eq!(serde_saphyr::from_str::<EgressAllocation>(&text).unwrap(), allocation, "{text}");
+    }
+
+    #[test]
+    fn age_puts_the_oldest_first_and_the_undated_last() {
+        let meta = |name: &str, at: Option<&str>| Meta {
+            name: name.into(),
+            creation_timestamp: at.map(Into::into),
+            ..Meta::default()
+        };
+        let mut all =
+            [meta("a", None), meta("c", Some("2026-01-02T00:00:00Z")), meta("b", Some("2026-01-02T00:00:00Z"))];
+        all.sort_by(|x, y| x.age().cmp(&y.age()));
+        assert_eq!(all.map(|m| m.name), ["b", "c", "a"]);
+    }
+}

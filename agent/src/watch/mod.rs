@@ -1,0 +1,76 @@
+//! Where objects come from and where Outgate's own go: one trait, so that nothing else knows whether it is
+//! a directory or the Kubernetes API.
+
+pub mod dir;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::future::Future;
+
+use crate::objects::{Cluster, EgressAllocation, EgressIpReport, EgressNode, Objects};
+
+/// Something that is wrong with one file or object, while the rest works on.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Problem {
+    /// The file or object.
+    pub about: String,
+    /// What is wrong, what becomes of it, and what probably caused it.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem of `about`.
+    pub fn new(about: impl fmt::Display, message: impl fmt::Display) -> Self {
+        Self { about: about.to_string(), message: message.to_string() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.about, self.message)
+    }
+}
+
+/// One of Outgate's own objects, to be written.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Write {
+    /// This node's EgressNode.
+    EgressNode(EgressNode),
+    /// Leader: an allocation.
+    Allocation(EgressAllocation),
+    /// Leader: an allocation, by name, whose address is in no object any more.
+    RemoveAllocation(String),
+    /// Leader: an EgressIP's status.
+    Status(EgressIpReport),
+    /// Leader: the status, by name, of an EgressIP that is gone.
+    RemoveStatus(String),
+    /// Leader: what all nodes agree on.
+    Cluster(Cluster),
+}
+
+/// A source of objects.
+pub trait Source {
+    /// What can go wrong.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Waits until something has changed, and makes the other methods say so. Cancelling it loses nothing.
+    fn changed(&mut self) -> impl Future<Output = Result<(), Self::Error>>;
+
+    /// The whole set, as of the last [`changed`](Self::changed) and of the writes since.
+    fn objects(&self) -> &Objects;
+
+    /// EgressIP statuses, as last written by any leader.
+    fn statuses(&self) -> &BTreeMap<String, EgressIpReport>;
+
+    /// Names of allocations that exist and cannot be read: nobody may write over them.
+    fn unreadable_allocations(&self) -> &BTreeSet<String>;
+
+    /// What is wrong with the source itself.
+    fn problems(&self) -> &BTreeSet<Problem>;
+
+    /// Whether this process leads; asks for it if nobody does.
+    fn lead(&mut self) -> Result<bool, Self::Error>;
+
+    /// Writes one object, whole, if it differs from what is there.
+    fn write(&mut self, write: Write) -> impl Future<Output = Result<(), Self::Error>>;
+}
