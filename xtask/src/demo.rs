@@ -25,7 +25,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     setup::ensure()?;
     let agent = build::build(true)?;
     let step = ui::Step::begin("build", "lab");
-    process::run(process::cargo().args(["build", "--package", "lab", "--bin", "demo"]))?;
+    process::run(process::cargo().args(["build", "--package", "lab", "--bins"]))?;
     step.done("lab");
 
     let before = leftovers::Before::look();

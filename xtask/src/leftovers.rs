@@ -1,33 +1,34 @@
-//! What a run may leave behind on the machine: namespaces, links, pins and processes.
+//! What a run may leave behind on the machine: namespaces, links, pins, directories and processes.
 //!
-//! The lab removes all it makes, also when a test fails. This looks from outside, so that a leak is a failure
-//! of the run that made it and not a riddle in the next.
+//! The lab removes all it makes, also when a test fails or is killed. This looks from outside, so that a leak is
+//! a failure of the run that made it and not a riddle in the next. Other runs may go on at the same time: what
+//! belongs to a living process of theirs is not ours to report.
 
 use std::{
-    collections::BTreeSet,
-    fs,
+    collections::BTreeMap,
+    env, fs,
     path::Path,
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// Environment of everything a run starts, so that its processes are known even when their parents are gone.
 pub(crate) const RUN_VARIABLE: &str = "OUTGATE_TEST_RUN";
-/// How the lab's namespaces, and links of its own in the host's namespace, begin.
+/// The lab names everything of its own `og<pid of its owner>…`.
 const LAB_PREFIX: &str = "og";
-/// Processes that were killed need a moment to be gone.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// When its owner is gone the lab is removed by another process, which gives up after ten seconds.
+const PATIENCE: Duration = Duration::from_secs(12);
 
 /// What stood on the machine before a run.
 pub(crate) struct Before {
-    things: BTreeSet<String>,
+    things: BTreeMap<String, String>,
     run: String,
 }
 
 impl Before {
     /// Looks around.
     pub(crate) fn look() -> Self {
-        let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self { things: things(), run: format!("{}-{}", std::process::id(), time.as_millis()) }
     }
 
@@ -36,53 +37,83 @@ impl Before {
         &self.run
     }
 
-    /// What is there now and was not, one line each.
+    /// What is there now and was not, one line each, with the command that removes it.
     pub(crate) fn left_behind(&self) -> Vec<String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let mut left: Vec<String> = things().difference(&self.things).cloned().collect();
-            left.extend(processes(&self.run));
+            let mut left: Vec<String> = things()
+                .into_iter()
+                .filter(|(thing, name)| !self.things.contains_key(thing) && !self.is_anothers(name))
+                .map(|(thing, _)| thing)
+                .collect();
+            left.extend(
+                processes(&self.run).into_iter().map(|(pid, command)| format!("process {pid}: {command}")),
+            );
             if left.is_empty() || Instant::now() > deadline {
                 return left;
             }
             thread::sleep(Duration::from_millis(100));
         }
     }
+
+    /// Whether the thing of that name belongs to a living process that this run did not start.
+    fn is_anothers(&self, name: &str) -> bool {
+        owner(name).is_some_and(|pid| Path::new("/proc").join(pid).exists() && !carries(pid, &self.run))
+    }
 }
 
-fn things() -> BTreeSet<String> {
-    let namespaces = names("/run/netns").into_iter().filter(|name| name.starts_with(LAB_PREFIX));
-    let links = names("/sys/class/net")
-        .into_iter()
-        .filter(|name| name.starts_with(LAB_PREFIX) || name.starts_with("outgate"));
-    let pins =
-        names("/sys/fs/bpf").into_iter().filter(|name| name.starts_with(LAB_PREFIX) || name == "outgate");
-    namespaces
-        .map(|name| format!("network namespace {name}: `ip netns del {name}`"))
-        .chain(links.map(|name| format!("link {name}: `ip link del {name}`")))
-        .chain(pins.map(|name| format!("pins /sys/fs/bpf/{name}: `rm -r /sys/fs/bpf/{name}`")))
-        .collect()
+/// The process that a lab's name speaks of.
+fn owner(name: &str) -> Option<&str> {
+    let rest = name.strip_prefix(LAB_PREFIX)?;
+    let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    (end > 0).then(|| &rest[..end])
 }
 
-fn names(directory: &str) -> Vec<String> {
+/// Everything that looks like Outgate's or the lab's: how to remove it, and its name.
+fn things() -> BTreeMap<String, String> {
+    let labs = env::temp_dir().join("outgate-lab");
+    let labs = labs.to_string_lossy();
+    let places: [(&str, &str, &str); 4] = [
+        ("/run/netns", "network namespace", "ip netns del "),
+        ("/sys/class/net", "link", "ip link del "),
+        ("/sys/fs/bpf", "pins", "rm -r /sys/fs/bpf/"),
+        (&labs, "lab's directory", &format!("rm -r {labs}/")),
+    ];
+    let mut things = BTreeMap::new();
+    for (place, kind, command) in places {
+        for name in names(Path::new(place)) {
+            if owner(&name).is_some() || name.starts_with("outgate") {
+                things.insert(format!("{kind} {name} (`{command}{name}`)"), name);
+            }
+        }
+    }
+    things
+}
+
+fn names(directory: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// Processes that carry this run's mark in their environment.
-fn processes(run: &str) -> Vec<String> {
-    let mark = format!("{RUN_VARIABLE}={run}");
-    let mut found = Vec::new();
-    for pid in names("/proc").into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
-        let process = Path::new("/proc").join(&pid);
-        let Ok(environment) = fs::read(process.join("environ")) else { continue };
-        if environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
-            let command = fs::read(process.join("cmdline")).unwrap_or_default();
+/// Processes that carry this run's mark, with their command lines.
+fn processes(run: &str) -> Vec<(String, String)> {
+    let pids =
+        names(Path::new("/proc")).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    pids.filter(|pid| carries(pid, run))
+        .map(|pid| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
-            found.push(format!("process {pid}: {}", command.trim()));
-        }
-    }
-    found
+            (pid, command.trim().to_owned())
+        })
+        .collect()
+}
+
+/// Whether a process has the run's mark in its environment.
+fn carries(pid: &str, run: &str) -> bool {
+    let mark = format!("{RUN_VARIABLE}={run}");
+    fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environment| {
+        environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    })
 }
 
 #[cfg(test)]
@@ -96,10 +127,22 @@ mod tests {
         let before = Before::look();
         let mut child = Command::new("sleep").arg("60").env(RUN_VARIABLE, before.run()).spawn().unwrap();
         let left = processes(before.run());
+        let (own, anothers) = (format!("og{}-node-a", child.id()), format!("og{}x2", std::process::id()));
+        let whose = (before.is_anothers(&own), before.is_anothers(&anothers));
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(left.len(), 1, "{left:?}");
-        assert!(left[0].ends_with("sleep 60"), "{left:?}");
-        assert_eq!(processes(before.run()), Vec::<String>::new());
+        assert_eq!(left[0].1, "sleep 60");
+        assert_eq!(whose, (false, true));
+        assert!(!before.is_anothers(&own), "its owner is dead");
+        assert_eq!(processes(before.run()), Vec::new());
+    }
+
+    #[test]
+    fn reads_the_owner_from_a_labs_name() {
+        assert_eq!(owner("og123-node-a"), Some("123"));
+        assert_eq!(owner("og123x1-prod-web"), Some("123"));
+        assert_eq!(owner("ogre"), None);
+        assert_eq!(owner("eth0"), None);
     }
 }

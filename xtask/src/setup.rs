@@ -33,6 +33,8 @@ const fn need(what: &'static str, packages: &'static [&'static str], reason: &'s
 const NEEDS: &[Need] = &[
     need("cc", &["gcc"], "linking host programs"),
     need("ip", &["iproute2"], "the lab's namespaces and links"),
+    need("sysctl", &["procps"], "the lab's kernel settings"),
+    need("nsenter", &["util-linux"], "entering the lab's namespaces"),
     need("iptables", &["iptables"], "the CNI plugins' masquerade"),
     need("nft", &["nftables"], "netfilter as hosts have it"),
     need("/usr/lib/cni/bridge", &["containernetworking-plugins"], "pods' interfaces"),
