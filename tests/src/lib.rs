@@ -1,1 +1,36 @@
 //! The lab: nodes, pods and outside hosts as network namespaces on this machine.
+//!
+//! A [`Lab`] is a value. Making one makes the namespaces, dropping it removes them, and if its process dies
+//! in any other way (a signal, an abort) a small reaper process removes them instead. Several labs run side
+//! by side with the same addresses, because nothing of a lab is in the machine's own namespace.
+//!
+//! ```text
+//!   pods            nodes               underlay             router                 outside
+//!  10.244.1.x ── node-a .11 ─┐
+//!  10.244.2.x ── node-b .12 ─┼─ 172.18.0.0/24 ─┬─ .1 router .1 ── 203.0.113.0/24 ─┬─ web   .10
+//!  10.244.3.x ── node-c .13 ─┘                 └─ .250 neighbour                  └─ other .20
+//! ```
+//!
+//! What a node has is what a cluster gives it: pods made by the real CNI plugins, which masquerade; routes to
+//! the other nodes' pods; service rules as kube-proxy writes them; strict reverse-path filters.
+//!
+//! Functions panic when a command fails, with the command line that shows the failure again: tests keep the
+//! backtrace that way, and there is nothing to be recovered in a half-made lab.
+
+pub mod agent;
+pub mod cni;
+mod command;
+pub mod lab;
+pub mod netns;
+pub mod objects;
+pub mod record;
+pub mod servers;
+pub mod service;
+pub mod traffic;
+
+pub use agent::Agent;
+pub use cni::{Cni, Pod, PodSpec};
+pub use command::{Output, Process, eventually, eventually_ok};
+pub use lab::{Lab, LabSpec, Node};
+pub use netns::Netns;
+pub use record::Recorder;

@@ -1,0 +1,212 @@
+//! Outgate's agents and command line in the lab.
+
+use std::env;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::command::{Output, Process, eventually, eventually_ok};
+use crate::lab::{Lab, Node, utf8};
+use crate::netns::Netns;
+
+/// Where every agent serves its metrics, each in its own node.
+const METRICS: &str = "127.0.0.1:9090";
+
+/// How long an agent may take until it is ready, on a busy machine.
+const READY: Duration = Duration::from_secs(20);
+
+/// One node's running agent. Dropping it kills it.
+#[derive(Debug)]
+pub struct Agent {
+    /// The node it works for.
+    pub node: String,
+    netns: Netns,
+    process: Process,
+}
+
+impl Lab {
+    /// Describes every node, the lab's networks and two namespaces: `prod` (`env: prod`) and `dev` (`env: dev`).
+    pub fn describe_cluster(&self, assignable: &[&str]) {
+        self.objects.config("");
+        self.objects.namespace("prod", &[("env", "prod")]);
+        self.objects.namespace("dev", &[("env", "dev")]);
+        for node in &self.nodes {
+            self.describe_node(node, assignable.contains(&node.name.as_str()), true);
+        }
+    }
+
+    /// Writes one node's object.
+    pub fn describe_node(&self, node: &Node, assignable: bool, ready: bool) {
+        let pods = format!("{}.0/24", node.pod_prefix);
+        self.objects.node(&node.name, &node.address, &pods, assignable, ready);
+    }
+
+    /// Starts the agents of all nodes and waits until they are ready.
+    #[track_caller]
+    #[must_use]
+    pub fn start_agents(&self) -> Vec<Agent> {
+        let mut agents: Vec<_> = self.nodes.iter().map(|node| self.start_agent(&node.name)).collect();
+        agents.iter_mut().for_each(Agent::wait_ready);
+        agents
+    }
+
+    /// Starts one node's agent.
+    #[track_caller]
+    #[must_use]
+    pub fn start_agent(&self, node: &str) -> Agent {
+        let node = self.node(node);
+        let arguments = self.agent_arguments(&node.name);
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let process = node.netns.spawn(&format!("agent-{}", node.name), &words, &[("NO_COLOR", "1")]);
+        Agent { node: node.name.clone(), netns: node.netns.clone(), process }
+    }
+
+    /// The command line of a node's agent.
+    #[must_use]
+    pub fn agent_arguments(&self, node: &str) -> Vec<String> {
+        let program = outgate();
+        let bpffs = self.bpffs(node);
+        let words =
+            [utf8(&program), "agent", "--node", node, "--source", &self.source(), "--bpffs", utf8(&bpffs)];
+        words.into_iter().chain(["--metrics", METRICS]).map(str::to_owned).collect()
+    }
+
+    /// Where a node's programs and maps are pinned.
+    #[must_use]
+    pub fn bpffs(&self, node: &str) -> PathBuf {
+        self.dir().join("bpf").join(node)
+    }
+
+    /// The agents' source of objects.
+    #[must_use]
+    pub fn source(&self) -> String {
+        format!("dir:{}", self.objects.dir().display())
+    }
+
+    /// Runs `outgate` on a node.
+    #[track_caller]
+    #[must_use]
+    pub fn outgate(&self, node: &str, arguments: &[&str]) -> Output {
+        let program = outgate();
+        let mut words = vec![utf8(&program)];
+        words.extend(arguments);
+        self.node(node).netns.try_exec(&words)
+    }
+
+    /// `outgate status -o json`.
+    #[track_caller]
+    #[must_use]
+    pub fn status(&self) -> Value {
+        let output = self.outgate("node-a", &["status", "--source", &self.source(), "-o", "json"]);
+        let text = output.expect_success();
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("status is not JSON: {error}: {text}"))
+    }
+
+    /// The node that owns an egress IP, if one does.
+    #[track_caller]
+    #[must_use]
+    pub fn owner(&self, address: &str) -> Option<String> {
+        let status = self.status();
+        let objects = status["egressIPs"].as_array().into_iter().flatten();
+        let mut items = objects.filter_map(|object| object["items"].as_array()).flatten();
+        let item = items.find(|item| item["egressIP"] == address)?;
+        item["node"].as_str().filter(|node| !node.is_empty()).map(str::to_owned)
+    }
+
+    /// Waits until an egress IP has an owner.
+    #[track_caller]
+    #[must_use]
+    pub fn wait_owner(&self, address: &str) -> String {
+        eventually_ok(&format!("an owner of {address}"), Duration::from_secs(10), || {
+            self.owner(address).ok_or_else(|| self.status().to_string())
+        })
+    }
+
+    /// Waits until a server sees the pod's (or any namespace's) TCP connections with this source.
+    #[track_caller]
+    pub fn wait_source(&self, netns: &Netns, destination: &str, source: &str) {
+        let what = format!("{destination} sees {} as {source}", netns.name());
+        eventually_ok(&what, Duration::from_secs(10), || {
+            match netns.tcp_source(destination, Duration::from_millis(300)) {
+                Ok(seen) if seen == source => Ok(()),
+                Ok(other) => Err(format!("it sees {other}")),
+                Err(error) => Err(error),
+            }
+        });
+    }
+}
+
+impl Agent {
+    /// Waits until it says it is ready.
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        let ready = eventually(READY, || {
+            if let Some(status) = self.process.try_wait() {
+                panic!("the agent of {} ended: {status}\n{}", self.node, self.log());
+            }
+            self.get("/readyz").success().then_some(())
+        });
+        let answer = ready.is_none().then(|| self.get("/readyz").explain());
+        assert!(ready.is_some(), "{} is not ready after {READY:?}: {answer:?}\n{}", self.node, self.log());
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        format!("{}{}", self.process.stdout(), self.process.stderr())
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Its metrics page.
+    #[track_caller]
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        self.get("/metrics").expect_success()
+    }
+
+    /// The sum of a metric over those of its series whose line contains `text`.
+    #[track_caller]
+    #[must_use]
+    pub fn metric(&self, name: &str, text: &str) -> f64 {
+        let metrics = self.metrics();
+        let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(text));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Stops it as a rollout update does.
+    #[track_caller]
+    pub fn stop(self) {
+        let output = self.process.terminate(Duration::from_secs(10));
+        assert!(output.success(), "SIGTERM must end the agent with exit code 0: {}", output.explain());
+    }
+
+    /// Kills it as a crash does.
+    pub fn kill(self) {
+        self.process.kill();
+    }
+
+    /// Leaves it running when the value is dropped.
+    pub fn detach(&mut self) {
+        self.process.detach();
+    }
+
+    fn get(&self, path: &str) -> Output {
+        let url = format!("http://{METRICS}{path}");
+        self.netns.try_exec(&["curl", "--silent", "--show-error", "--fail", "--max-time", "2", &url])
+    }
+}
+
+/// The `outgate` program under test: `OUTGATE_BIN`, or the one cargo built beside this package's programs.
+#[must_use]
+pub fn outgate() -> PathBuf {
+    if let Some(path) = env::var_os("OUTGATE_BIN") {
+        return path.into();
+    }
+    crate::lab::helper_path("outgate")
+}

@@ -1,0 +1,250 @@
+//! Kubernetes objects in a directory: each file is written whole, beside, and renamed into place.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A directory that agents watch.
+#[derive(Debug, Clone)]
+pub struct Objects {
+    dir: PathBuf,
+}
+
+/// Labels as pairs, in the order they are written.
+pub type Labels<'a> = &'a [(&'a str, &'a str)];
+
+/// What a pod's object says besides its address.
+#[derive(Debug, Clone)]
+pub(crate) struct PodObject {
+    namespace: String,
+    name: String,
+    node: String,
+    uid: String,
+    pub(crate) labels: Vec<(String, String)>,
+}
+
+impl PodObject {
+    pub(crate) fn new(namespace: &str, name: &str, node: &str, labels: &[(String, String)]) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+            node: node.into(),
+            uid: next_uid(),
+            labels: labels.to_vec(),
+        }
+    }
+
+    fn file(&self) -> String {
+        format!("pod-{}-{}.yaml", self.namespace, self.name)
+    }
+}
+
+impl Objects {
+    pub(crate) fn new(dir: &Path) -> Self {
+        fs::create_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+        Self { dir: dir.into() }
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes a file in one step: whoever reads the directory sees the old content or the new.
+    #[track_caller]
+    pub fn write(&self, file: &str, content: &str) {
+        let (path, beside) = (self.dir.join(file), self.dir.join(format!(".{file}.new")));
+        let written = fs::write(&beside, content).and_then(|()| fs::rename(&beside, &path));
+        written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+
+    /// Removes a file, if it is there.
+    #[track_caller]
+    pub fn remove(&self, file: &str) {
+        match fs::remove_file(self.dir.join(file)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => panic!("{file}: {error}"),
+            _ => {}
+        }
+    }
+
+    /// A Node that may own egress IPs if `assignable`, as its kubelet reports it.
+    pub fn node(&self, name: &str, address: &str, pod_cidr: &str, assignable: bool, ready: bool) {
+        let label = if assignable { "\n    k8s.ovn.org/egress-assignable: \"\"" } else { "" };
+        let status = if ready { "True" } else { "False" };
+        self.write(
+            &format!("node-{name}.yaml"),
+            &format!(
+                "apiVersion: v1
+kind: Node
+metadata:
+  name: {name}
+  uid: uid-{name}
+  labels:
+    kubernetes.io/hostname: {name}{label}
+spec:
+  podCIDR: {pod_cidr}
+  podCIDRs:
+  - {pod_cidr}
+status:
+  addresses:
+  - type: InternalIP
+    address: {address}
+  - type: Hostname
+    address: {name}
+  conditions:
+  - type: Ready
+    status: \"{status}\"
+"
+            ),
+        );
+    }
+
+    /// A Namespace.
+    pub fn namespace(&self, name: &str, labels: Labels) {
+        let labels = map(4, labels.iter().copied());
+        self.write(
+            &format!("namespace-{name}.yaml"),
+            &format!(
+                "apiVersion: v1
+kind: Namespace
+metadata:
+  name: {name}
+  labels:{labels}
+"
+            ),
+        );
+    }
+
+    /// An `EgressIP`; an empty pod selector is left out, as most manifests do.
+    pub fn egress_ip(&self, name: &str, addresses: &[&str], namespaces: Labels, pods: Labels) {
+        self.write(&egress_ip_file(name), &egress_ip(name, addresses, namespaces, pods));
+    }
+
+    /// Removes an `EgressIP`.
+    pub fn remove_egress_ip(&self, name: &str) {
+        self.remove(&egress_ip_file(name));
+    }
+
+    /// The `EgressConfig` with the lab's networks and, indented by two, further fields of its `spec`.
+    pub fn config(&self, more: &str) {
+        self.write(
+            "egressconfig.yaml",
+            &format!(
+                "apiVersion: outgate.dev/v1alpha1
+kind: EgressConfig
+metadata:
+  name: default
+spec:
+  clusterCIDRs:
+  - 10.244.0.0/16
+  serviceCIDRs:
+  - 10.96.0.0/16
+{more}"
+            ),
+        );
+    }
+
+    pub(crate) fn write_pod(&self, pod: &PodObject, ip: Option<&str>) {
+        let PodObject { namespace, name, node, uid, labels } = pod;
+        let labels = map(4, labels.iter().map(|(key, value)| (key.as_str(), value.as_str())));
+        let status = match ip {
+            Some(ip) => format!("  phase: Running\n  podIP: {ip}\n  podIPs:\n  - ip: {ip}"),
+            None => "  phase: Pending".to_owned(),
+        };
+        self.write(
+            &pod.file(),
+            &format!(
+                "apiVersion: v1
+kind: Pod
+metadata:
+  namespace: {namespace}
+  name: {name}
+  uid: {uid}
+  labels:{labels}
+spec:
+  nodeName: {node}
+status:
+{status}
+"
+            ),
+        );
+    }
+
+    pub(crate) fn remove_pod(&self, pod: &PodObject) {
+        self.remove(&pod.file());
+    }
+}
+
+/// An `EgressIP`'s manifest.
+#[must_use]
+pub fn egress_ip(name: &str, addresses: &[&str], namespaces: Labels, pods: Labels) -> String {
+    let addresses = addresses.iter().fold(String::new(), |mut text, address| {
+        let _ = write!(text, "\n  - {address}");
+        text
+    });
+    let selector = |name: &str, labels: Labels| match labels {
+        [] => String::new(),
+        labels => format!("  {name}:\n    matchLabels:{}\n", map(6, labels.iter().copied())),
+    };
+    let namespaces = match namespaces {
+        [] => "  namespaceSelector: {}\n".to_owned(),
+        some => selector("namespaceSelector", some),
+    };
+    format!(
+        "apiVersion: k8s.ovn.org/v1
+kind: EgressIP
+metadata:
+  name: {name}
+spec:
+  egressIPs:{addresses}
+{namespaces}{}",
+        selector("podSelector", pods)
+    )
+}
+
+fn egress_ip_file(name: &str) -> String {
+    format!("egressip-{name}.yaml")
+}
+
+/// A block mapping of strings, or ` {}`.
+fn map<'a>(indent: usize, pairs: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+    let text = pairs.fold(String::new(), |mut text, (key, value)| {
+        let _ = write!(text, "\n{:indent$}{key}: \"{value}\"", "");
+        text
+    });
+    if text.is_empty() { " {}".to_owned() } else { text }
+}
+
+/// A uid that no other object of this process has.
+fn next_uid() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    format!("00000000-0000-4000-8000-{:012x}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_egress_ip_reads_like_the_documentation() {
+        let text = egress_ip("egressips-prod", &["172.18.0.101", "172.18.0.102"], &[("env", "prod")], &[]);
+        assert_eq!(
+            text,
+            "apiVersion: k8s.ovn.org/v1
+kind: EgressIP
+metadata:
+  name: egressips-prod
+spec:
+  egressIPs:
+  - 172.18.0.101
+  - 172.18.0.102
+  namespaceSelector:
+    matchLabels:
+      env: \"prod\"
+"
+        );
+    }
+}

@@ -1,0 +1,165 @@
+//! Clients in a namespace, and what they report.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::command::Process;
+use crate::lab::{helper_path, utf8};
+use crate::netns::Netns;
+
+/// What a client of the lab's own server saw.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Exchanges that worked.
+    pub ok: u64,
+    /// Exchanges that did not, by reason.
+    pub errors: BTreeMap<String, u64>,
+    /// The client's address as the server saw it, with the number of exchanges.
+    pub sources: BTreeMap<String, u64>,
+    /// The longest time without an answer, in milliseconds (streams only).
+    pub longest_gap: u64,
+}
+
+impl Report {
+    fn parse(text: &str) -> Self {
+        let line = text.lines().rfind(|line| line.starts_with('{'));
+        let line = line.unwrap_or_else(|| panic!("no report in '{text}'"));
+        let value: Value = serde_json::from_str(line).expect("a report is JSON");
+        let counts = |name: &str| {
+            let object = value[name].as_object().cloned().unwrap_or_default();
+            object.into_iter().map(|(key, count)| (key, count.as_u64().unwrap_or_default())).collect()
+        };
+        Self {
+            ok: value["ok"].as_u64().unwrap_or_default(),
+            errors: counts("errors"),
+            sources: counts("sources"),
+            longest_gap: value["longest_gap_ms"].as_u64().unwrap_or_default(),
+        }
+    }
+
+    /// Panics unless all of `count` exchanges worked and the server saw `source` only.
+    #[track_caller]
+    pub fn expect_all_from(&self, count: u64, source: &str) {
+        assert!(self.errors.is_empty(), "{self:?}");
+        assert_eq!(self.ok, count, "{self:?}");
+        assert_eq!(self.sources.keys().map(String::as_str).collect::<Vec<_>>(), [source], "{self:?}");
+    }
+
+    /// Panics unless there was some traffic, all of it worked, and the server saw `source` only.
+    #[track_caller]
+    pub fn expect_lossless_from(&self, source: &str) {
+        assert!(self.ok > 0, "no traffic: {self:?}");
+        self.expect_all_from(self.ok, source);
+    }
+}
+
+/// Traffic that goes on until it is told to end.
+#[derive(Debug)]
+pub struct Stream(Process);
+
+impl Stream {
+    /// Ends it and says how it went.
+    #[track_caller]
+    #[must_use]
+    pub fn finish(self) -> Report {
+        Report::parse(&self.0.finish(Duration::from_secs(30)).expect_success())
+    }
+}
+
+impl Netns {
+    /// `count` TCP connections to the lab's server (`address:port`), `parallel` of them open at a time.
+    #[track_caller]
+    #[must_use]
+    pub fn tcp(&self, destination: &str, count: u64, parallel: u64) -> Report {
+        self.client("tcp", destination, &["--count", &count.to_string(), "--parallel", &parallel.to_string()])
+    }
+
+    /// `count` UDP exchanges with the lab's server, each from a port of its own.
+    #[track_caller]
+    #[must_use]
+    pub fn udp(&self, destination: &str, count: u64) -> Report {
+        self.client("udp", destination, &["--count", &count.to_string()])
+    }
+
+    /// What a TCP server sees as this namespace's address, or why it cannot be asked within `limit`.
+    #[track_caller]
+    pub fn tcp_source(&self, destination: &str, limit: Duration) -> Result<String, String> {
+        self.source("tcp", destination, limit)
+    }
+
+    /// What a UDP server sees as this namespace's address, or why it cannot be asked within `limit`.
+    #[track_caller]
+    pub fn udp_source(&self, destination: &str, limit: Duration) -> Result<String, String> {
+        self.source("udp", destination, limit)
+    }
+
+    /// A numbered message every `interval` over one connection (`tcp`) or socket (`udp`), until told to end.
+    /// Every message must come back.
+    #[track_caller]
+    #[must_use]
+    pub fn stream(&self, protocol: &str, destination: &str, interval: Duration) -> Stream {
+        self.endless("stream", protocol, destination, interval)
+    }
+
+    /// A new connection or socket every `interval`, until told to end.
+    #[track_caller]
+    #[must_use]
+    pub fn fresh(&self, protocol: &str, destination: &str, interval: Duration) -> Stream {
+        self.endless("fresh", protocol, destination, interval)
+    }
+
+    /// Pings; gives how many of `count` were answered. `interval` in seconds.
+    #[track_caller]
+    #[must_use]
+    pub fn ping(&self, destination: &str, count: u32, interval: &str) -> u32 {
+        let words = ["ping", "-n", "-q", "-W", "1", "-c", &count.to_string(), "-i", interval, destination];
+        received(&self.try_exec(&words).stdout)
+    }
+
+    fn source(&self, protocol: &str, destination: &str, limit: Duration) -> Result<String, String> {
+        let limit = limit.as_millis().to_string();
+        let report = self.client(protocol, destination, &["--limit-ms", &limit]);
+        let mut errors = report.errors.into_keys();
+        let mut sources = report.sources.into_keys();
+        sources.next().ok_or_else(|| errors.next().unwrap_or_else(|| "no answer".to_owned()))
+    }
+
+    fn client(&self, protocol: &str, destination: &str, more: &[&str]) -> Report {
+        let helper = helper_path("peer");
+        let mut words = vec![utf8(&helper), protocol, destination];
+        words.extend(more);
+        Report::parse(&self.exec(&words))
+    }
+
+    fn endless(&self, mode: &str, protocol: &str, destination: &str, interval: Duration) -> Stream {
+        let helper = helper_path("peer");
+        let interval = interval.as_millis().to_string();
+        let words = [utf8(&helper), mode, protocol, destination, "--interval-ms", &interval];
+        let mut process = self.spawn(&format!("{mode}-{protocol}"), &words, &[]);
+        process.wait_stdout("running", Duration::from_secs(10));
+        Stream(process)
+    }
+}
+
+/// The number of answers in ping's summary.
+fn received(summary: &str) -> u32 {
+    let words: Vec<_> = summary.split([' ', ',']).collect();
+    let at = words.iter().position(|word| *word == "received");
+    at.and_then(|at| words.get(at.checked_sub(1)?)?.parse().ok())
+        .unwrap_or_else(|| panic!("ping said nothing of answers: {summary}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pings_are_counted() {
+        let text = "5 packets transmitted, 3 received, 40% packet loss, time 800ms\n";
+        assert_eq!(received(text), 3);
+        let text = "2 packets transmitted, 0 received, +2 errors, 100% packet loss, time 3ms\n";
+        assert_eq!(received(text), 0);
+    }
+}
