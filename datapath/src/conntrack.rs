@@ -163,7 +163,14 @@ mod tests {
 
     #[test]
     fn idle_times_by_state() {
-        let s = Settings { tcp_established: 7440, tcp_transitory: 240, udp: 300, icmp: 60, rest: 65, ..Settings::default() };
+        let s = Settings {
+            tcp_established: 7440,
+            tcp_transitory: 240,
+            udp: 300,
+            icmp: 60,
+            rest: 65,
+            ..Settings::default()
+        };
         assert_eq!(idle_time(&s, ESTABLISHED, TCP), seconds(7440));
         assert_eq!(idle_time(&s, OPENING, TCP), seconds(240));
         assert_eq!(idle_time(&s, POD_CLOSED, TCP), seconds(240));

@@ -47,6 +47,7 @@ pub fn from_pod<T: Tables>(t: &T, ifindex: IfIndex, packet: &Packet) -> FromPod 
         Kind::OtherIcmp => return untranslatable(t, settings, &pod, tuple, DropReason::IcmpType),
         Kind::Fragment => return untranslatable(t, settings, &pod, tuple, DropReason::Fragment),
         Kind::Other => return untranslatable(t, settings, &pod, tuple, DropReason::Protocol),
+        Kind::Malformed => return FromPod::Drop(DropReason::Malformed),
     }
     let now = t.now();
     let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
@@ -89,8 +90,8 @@ fn along_flow<T: Tables>(
         Some((flow.egress, flow.egress_port))
     })??;
     // The address left the object: the flow is void.
-    let egress = t.egress_ip(egress_id)?;
-    Some(match way_out(t, settings, &egress, 0) {
+    let egress = t.egress_ip(egress_id).filter(|e| e.policy == pod.policy)?;
+    Some(match way_out(t, settings, egress, 0) {
         Ok(way) => FromPod::Translate(Snat { source: egress.ip, source_port: egress_port, way }),
         Err(reason) => FromPod::Drop(reason),
     })

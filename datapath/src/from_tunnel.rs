@@ -6,12 +6,18 @@ use crate::from_uplink::steer;
 use crate::packet::{Kind, Packet};
 use crate::ports::granule_of;
 use crate::tables::Tables;
-use crate::verdict::{DropReason, FromTunnel, Steer};
+use crate::verdict::{Act, DropReason, FromOutside};
 
 /// Decides on a packet that node `sender` (its tunnel address) sent with `vni`.
 #[inline(always)]
-pub fn from_tunnel<T: Tables>(t: &T, sender: &Ip, vni: u32, packet: &Packet) -> FromTunnel {
-    let drop = |reason| FromTunnel::Steer(Steer::Drop(reason));
+pub fn from_tunnel<'t, T: Tables, A: Act<FromOutside<'t>>>(
+    t: &'t T,
+    sender: &Ip,
+    vni: u32,
+    packet: &Packet,
+    to: &A,
+) -> A::Done {
+    let drop = |reason| to.act(FromOutside::Drop(reason));
     let Some(settings) = t.settings() else { return drop(DropReason::NotReady) };
     let Some(node) = t.node_id(sender) else { return drop(DropReason::UnknownTunnelPeer) };
     if vni != settings.tunnel_vni || node == settings.node {
@@ -24,12 +30,12 @@ pub fn from_tunnel<T: Tables>(t: &T, sender: &Ip, vni: u32, packet: &Packet) -> 
         && granule_of(tuple.source_port).is_some_and(|granule| t.granule(egress, granule) == node)
     {
         return match t.egress_ip(egress) {
-            Some(egress) if egress.uplink != 0 => FromTunnel::Forward(egress.uplink),
+            Some(egress) if egress.uplink != 0 => to.act(FromOutside::Forward(egress.uplink)),
             _ => drop(DropReason::NotAGateway),
         };
     }
     match t.egress_id(&tuple.destination) {
-        Some(egress) => FromTunnel::Steer(steer(t, settings, egress, packet, false)),
+        Some(egress) => steer(t, settings, egress, packet, false, to),
         None => drop(DropReason::TunnelNotAllowed),
     }
 }

@@ -7,14 +7,14 @@ use crate::keys::{EgressId, FlowPath, IfIndex, ReplyKey, Settings};
 use crate::packet::{Kind, Packet};
 use crate::ports::{flow_key_of, granule_of};
 use crate::tables::Tables;
-use crate::verdict::{DropReason, FromUplink, ReverseSnat, Steer};
+use crate::verdict::{Act, DropReason, FromOutside, ReverseSnat};
 
 /// Decides on a packet that came in by an uplink.
 #[inline(always)]
-pub fn from_uplink<T: Tables>(t: &T, packet: &Packet) -> FromUplink {
-    let Some(egress) = t.egress_id(&packet.tuple.destination) else { return FromUplink::NotOurs };
-    let Some(settings) = t.settings() else { return FromUplink::Steer(Steer::Drop(DropReason::NotReady)) };
-    FromUplink::Steer(steer(t, settings, egress, packet, true))
+pub fn from_uplink<'t, T: Tables, A: Act<FromOutside<'t>>>(t: &'t T, packet: &Packet, to: &A) -> A::Done {
+    let Some(egress) = t.egress_id(&packet.tuple.destination) else { return to.act(FromOutside::NotOurs) };
+    let Some(settings) = t.settings() else { return to.act(FromOutside::Drop(DropReason::NotReady)) };
+    steer(t, settings, egress, packet, true, to)
 }
 
 /// Whether this node answers ARP and neighbour discovery for an address that is asked for on `uplink`: only
@@ -24,48 +24,55 @@ pub fn claims<T: Tables>(t: &T, uplink: IfIndex, target: &Ip) -> bool {
     let Some(settings) = t.settings() else { return false };
     t.egress_id(target)
         .and_then(|id| t.egress_ip(id))
-        .is_some_and(|egress| egress.holder == settings.node && egress.holder != 0 && egress.uplink == uplink)
+        .is_some_and(|egress| egress.holder == settings.node && egress.uplink == uplink)
 }
 
 /// Steers a packet to an egress IP by its destination port's granule. An egress IP never reaches the node's
 /// own services: what answers no flow is dropped. `may_tunnel`: it did not come through the tunnel itself.
 #[inline(always)]
-pub(crate) fn steer<T: Tables>(
-    t: &T,
+pub(crate) fn steer<'t, T: Tables, A: Act<FromOutside<'t>>>(
+    t: &'t T,
     settings: &Settings,
     egress: EgressId,
     packet: &Packet,
     may_tunnel: bool,
-) -> Steer {
+    to: &A,
+) -> A::Done {
+    let drop = |reason| to.act(FromOutside::Drop(reason));
     match packet.kind {
         Kind::Tcp | Kind::Udp | Kind::EchoReply => {}
-        Kind::EchoRequest => return Steer::Drop(DropReason::NoReplyFlow),
-        Kind::OtherIcmp => return Steer::Drop(DropReason::IcmpType),
-        Kind::Fragment => return Steer::Drop(DropReason::Fragment),
-        Kind::Other => return Steer::Drop(DropReason::Protocol),
+        Kind::EchoRequest => return drop(DropReason::NoReplyFlow),
+        Kind::OtherIcmp => return drop(DropReason::IcmpType),
+        Kind::Fragment => return drop(DropReason::Fragment),
+        Kind::Other => return drop(DropReason::Protocol),
+        Kind::Malformed => return drop(DropReason::Malformed),
     }
-    let node = match granule_of(packet.tuple.destination_port) {
-        Some(granule) => t.granule(egress, granule),
-        None => 0,
-    };
+    let Some(granule) = granule_of(packet.tuple.destination_port) else { return drop(DropReason::NoRange) };
+    let node = t.granule(egress, granule);
     if node == 0 {
-        return Steer::Drop(DropReason::NoRange);
+        return drop(DropReason::NoRange);
     }
     if node == settings.node {
-        return deliver(t, settings, egress, packet);
+        return deliver(t, settings, egress, packet, to);
     }
     if !may_tunnel {
-        return Steer::Drop(DropReason::TunnelNotAllowed);
+        return drop(DropReason::TunnelNotAllowed);
     }
     match t.node(node) {
-        Some(node) => Steer::Tunnel(node.tunnel_ip),
-        None => Steer::Drop(DropReason::NoRange),
+        Some(node) => to.act(FromOutside::Tunnel(node.tunnel_ip)),
+        None => drop(DropReason::NoRange),
     }
 }
 
 /// Reverse SNAT on the node that leases the port.
 #[inline(always)]
-fn deliver<T: Tables>(t: &T, settings: &Settings, egress: EgressId, packet: &Packet) -> Steer {
+fn deliver<'t, T: Tables, A: Act<FromOutside<'t>>>(
+    t: &'t T,
+    settings: &Settings,
+    egress: EgressId,
+    packet: &Packet,
+    to: &A,
+) -> A::Done {
     let tuple = &packet.tuple;
     let key = ReplyKey {
         egress,
@@ -75,7 +82,7 @@ fn deliver<T: Tables>(t: &T, settings: &Settings, egress: EgressId, packet: &Pac
         protocol: tuple.protocol,
         pad: [0; 3],
     };
-    let Some(reply) = t.reply(&key) else { return Steer::Drop(DropReason::NoReplyFlow) };
+    let Some(reply) = t.reply(&key) else { return to.act(FromOutside::Drop(DropReason::NoReplyFlow)) };
     let now = t.now();
     let alive = t.flow(&flow_key_of(&key, &reply), |flow| {
         let own = flow.egress == egress && flow.egress_port == key.egress_port;
@@ -87,12 +94,12 @@ fn deliver<T: Tables>(t: &T, settings: &Settings, egress: EgressId, packet: &Pac
         true
     });
     if alive != Some(true) {
-        return Steer::Drop(DropReason::NoReplyFlow);
+        return to.act(FromOutside::Drop(DropReason::NoReplyFlow));
     }
     let reverse = ReverseSnat { destination: reply.local, destination_port: reply.local_port };
     match t.delivery(reply.pod) {
-        None => Steer::Drop(DropReason::PodGone),
-        Some(_) if reply.path == FlowPath::Host as u8 => Steer::Host(reverse),
-        Some(delivery) => Steer::Deliver(reverse, delivery),
+        None => to.act(FromOutside::Drop(DropReason::PodGone)),
+        Some(_) if reply.path == FlowPath::Host as u8 => to.act(FromOutside::Host(reverse)),
+        Some(delivery) => to.act(FromOutside::Deliver(reverse, delivery)),
     }
 }

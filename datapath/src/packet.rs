@@ -36,6 +36,8 @@ pub enum Kind {
     Fragment,
     /// A protocol without ports.
     Other,
+    /// A sound IP header, but its transport header is short.
+    Malformed,
 }
 
 /// A packet's decisive parts.
@@ -59,7 +61,7 @@ impl Packet {
         match self.kind {
             Kind::Tcp => self.tcp_flags & (SYN | ACK | RST | FIN) == SYN,
             Kind::Udp | Kind::EchoRequest => true,
-            Kind::EchoReply | Kind::OtherIcmp | Kind::Fragment | Kind::Other => false,
+            Kind::EchoReply | Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => false,
         }
     }
 }

@@ -53,7 +53,7 @@ pub fn claim_port<T: Tables>(
     }
     let mut found = Err(DropReason::NoPortFree);
     t.repeat(PORT_PROBES, |_| {
-        let Some(port) = nth_port(lease, t.random() % ports) else { return false };
+        let Some(port) = nth_port(lease, scale(t.random(), ports)) else { return false };
         key.egress_port = port;
         match t.insert_reply(&key, reply) {
             Ok(()) => {
@@ -78,6 +78,12 @@ pub fn claim_port<T: Tables>(
         }
     });
     found
+}
+
+/// A random word to 0..`n`, by multiplication (Lemire 2019): no division, no division by zero.
+#[inline(always)]
+const fn scale(random: u32, n: u32) -> u32 {
+    ((random as u64 * n as u64) >> 32) as u32
 }
 
 /// Removes a reply entry whose flow is gone, is past its time, has another port now, or whose pod is gone.

@@ -40,7 +40,8 @@ pub struct Choice {
 pub fn choose_egress_ip<T: Tables>(t: &T, settings: &Settings, policy: &Policy, tuple: &Tuple) -> Choice {
     let mut seed = mix_ip(0, &tuple.source);
     if settings.spread == SPREAD_CONNECTION {
-        let ports = (tuple.source_port as u64) << 24 | (tuple.destination_port as u64) << 8 | tuple.protocol as u64;
+        let ports =
+            (tuple.source_port as u64) << 24 | (tuple.destination_port as u64) << 8 | tuple.protocol as u64;
         seed = mix_ip(seed ^ ports, &tuple.destination);
     }
     let mut choice = Choice::default();

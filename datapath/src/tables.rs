@@ -18,14 +18,15 @@ pub enum InsertError {
 
 /// Everything a decision may look at or change.
 ///
-/// Values are returned as copies: an entry of a hash map may be reused for another key while it is read.
+/// Small values are returned as copies, large ones by reference. Either way an entry of a BPF hash map may be
+/// reused for another key while it is read; whoever depends on it checks what it read against a second entry.
 pub trait Tables {
     /// The settings; `None` until the agent has written them.
     fn settings(&self) -> Option<&Settings>;
     /// The pod with this address.
     fn pod(&self, ip: &Ip) -> Option<Pod>;
     /// Where replies of this pod go.
-    fn delivery(&self, pod: PodId) -> Option<Delivery>;
+    fn delivery(&self, pod: PodId) -> Option<&Delivery>;
     /// What an interface is.
     fn interface(&self, ifindex: IfIndex) -> Option<Interface>;
     /// The [`crate::keys::NetworkKind`] of the longest prefix that contains the address; 0 outside the cluster.
@@ -35,7 +36,7 @@ pub trait Tables {
     /// The id of an egress address.
     fn egress_id(&self, ip: &Ip) -> Option<EgressId>;
     /// An egress address.
-    fn egress_ip(&self, id: EgressId) -> Option<EgressIp>;
+    fn egress_ip(&self, id: EgressId) -> Option<&EgressIp>;
     /// The node that leases a granule; 0 for none.
     fn granule(&self, egress: EgressId, granule: u16) -> NodeId;
     /// The granules this node may use.
@@ -47,8 +48,8 @@ pub trait Tables {
 
     /// Looks at a flow, and may change it in place.
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;
-    /// Writes a flow, new or not.
-    fn put_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
+    /// Makes a flow; `Exists` if another CPU was quicker.
+    fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
     /// Removes a flow, if it is there.
     fn remove_flow(&self, key: &FlowKey);
     /// A flow seen from outside.
@@ -65,8 +66,8 @@ pub trait Tables {
 
     /// Keeps a token; `Exists` if its number is taken.
     fn insert_token(&self, hash: u32, token: &Token) -> Result<(), InsertError>;
-    /// Takes a token out.
-    fn take_token(&self, hash: u32) -> Option<Token>;
+    /// Takes a token out. What it refers to is the caller's until its next call.
+    fn take_token(&self, hash: u32) -> Option<&Token>;
 
     /// A random number.
     fn random(&self) -> u32;

@@ -10,13 +10,19 @@ use crate::keys::{
 use crate::packet::{Kind, Packet};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
-use crate::tables::Tables;
+use crate::tables::{InsertError, Tables};
 use crate::verdict::{DropReason, Snat, ToUplink};
 
 /// Decides on a packet about to leave by `uplink`, which came into the node by `ingress` (0: the node sends
 /// it itself) and carries `hash` as its skb hash.
 #[inline(always)]
-pub fn to_uplink<T: Tables>(t: &T, uplink: IfIndex, ingress: IfIndex, hash: u32, packet: &Packet) -> ToUplink {
+pub fn to_uplink<T: Tables>(
+    t: &T,
+    uplink: IfIndex,
+    ingress: IfIndex,
+    hash: u32,
+    packet: &Packet,
+) -> ToUplink {
     // The node's own: its host processes, and the outer packets of tunnels, which lose their ingress
     // interface in encapsulation (skb_scrub_packet, net/core/skbuff.c).
     if ingress == 0 {
@@ -43,7 +49,7 @@ pub fn to_uplink<T: Tables>(t: &T, uplink: IfIndex, ingress: IfIndex, hash: u32,
         return ToUplink::Pass;
     }
     if let Some(token) = t.take_token(hash) {
-        return decide(t, settings, uplink, &token, packet);
+        return decide(t, settings, uplink, token, packet);
     }
     let selected = interface.guarded != 0 || t.pod(&tuple.source).is_some_and(|pod| pod.policy != 0);
     if selected && is_outside(t, tuple) {
@@ -54,7 +60,13 @@ pub fn to_uplink<T: Tables>(t: &T, uplink: IfIndex, ingress: IfIndex, hash: u32,
 
 /// Decides on a packet whose pod and original tuple are known, on its destination after the host's DNAT.
 #[inline(always)]
-fn decide<T: Tables>(t: &T, settings: &Settings, uplink: IfIndex, token: &Token, packet: &Packet) -> ToUplink {
+fn decide<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    uplink: IfIndex,
+    token: &Token,
+    packet: &Packet,
+) -> ToUplink {
     let tuple = &packet.tuple;
     if !is_outside(t, tuple) {
         return ToUplink::Pass;
@@ -68,7 +80,7 @@ fn decide<T: Tables>(t: &T, settings: &Settings, uplink: IfIndex, token: &Token,
         flow_key(token.pod, tuple, FlowPath::Host)
     };
     if let Some((egress, port)) = known_flow(t, settings, token, &key, packet) {
-        return translate(t, settings, uplink, &egress, port);
+        return translate(t, settings, uplink, egress, port);
     }
     let choice = choose_egress_ip(t, settings, policy, &token.tuple);
     if choice.best == 0 {
@@ -81,16 +93,18 @@ fn decide<T: Tables>(t: &T, settings: &Settings, uplink: IfIndex, token: &Token,
     if !packet.opens() {
         return ToUplink::Drop(DropReason::NoFlow);
     }
-    match new_flow(t, settings, token, &key, packet, choice.best) {
-        Ok((egress, port)) => translate(t, settings, uplink, &egress, port),
-        // Another address of the object, when this one has no port for us.
-        Err(DropReason::NoPortFree | DropReason::NoPortRange) if choice.second != 0 => {
-            match new_flow(t, settings, token, &key, packet, choice.second) {
-                Ok((egress, port)) => translate(t, settings, uplink, &egress, port),
-                Err(reason) => ToUplink::Drop(reason),
+    let mut id = choice.best;
+    loop {
+        match new_flow(t, settings, token, &key, packet, id) {
+            Ok((egress, port)) => return translate(t, settings, uplink, egress, port),
+            // Another address of the object, when this one has no port for us.
+            Err(DropReason::NoPortFree | DropReason::NoPortRange)
+                if id != choice.second && choice.second != 0 =>
+            {
+                id = choice.second;
             }
+            Err(reason) => return ToUplink::Drop(reason),
         }
-        Err(reason) => ToUplink::Drop(reason),
     }
 }
 
@@ -111,13 +125,13 @@ fn translate<T: Tables>(
 /// The flow this packet belongs to, if there is one and it is in force: flows on the host's path, and packets
 /// of an offloaded flow that were under way when it was made. A dead one is removed.
 #[inline(always)]
-fn known_flow<T: Tables>(
-    t: &T,
+fn known_flow<'t, T: Tables>(
+    t: &'t T,
     settings: &Settings,
     token: &Token,
     key: &FlowKey,
     packet: &Packet,
-) -> Option<(EgressIp, u16)> {
+) -> Option<(&'t EgressIp, u16)> {
     let now = t.now();
     let (egress_id, egress_port, alive) = t.flow(key, |flow| {
         let alive = flow.policy == token.policy && !expired(settings, now, flow, key.protocol);
@@ -129,7 +143,10 @@ fn known_flow<T: Tables>(
         }
         (flow.egress, flow.egress_port, alive)
     })?;
-    if alive && let Some(egress) = t.egress_ip(egress_id) {
+    if alive
+        && let Some(egress) = t.egress_ip(egress_id)
+        && egress.policy == token.policy
+    {
         return Some((egress, egress_port));
     }
     // Forward entry first: while it is there, its reply entry counts as alive.
@@ -140,15 +157,15 @@ fn known_flow<T: Tables>(
 
 /// Makes a flow: the reply entry, which claims the port, then the forward entry; undone if that fails.
 #[inline(always)]
-fn new_flow<T: Tables>(
-    t: &T,
+fn new_flow<'t, T: Tables>(
+    t: &'t T,
     settings: &Settings,
     token: &Token,
     key: &FlowKey,
     packet: &Packet,
     egress_id: EgressId,
-) -> Result<(EgressIp, u16), DropReason> {
-    let Some(egress) = t.egress_ip(egress_id) else { return Err(DropReason::NoOwner) };
+) -> Result<(&'t EgressIp, u16), DropReason> {
+    let egress = t.egress_ip(egress_id).filter(|e| e.policy == token.policy).ok_or(DropReason::NoOwner)?;
     let now = t.now();
     let offloaded = key.path == FlowPath::Offloaded as u8;
     let reply = Reply {
@@ -169,11 +186,17 @@ fn new_flow<T: Tables>(
         bytes: packet.len as u64,
     };
     flow.egress_port = claim_port(t, settings, now, reply_key(egress_id, 0, key), &reply)?;
-    if t.put_flow(key, &flow).is_err() {
-        t.remove_reply(&reply_key(egress_id, flow.egress_port, key));
-        return Err(DropReason::FlowTableFull);
+    match t.insert_flow(key, &flow) {
+        Ok(()) => Ok((egress, flow.egress_port)),
+        Err(error) => {
+            t.remove_reply(&reply_key(egress_id, flow.egress_port, key));
+            match error {
+                // Another CPU made the same flow meanwhile: its port it is.
+                InsertError::Exists => known_flow(t, settings, token, key, packet).ok_or(DropReason::NoFlow),
+                InsertError::Full => Err(DropReason::FlowTableFull),
+            }
+        }
     }
-    Ok((egress, flow.egress_port))
 }
 
 #[inline(always)]

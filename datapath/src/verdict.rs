@@ -135,35 +135,43 @@ pub struct ReverseSnat {
     pub destination_port: u16,
 }
 
-/// What is done with a packet to an egress IP.
+/// Outcome at `from_uplink` and `from_tunnel`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Steer {
-    /// To the node that leases its port, through the tunnel.
+pub enum FromOutside<'t> {
+    /// Not ours: the next program, untouched.
+    NotOurs,
+    /// At the gateway, on its way out: by this uplink.
+    Forward(IfIndex),
+    /// A reply, to the node that leases its port, through the tunnel.
     Tunnel(Ip),
-    /// To the pod, past the host's stack.
-    Deliver(ReverseSnat, Delivery),
-    /// To the host's stack, which knows the connection.
+    /// A reply, to the pod, past the host's stack.
+    Deliver(ReverseSnat, &'t Delivery),
+    /// A reply, to the host's stack, which knows the connection.
     Host(ReverseSnat),
     /// Dropped.
     Drop(DropReason),
 }
 
-/// Outcome at `from_uplink`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FromUplink {
-    /// Not ours: the next program, untouched.
-    NotOurs,
-    /// To an egress IP.
-    Steer(Steer),
+/// Acts on a verdict where it is reached.
+///
+/// Verdicts are handed over rather than returned: a returned one is merged over all the places it comes from,
+/// LLVM fills in what a variant does not have with undefined registers, and the verifier refuses to see those
+/// spilled ("R1 !read_ok", LLVM 22, kernel 6.18).
+pub trait Act<V> {
+    /// What acting gives: a TC action in the kernel, the verdict itself in tests.
+    type Done;
+    /// Acts.
+    fn act(&self, verdict: V) -> Self::Done;
 }
 
-/// Outcome at `from_tunnel`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FromTunnel {
-    /// Out of this uplink, as its gateway.
-    Forward(IfIndex),
-    /// A reply.
-    Steer(Steer),
+/// Keeps the verdict.
+pub struct Keep;
+
+impl<V> Act<V> for Keep {
+    type Done = V;
+    fn act(&self, verdict: V) -> V {
+        verdict
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,165 @@
+//! Outgate's TC programs. Each one parses, lets `datapath` decide, and acts on the decision.
+//!
+//! A packet's way out: [`from_pod`], the host's stack, [`to_uplink`], the tunnel, [`from_tunnel`] at the
+//! gateway. Back: [`from_uplink`] at the gateway, [`from_tunnel`] at the pod's node.
+
+#![no_std]
+#![no_main]
+
+mod arp;
+mod ctx;
+mod maps;
+mod packet;
+mod report;
+mod rewrite;
+mod send;
+mod tables;
+
+use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use datapath::verdict::{Act, DropReason, FromOutside, FromPod, ToUplink};
+
+use crate::ctx::Skb;
+use crate::packet::{Headers, Parsed};
+use crate::report::drop;
+use crate::tables::Maps;
+
+/// "Next": the following program, or none. The value of both `TC_ACT_UNSPEC` and `TCX_NEXT`.
+const NEXT: i32 = TC_ACT_UNSPEC;
+
+/// TC ingress of a pod-facing interface.
+#[classifier]
+pub fn from_pod(ctx: TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    let Parsed::Ip(parsed) = packet::parse(&skb) else { return NEXT };
+    match datapath::from_pod::from_pod(&Maps, skb.ifindex(), &parsed.packet) {
+        FromPod::NotOurs => NEXT,
+        FromPod::Pass => {
+            skb.set_hash(tables::pass_token());
+            NEXT
+        }
+        FromPod::Unmarked => {
+            skb.clear_hash();
+            NEXT
+        }
+        FromPod::Identify(token) => {
+            skb.set_hash(token);
+            NEXT
+        }
+        FromPod::Translate(snat) => send::translated(&skb, &parsed, &snat),
+        FromPod::Drop(reason) => drop(&skb, reason),
+    }
+}
+
+/// TC egress of a pod-facing interface.
+#[classifier]
+pub fn to_pod(ctx: TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    if let Parsed::Ip(parsed) = packet::parse(&skb) {
+        datapath::to_pod::to_pod(&Maps, &parsed.packet);
+    }
+    NEXT
+}
+
+/// TC egress of an uplink.
+#[classifier]
+pub fn to_uplink(ctx: TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    let ingress = skb.ingress_ifindex();
+    // The node's own packets, and the outer packets of tunnels: before any parsing.
+    if ingress == 0 {
+        return NEXT;
+    }
+    let Parsed::Ip(parsed) = packet::parse(&skb) else { return NEXT };
+    match datapath::to_uplink::to_uplink(&Maps, skb.ifindex(), ingress, skb.hash(), &parsed.packet) {
+        ToUplink::NotOurs => NEXT,
+        ToUplink::Pass => {
+            skb.clear_hash();
+            NEXT
+        }
+        ToUplink::Translate(snat) => {
+            // Without this the tunnel's outer packet would inherit the token.
+            skb.clear_hash();
+            send::translated(&skb, &parsed, &snat)
+        }
+        ToUplink::Drop(reason) => drop(&skb, reason),
+    }
+}
+
+/// TC ingress of an uplink.
+#[classifier]
+pub fn from_uplink(ctx: TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    let parsed = match packet::parse(&skb) {
+        Parsed::Ip(parsed) => parsed,
+        Parsed::Arp => return arp::answer(&skb),
+        Parsed::Other => return NEXT,
+    };
+    datapath::from_uplink::from_uplink(&Maps, &parsed.packet, &AtUplink { skb: &skb, headers: &parsed })
+}
+
+/// TC ingress of the tunnel's device.
+#[classifier]
+pub fn from_tunnel(ctx: TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    let Parsed::Ip(parsed) = packet::parse(&skb) else { return drop(&skb, DropReason::TunnelNotAllowed) };
+    let Ok((sender, vni)) = skb.tunnel_sender() else { return drop(&skb, DropReason::UnknownTunnelPeer) };
+    let at = AtTunnel { skb: &skb, headers: &parsed };
+    datapath::from_tunnel::from_tunnel(&Maps, &sender, vni, &parsed.packet, &at)
+}
+
+/// A packet at `from_uplink`.
+struct AtUplink<'a> {
+    skb: &'a Skb,
+    headers: &'a Headers,
+}
+
+impl Act<FromOutside<'_>> for AtUplink<'_> {
+    type Done = i32;
+    #[inline(always)]
+    fn act(&self, verdict: FromOutside<'_>) -> i32 {
+        let Self { skb, headers } = self;
+        match verdict {
+            FromOutside::NotOurs => NEXT,
+            FromOutside::Forward(uplink) => send::out_of(skb, &headers.packet.tuple, uplink),
+            FromOutside::Tunnel(node) => send::through_tunnel(skb, &node),
+            FromOutside::Deliver(reverse, delivery) => send::to_pod(skb, headers, &reverse, delivery),
+            FromOutside::Host(reverse) => send::up(skb, headers, &reverse),
+            FromOutside::Drop(reason) => drop(skb, reason),
+        }
+    }
+}
+
+/// A packet at `from_tunnel`.
+struct AtTunnel<'a> {
+    skb: &'a Skb,
+    headers: &'a Headers,
+}
+
+impl Act<FromOutside<'_>> for AtTunnel<'_> {
+    type Done = i32;
+    #[inline(always)]
+    fn act(&self, verdict: FromOutside<'_>) -> i32 {
+        let Self { skb, headers } = self;
+        match verdict {
+            FromOutside::Forward(uplink) => send::out_of(skb, &headers.packet.tuple, uplink),
+            FromOutside::Deliver(reverse, delivery) => send::to_pod(skb, headers, &reverse, delivery),
+            FromOutside::Host(reverse) => send::into_uplink(skb, headers, &reverse),
+            FromOutside::Drop(reason) => drop(skb, reason),
+            // What came through the tunnel goes into no tunnel and to no other program.
+            FromOutside::Tunnel(_) | FromOutside::NotOurs => drop(skb, DropReason::TunnelNotAllowed),
+        }
+    }
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// Most helpers are only for programs that declare a GPL-compatible licence; the source is Apache-2.0.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,92 @@
+//! Every map. Policy maps are written by the agent only (`apply`), flow maps by programs only; both are read
+//! by all. Capacities and what happens when they are reached: `datapath::limits`.
+
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use datapath::addr::Ip;
+use datapath::keys::{
+    Delivery, DropCount, EgressIp, Flow, FlowKey, GranuleTable, Interface, Lease, Network, Node, Opener, Pod,
+    PodName, Policy, Reply, ReplyKey, Settings, Token,
+};
+use datapath::limits;
+use datapath::verdict::DropReason;
+
+/// `BPF_F_NO_PREALLOC`: memory follows use. For maps that only the agent fills.
+const ON_DEMAND: usize = 1;
+
+/// One entry: what the programs need to know of the node and of EgressConfig.
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// Local pods by address.
+#[btf_map]
+pub static PODS: HashMap<Ip, Pod, { limits::PODS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Where replies to a pod go, by pod id.
+#[btf_map]
+pub static DELIVERY: HashMap<u32, Delivery, { limits::PODS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Names of pods, by pod id, for people.
+#[btf_map]
+pub static POD_NAMES: HashMap<u32, PodName, { limits::PODS as usize }, ON_DEMAND> = HashMap::new();
+
+/// EgressIP objects by id.
+#[btf_map]
+pub static POLICIES: HashMap<u32, Policy, { limits::POLICIES as usize }, ON_DEMAND> = HashMap::new();
+
+/// Egress addresses by id.
+#[btf_map]
+pub static EGRESS_IPS: HashMap<u32, EgressIp, { limits::EGRESS_IPS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Ids of egress addresses.
+#[btf_map]
+pub static EGRESS_ADDRS: HashMap<Ip, u32, { limits::EGRESS_IPS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Which node leases which granule of an egress address.
+#[btf_map]
+pub static GRANULES: HashMap<u32, GranuleTable, { limits::EGRESS_IPS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Granules this node takes ports from, by egress address.
+#[btf_map]
+pub static LEASES: HashMap<u32, Lease, { limits::EGRESS_IPS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Nodes by id.
+#[btf_map]
+pub static NODES: HashMap<u32, Node, { limits::NODES as usize }, ON_DEMAND> = HashMap::new();
+
+/// Ids of nodes by tunnel address.
+#[btf_map]
+pub static NODE_ADDRS: HashMap<Ip, u32, { limits::NODES as usize }, ON_DEMAND> = HashMap::new();
+
+/// Interfaces by index.
+#[btf_map]
+pub static INTERFACES: HashMap<u32, Interface, { limits::INTERFACES as usize }, ON_DEMAND> = HashMap::new();
+
+/// The cluster's prefixes. What is in none of them is outside.
+#[btf_map]
+pub static NETWORKS: LpmTrie<Ip, Network, { limits::NETWORKS as usize }> = LpmTrie::new();
+
+/// Packets between `from_pod` and `to_uplink`. Both run on the same CPU for one packet, unless it is queued.
+#[btf_map]
+pub static TOKENS: LruHashMap<u32, Token, { limits::TOKENS as usize }> = LruHashMap::new();
+
+/// The token that a CPU works on: copied here because the stack's 512 bytes are needed elsewhere.
+#[btf_map]
+pub static TAKEN_TOKEN: PerCpuArray<Token, 1> = PerCpuArray::new();
+
+/// Who opened a connection. Racing writers write the same, or the later one of two openings.
+#[btf_map]
+pub static OPENERS: LruHashMap<FlowKey, Opener, { limits::OPENERS as usize }> = LruHashMap::new();
+
+/// Flows, seen from the pod. Two CPUs may update one at once: `seen` and `state` are single stores of equal
+/// worth, a lost increment of a counter is accepted (a flow mostly stays on one CPU).
+#[btf_map]
+pub static FLOWS: HashMap<FlowKey, Flow, { limits::FLOWS as usize }> = HashMap::new();
+
+/// Flows, seen from outside. Inserting an entry claims its port; entries do not change afterwards.
+#[btf_map]
+pub static REPLIES: HashMap<ReplyKey, Reply, { limits::FLOWS as usize }> = HashMap::new();
+
+/// Drops by reason.
+#[btf_map]
+pub static DROPS: PerCpuArray<DropCount, { DropReason::ALL.len() }> = PerCpuArray::new();

@@ -1,0 +1,118 @@
+//! The parser: the only place that reads packet headers.
+
+use datapath::addr::Ip;
+use datapath::keys::Tuple;
+use datapath::packet::{ICMP, Kind, Packet, TCP, UDP};
+
+use crate::ctx::Skb;
+
+/// Length of an Ethernet header; a VLAN tag at a TC hook is held outside the packet.
+pub const ETHERNET_LEN: usize = 14;
+/// `ETH_P_IP`, as `skb->protocol` holds it.
+const ETH_P_IP: u16 = 0x0800_u16.to_be();
+/// `ETH_P_ARP`.
+const ETH_P_ARP: u16 = 0x0806_u16.to_be();
+
+const ICMP_ECHO_REPLY: u8 = 0;
+const ICMP_ECHO_REQUEST: u8 = 8;
+
+/// "More fragments" and the fragment offset (RFC 791, 3.1).
+const FRAGMENT_BITS: u16 = 0x3fff;
+
+/// What a packet is.
+pub enum Parsed {
+    /// IPv4 with a sound header.
+    Ip(Headers),
+    /// ARP.
+    Arp,
+    /// Anything else, or an IP header that the kernel will refuse.
+    Other,
+}
+
+/// A packet and where its headers are.
+pub struct Headers {
+    pub packet: Packet,
+    /// Offset of the transport header from the link-layer header.
+    pub l4: usize,
+}
+
+/// Parses a packet.
+#[inline(always)]
+pub fn parse(skb: &Skb) -> Parsed {
+    match skb.protocol() {
+        ETH_P_IP => parse_v4(skb),
+        ETH_P_ARP => Parsed::Arp,
+        _ => Parsed::Other,
+    }
+}
+
+#[inline(always)]
+fn parse_v4(skb: &Skb) -> Parsed {
+    let Ok(ip) = skb.load::<[u8; 20]>(ETHERNET_LEN) else { return Parsed::Other };
+    let header_len = usize::from(ip[0] & 0x0f) * 4;
+    let on_wire = skb.len() as usize - ETHERNET_LEN;
+    let total_len = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
+    // `ip_rcv_core` refuses these (net/ipv4/ip_input.c). A total length of 0 is BIG TCP's.
+    if ip[0] >> 4 != 4 || header_len < 20 || total_len > on_wire || (total_len != 0 && total_len < header_len)
+    {
+        return Parsed::Other;
+    }
+    let l4 = ETHERNET_LEN + header_len;
+    let protocol = ip[9];
+    let mut tuple = Tuple {
+        source: Ip::v4([ip[12], ip[13], ip[14], ip[15]]),
+        destination: Ip::v4([ip[16], ip[17], ip[18], ip[19]]),
+        source_port: 0,
+        destination_port: 0,
+        protocol,
+        pad: [0; 3],
+    };
+    let mut tcp_flags = 0;
+    let kind = if u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_BITS != 0 {
+        Kind::Fragment
+    } else if protocol == TCP {
+        match skb.load::<[u8; 14]>(l4) {
+            Ok(tcp) => {
+                ports(&mut tuple, &tcp);
+                tcp_flags = tcp[13];
+                Kind::Tcp
+            }
+            Err(_) => Kind::Malformed,
+        }
+    } else if protocol == UDP {
+        match skb.load::<[u8; 8]>(l4) {
+            Ok(udp) => {
+                ports(&mut tuple, &udp);
+                Kind::Udp
+            }
+            Err(_) => Kind::Malformed,
+        }
+    } else if protocol == ICMP {
+        match skb.load::<[u8; 8]>(l4) {
+            Ok(icmp) => {
+                let identifier = u16::from_be_bytes([icmp[4], icmp[5]]);
+                match icmp[0] {
+                    ICMP_ECHO_REQUEST => {
+                        tuple.source_port = identifier;
+                        Kind::EchoRequest
+                    }
+                    ICMP_ECHO_REPLY => {
+                        tuple.destination_port = identifier;
+                        Kind::EchoReply
+                    }
+                    _ => Kind::OtherIcmp,
+                }
+            }
+            Err(_) => Kind::Malformed,
+        }
+    } else {
+        Kind::Other
+    };
+    Parsed::Ip(Headers { packet: Packet { tuple, len: on_wire as u32, kind, tcp_flags }, l4 })
+}
+
+#[inline(always)]
+fn ports<const N: usize>(tuple: &mut Tuple, header: &[u8; N]) {
+    tuple.source_port = u16::from_be_bytes([header[0], header[1]]);
+    tuple.destination_port = u16::from_be_bytes([header[2], header[3]]);
+}
