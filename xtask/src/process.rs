@@ -38,6 +38,19 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
 
 /// Runs a command whose output the developer sees as it comes, and gives its lines as well.
 pub(crate) fn tee(command: &mut Command) -> Result<(bool, Vec<String>)> {
+    watch(command, |_| true)
+}
+
+/// Runs a talkative command: shown are the lines that tell its progress, and all of them when it fails.
+pub(crate) fn run_showing(command: &mut Command, progress: fn(&str) -> bool) -> Result<()> {
+    let (ok, lines) = watch(command, progress)?;
+    if !ok {
+        bail!("`{}` failed:\n{}", shown(command), lines.join("\n"));
+    }
+    Ok(())
+}
+
+fn watch(command: &mut Command, show: fn(&str) -> bool) -> Result<(bool, Vec<String>)> {
     let mut child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -45,25 +58,28 @@ pub(crate) fn tee(command: &mut Command) -> Result<(bool, Vec<String>)> {
         .with_context(|| format!("cannot start `{}`", shown(command)))?;
     let err = thread::spawn({
         let pipe = child.stderr.take();
-        move || copy_lines(pipe)
+        move || copy_lines(pipe, show)
     });
-    let mut lines = copy_lines(child.stdout.take());
+    let mut lines = copy_lines(child.stdout.take(), show);
     lines.extend(err.join().expect("the copying thread does not panic"));
     let status = child.wait().with_context(|| format!("cannot wait for `{}`", shown(command)))?;
     Ok((status.success(), lines))
 }
 
 /// Everything goes to standard error: standard output is for xtask's own result.
-fn copy_lines(pipe: Option<impl Read>) -> Vec<String> {
+fn copy_lines(pipe: Option<impl Read>, show: fn(&str) -> bool) -> Vec<String> {
     let Some(pipe) = pipe else { return Vec::new() };
     let mut lines = Vec::new();
     let mut pipe = BufReader::new(pipe);
-    let mut line = Vec::new();
-    while pipe.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
-        // A closed standard error must not end the tests.
-        let _ = std::io::stderr().lock().write_all(&line);
-        lines.push(String::from_utf8_lossy(&line).trim_end().to_owned());
-        line.clear();
+    let mut bytes = Vec::new();
+    while pipe.read_until(b'\n', &mut bytes).is_ok_and(|read| read > 0) {
+        let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        if show(&line) {
+            // A closed standard error must not end the tests.
+            let _ = std::io::stderr().lock().write_all(&bytes);
+        }
+        lines.push(line);
+        bytes.clear();
     }
     lines
 }

@@ -165,14 +165,14 @@ fn install_rustc(apt: &mut Apt) -> Result<()> {
     let by_hand = "install rustup's nightly with its source \
                    (`rustup toolchain install nightly --component rust-src`), then run this again";
     let apt_problem = match Apt::usable() {
-        Ok(()) if apt.first_known(&RUSTC_PACKAGES[..1])?.is_some() => {
-            apt.install(&RUSTC_PACKAGES)?;
-            if toolchain::find_rustc().is_some() {
-                return Ok(());
+        Ok(()) => {
+            apt.update()?;
+            match candidate(RUSTC_PACKAGES[0]) {
+                Some(version) if toolchain::is_new_enough(&version) => return apt.install(&RUSTC_PACKAGES),
+                Some(version) => format!("apt's {} is {version}, too old", RUSTC_PACKAGES[0]),
+                None => format!("apt knows no {}", RUSTC_PACKAGES[0]),
             }
-            format!("{} is too old here", RUSTC_PACKAGES[0])
         }
-        Ok(()) => format!("apt knows no {}", RUSTC_PACKAGES[0]),
         Err(why) => why,
     };
     let Some(rustup) = machine::find_program("rustup") else {
@@ -218,7 +218,8 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<()> {
         .env("CARGO_TARGET_DIR", machine::tools_dir()?.join("build"))
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
-    process::run(&mut cargo).with_context(|| format!("cannot build bpf-linker; {by_hand}"))?;
+    process::run_showing(&mut cargo, |line| line.trim_start().starts_with("Compiling"))
+        .with_context(|| format!("cannot build bpf-linker; {by_hand}"))?;
     // Some hundred megabytes that are never read again.
     let _ = fs::remove_dir_all(machine::tools_dir()?.join("build"));
     step.done(&format!("bpf-linker {}", toolchain::BPF_LINKER));
@@ -260,7 +261,7 @@ fn name(what: &str) -> &str {
     what.rsplit('/').next().unwrap_or(what)
 }
 
-/// apt-get, asked for its lists at most once.
+/// apt-get, asked for the distribution's lists once and only when something is to be installed.
 struct Apt {
     updated: bool,
 }
@@ -283,18 +284,15 @@ impl Apt {
 
     /// The first of the packages that can be installed.
     fn first_known<'a>(&mut self, packages: &[&'a str]) -> Result<Option<&'a str>> {
-        if let Some(package) = packages.iter().find(|package| has_candidate(package)) {
-            return Ok(Some(package));
-        }
-        // A fresh container has no lists at all.
         self.update()?;
-        Ok(packages.iter().find(|package| has_candidate(package)).copied())
+        Ok(packages.iter().find(|package| candidate(package).is_some()).copied())
     }
 
+    /// A fresh container has no lists, an old one has versions that the mirror has dropped.
     fn update(&mut self) -> Result<()> {
         if !self.updated {
             let step = ui::Step::begin("install", "reading the distribution's package lists");
-            process::run(apt_get().args(["-q", "update"]))?;
+            process::run_showing(apt_get().arg("update"), |line| line.starts_with("Get:"))?;
             self.updated = true;
             step.done("package lists");
         }
@@ -302,21 +300,13 @@ impl Apt {
     }
 
     fn install(&mut self, packages: &[&str]) -> Result<()> {
+        self.update()?;
         let step = ui::Step::begin("install", &packages.join(" "));
         let _quiet = ServiceGuard::new()?;
-        let install = || {
-            let mut command = apt_get();
-            command.args(["-q", "-y", "--no-install-recommends", "install"]).args(packages);
-            process::run(&mut command)
-        };
-        if let Err(error) = install() {
-            // Old lists name versions that the mirror has dropped.
-            if self.updated {
-                return Err(error);
-            }
-            self.update()?;
-            install()?;
-        }
+        process::run_showing(
+            apt_get().args(["-y", "--no-install-recommends", "install"]).args(packages),
+            |line| ["Get:", "Need to get", "Setting up"].iter().any(|start| line.starts_with(start)),
+        )?;
         step.done(&packages.join(" "));
         Ok(())
     }
@@ -324,21 +314,19 @@ impl Apt {
 
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
-    command.env("DEBIAN_FRONTEND", "noninteractive");
+    command.args(["-q", "-o", "Dpkg::Use-Pty=0"]).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
     command
 }
 
-fn has_candidate(package: &str) -> bool {
-    process::capture(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C"))
-        .is_ok_and(|policy| parse_candidate(&policy))
+/// The version of a package that apt would install.
+fn candidate(package: &str) -> Option<String> {
+    let policy = process::capture(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C"));
+    parse_candidate(&policy.ok()?)
 }
 
-/// Whether `apt-cache policy` names a version to install.
-fn parse_candidate(policy: &str) -> bool {
-    policy
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Candidate:"))
-        .is_some_and(|candidate| candidate.trim() != "(none)")
+fn parse_candidate(policy: &str) -> Option<String> {
+    let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate:"))?.trim();
+    (version != "(none)").then(|| version.to_owned())
 }
 
 /// While it lives, packages that are installed start no services; afterwards none is left enabled.
@@ -393,9 +381,10 @@ mod tests {
 
     #[test]
     fn reads_apts_answer() {
-        assert!(parse_candidate("jq:\n  Installed: (none)\n  Candidate: 1.6-2.1\n  Version table:\n"));
-        assert!(!parse_candidate("jq:\n  Installed: (none)\n  Candidate: (none)\n"));
-        assert!(!parse_candidate(""));
+        let known = "jq:\n  Installed: (none)\n  Candidate: 1.6-2.1\n  Version table:\n";
+        assert_eq!(parse_candidate(known).as_deref(), Some("1.6-2.1"));
+        assert_eq!(parse_candidate("jq:\n  Installed: (none)\n  Candidate: (none)\n"), None);
+        assert_eq!(parse_candidate(""), None);
     }
 
     #[test]

@@ -58,10 +58,15 @@ pub(crate) fn find_rustc() -> Option<Rustc> {
     nightly.into_iter().chain([PathBuf::from("/usr/bin/rustc")]).find_map(|path| inspect_rustc(&path))
 }
 
+/// Whether a compiler of this version (or a package of it) will do.
+pub(crate) fn is_new_enough(version: &str) -> bool {
+    parse_version(version).is_some_and(|version| version >= OLDEST_RUSTC)
+}
+
 fn inspect_rustc(path: &Path) -> Option<Rustc> {
     let verbose = process::capture(Command::new(path).arg("-vV")).ok()?;
     let (version, llvm) = parse_rustc_version(&verbose)?;
-    if parse_version(&version)? < OLDEST_RUSTC {
+    if !is_new_enough(&version) {
         return None;
     }
     let sysroot = process::capture(Command::new(path).args(["--print", "sysroot"])).ok()?;
@@ -124,6 +129,8 @@ mod tests {
         assert_eq!(parse_rustc_version(verbose), Some(("1.97.0-nightly".to_owned(), 22)));
         assert_eq!(parse_version("1.97.0-nightly"), Some((1, 97)));
         assert_eq!(parse_rustc_version("garbage"), None);
+        assert!(is_new_enough("1.96.0+dfsg1-1~deb12u2"));
+        assert!(!is_new_enough("1.85.0+dfsg3-1~deb12u3"));
     }
 
     #[test]
