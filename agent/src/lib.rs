@@ -4,5 +4,11 @@
 pub mod objects;
 pub mod watch;
 
+pub mod model;
+pub mod selector;
+
+pub mod assign;
+pub mod lease;
+
 pub mod facts;
 pub mod image;

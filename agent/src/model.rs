@@ -1,0 +1,1021 @@
+//! Objects, checked: desired state in types that cannot be wrong. What is wrong is refused singly, with a
+//! reason, and the rest works on.
+//!
+//! Refusing fails closed. An EgressIP whose addresses are wrong still selects its pods, so that a slip in an
+//! address does not let them out by the node's: they have no egress IP in force, and `unassigned` decides.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use datapath::addr::Ip;
+use datapath::keys::{GranuleRange, Unassigned};
+use datapath::limits::{GRANULES, POLICY_ADDRESSES};
+use ipnet::IpNet;
+
+use crate::objects::{
+    self, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects, TimeoutsSpec,
+    Tunnel,
+};
+use crate::selector::{Match, Selector};
+use crate::watch::Problem;
+
+/// UDP port of the tunnel unless the EgressConfig says otherwise: beside VXLAN's own, which the CNI may use.
+pub const TUNNEL_PORT: u16 = 4790;
+
+/// What the cluster's objects ask of one node.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Desired {
+    /// The node.
+    pub node: String,
+    /// Cluster-wide settings.
+    pub config: Config,
+    /// The tunnel; none until the leader has chosen it.
+    pub tunnel: Option<Tunnel>,
+    /// Nodes, by name: those that have a Node object or an agent.
+    pub nodes: BTreeMap<String, Node>,
+    /// EgressIP objects, by name.
+    pub egress_ips: BTreeMap<String, EgressIp>,
+    /// This node's pods, by namespace and name.
+    pub pods: BTreeMap<(String, String), Pod>,
+    /// Who holds and leases what, by address.
+    pub allocations: BTreeMap<IpAddr, Allocation>,
+    /// What is wrong with objects.
+    pub problems: BTreeSet<Problem>,
+}
+
+/// Cluster-wide settings.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Pod networks.
+    pub cluster_networks: Vec<IpNet>,
+    /// Service networks.
+    pub service_networks: Vec<IpNet>,
+    /// What becomes of a selected pod's traffic while nobody holds its addresses.
+    pub unassigned: Unassigned,
+    /// Whether packets of pods that are not programmed yet are held.
+    pub hold_unknown: bool,
+    /// How flows spread over an object's addresses.
+    pub spread: Spread,
+    /// The tunnel's port, if it is set.
+    pub tunnel_port: Option<u16>,
+    /// The tunnel's identifier, if it is set.
+    pub tunnel_vni: Option<u32>,
+    /// Idle times.
+    pub timeouts: Timeouts,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cluster_networks: Vec::new(),
+            service_networks: Vec::new(),
+            unassigned: Unassigned::Drop,
+            hold_unknown: true,
+            spread: Spread::Pod,
+            tunnel_port: None,
+            tunnel_vni: None,
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+/// How flows spread over an object's addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Spread {
+    /// One pod, one address.
+    Pod = 1,
+    /// Every connection by itself.
+    Connection = 2,
+}
+
+/// Idle times, in seconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    /// An established TCP connection (RFC 5382: not less than 2 h 4 min).
+    pub tcp_established: u32,
+    /// A TCP connection that opens or closes (RFC 5382: not less than 4 min).
+    pub tcp_transitory: u32,
+    /// UDP (RFC 4787: 5 min or more).
+    pub udp: u32,
+    /// ICMP echo (RFC 5508: not less than 60 s).
+    pub icmp: u32,
+    /// A port after its connection was closed: a server's TIME_WAIT of 60 s and a margin.
+    pub rest: u32,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { tcp_established: 7440, tcp_transitory: 240, udp: 300, icmp: 60, rest: 65 }
+    }
+}
+
+/// One EgressIP object.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EgressIp {
+    /// Name.
+    pub name: String,
+    /// UID, if it has one.
+    pub uid: String,
+    /// Its place among all objects, oldest first.
+    pub age: usize,
+    /// Generation of its spec.
+    pub generation: u64,
+    /// Addresses that may be assigned, in the object's order.
+    pub addresses: Vec<IpAddr>,
+    /// Every address that it names, in force or not: their allocations stay.
+    pub named: BTreeSet<IpAddr>,
+    /// Addresses that are refused, as they are written.
+    pub refused: Vec<(String, Refusal)>,
+    /// Why the whole object is refused, if it is.
+    pub rejected: Option<String>,
+    /// What it selects; nothing if its selectors cannot be understood.
+    pub selectors: Option<Selectors>,
+}
+
+/// What an EgressIP selects.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Selectors {
+    /// Namespaces.
+    pub namespaces: Selector,
+    /// Their pods.
+    pub pods: Selector,
+}
+
+/// Why an address is refused.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// IPv6.
+    #[error("IPv6 egress IPs are not supported yet")]
+    Ipv6,
+    /// Another object has it.
+    #[error("also in EgressIP {older}, which is older and keeps it")]
+    Duplicate {
+        /// The other object.
+        older: String,
+    },
+    /// It is a node's own.
+    #[error("an address of node {node} itself; an egress IP must be free")]
+    NodeAddress {
+        /// The node.
+        node: String,
+    },
+    /// It is in a network inside the cluster.
+    #[error("inside the cluster's network {network}; an egress IP must be outside")]
+    InsideCluster {
+        /// The network.
+        network: IpNet,
+    },
+    /// Loopback, link-local, multicast, broadcast or unspecified.
+    #[error("not an address that a host can have on a network")]
+    Unusable,
+}
+
+impl Refusal {
+    /// One word for programs.
+    #[must_use]
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::Ipv6 => "NotSupported",
+            Self::Duplicate { .. } => "Duplicate",
+            Self::NodeAddress { .. } => "NodeAddress",
+            Self::InsideCluster { .. } => "InsideCluster",
+            Self::Unusable => "Unusable",
+        }
+    }
+}
+
+/// One of this node's pods that has an address of its own.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    /// UID, if it has one.
+    pub uid: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The EgressIP that selects it.
+    pub egress_ip: Option<String>,
+}
+
+/// One node of the cluster.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Node {
+    /// Whether it has a Node object.
+    pub exists: bool,
+    /// UID of the Node object.
+    pub uid: String,
+    /// Whether it is labelled to own egress IPs.
+    pub assignable: bool,
+    /// Whether it is ready.
+    pub ready: bool,
+    /// How many addresses it may own.
+    pub capacity: Capacity,
+    /// Addresses of the Node object that its own traffic may have: internal and external.
+    pub object_addresses: BTreeSet<IpAddr>,
+    /// Its internal addresses, in the object's order: where its tunnel ends, if its agent finds them.
+    pub internal_addresses: Vec<IpAddr>,
+    /// Networks of its pods.
+    pub pod_networks: Vec<IpNet>,
+    /// What its agent says.
+    pub agent: Option<NodeAgent>,
+}
+
+impl Node {
+    /// Every address of the node.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.object_addresses.iter().chain(self.agent.iter().flat_map(|a| &a.addresses)).copied()
+    }
+}
+
+/// How many addresses a node may own; `None` is no bound.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Capacity {
+    /// Of both families together.
+    pub ip: Option<u32>,
+    /// IPv4.
+    pub ipv4: Option<u32>,
+    /// IPv6.
+    pub ipv6: Option<u32>,
+}
+
+/// What a node's agent says about its node.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct NodeAgent {
+    /// UID of the Node object, as the agent saw it.
+    pub node_uid: String,
+    /// The kernel's boot id.
+    pub boot_id: String,
+    /// Where its tunnel ends.
+    pub tunnel_address: Option<IpAddr>,
+    /// Its addresses.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Networks of its uplinks that work.
+    pub networks: Vec<IpNet>,
+    /// Egress IPs that it needs ports of.
+    pub demand: BTreeSet<IpAddr>,
+    /// Allocations whose whole port table its kernel has: address to UID and generation.
+    pub loaded: BTreeMap<IpAddr, (String, u64)>,
+}
+
+/// Who holds an egress IP and who leases its ports.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Allocation {
+    /// UID: an address given up and taken again is another allocation.
+    pub uid: String,
+    /// Counts its changes.
+    pub generation: u64,
+    /// The node that holds it.
+    pub owner: Option<String>,
+    /// Who leases which ports.
+    pub leases: Vec<Lease>,
+}
+
+/// One node's ports.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Lease {
+    /// Node.
+    pub node: String,
+    /// Its UID: a node made anew under an old name has no right to the old one's ports.
+    pub node_uid: String,
+    /// Its boot id when it last asked.
+    pub boot_id: String,
+    /// Generation of the allocation that first had this lease as it is.
+    pub generation: u64,
+    /// The ports, ascending.
+    pub ranges: Vec<GranuleRange>,
+}
+
+impl Desired {
+    /// Egress IPs that this node's pods need ports of.
+    #[must_use]
+    pub fn demand(&self) -> BTreeSet<IpAddr> {
+        let used: BTreeSet<_> = self.pods.values().filter_map(|p| p.egress_ip.as_ref()).collect();
+        used.into_iter().flat_map(|name| &self.egress_ips[name].addresses).copied().collect()
+    }
+
+    /// Every address that may be assigned, with its object.
+    #[must_use]
+    pub fn addresses(&self) -> BTreeMap<IpAddr, &EgressIp> {
+        self.egress_ips.values().flat_map(|e| e.addresses.iter().map(move |a| (*a, e))).collect()
+    }
+
+    /// EgressIPs, oldest first.
+    #[must_use]
+    pub fn by_age(&self) -> Vec<&EgressIp> {
+        let mut all: Vec<_> = self.egress_ips.values().collect();
+        all.sort_by_key(|e| e.age);
+        all
+    }
+}
+
+/// Checks all objects, as seen from `node`.
+#[must_use]
+pub fn desired(objects: &Objects, node: &str) -> Desired {
+    let mut problems = BTreeSet::new();
+    let config = config(objects, &mut problems);
+    let nodes = nodes(objects, &mut problems);
+    let egress_ips = egress_ips(objects, &config, &nodes, &mut problems);
+    let pods = pods(objects, node, &egress_ips, &mut problems);
+    for (namespace, name) in objects.egress_firewalls.keys() {
+        problems.insert(Problem::new(
+            format_args!("EgressFirewall {namespace}/{name}"),
+            "this version of outgate does not enforce egress firewalls: its rules have no effect",
+        ));
+    }
+    let allocations = objects
+        .egress_allocations
+        .iter()
+        .filter_map(|(name, o)| match allocation(o) {
+            Ok(a) => Some(a),
+            Err(message) => {
+                problems.insert(Problem::new(format_args!("EgressAllocation {name}"), message));
+                None
+            }
+        })
+        .collect();
+    let tunnel = objects.cluster.map(|c| c.tunnel);
+    Desired { node: node.to_owned(), config, tunnel, nodes, egress_ips, pods, allocations, problems }
+}
+
+fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
+    for name in objects.egress_configs.keys().filter(|n| *n != "default") {
+        problems.insert(Problem::new(
+            format_args!("EgressConfig {name}"),
+            "ignored: only the EgressConfig named default counts",
+        ));
+    }
+    let mut config = Config::default();
+    let Some(EgressConfig { spec, .. }) = objects.egress_configs.get("default") else { return config };
+    let mut complain = |field: &str, message: String| {
+        problems.insert(Problem::new("EgressConfig default", format_args!("spec.{field}: {message}")));
+    };
+    let mut networks = |field: &str, texts: &[String]| {
+        let mut networks = Vec::new();
+        for text in texts {
+            match text.parse::<IpNet>() {
+                Ok(network) => networks.push(network.trunc()),
+                Err(_) => complain(field, format!("{text:?} is not a network such as 10.0.0.0/16; ignored")),
+            }
+        }
+        networks
+    };
+    config.cluster_networks = networks("clusterCIDRs", &spec.cluster_cidrs);
+    config.service_networks = networks("serviceCIDRs", &spec.service_cidrs);
+    match spec.unassigned.as_deref() {
+        None | Some("Drop") => {}
+        Some("NodeIP") => config.unassigned = Unassigned::NodeIp,
+        Some(other) => complain("unassigned", format!("{other:?} is neither Drop nor NodeIP; Drop it is")),
+    }
+    match spec.unknown_pods.as_deref() {
+        None | Some("Hold") => {}
+        Some("Allow") => config.hold_unknown = false,
+        Some(other) => complain("unknownPods", format!("{other:?} is neither Hold nor Allow; Hold it is")),
+    }
+    match spec.spread.as_deref() {
+        None | Some("Pod") => {}
+        Some("Connection") => config.spread = Spread::Connection,
+        Some(other) => complain("spread", format!("{other:?} is neither Pod nor Connection; Pod it is")),
+    }
+    if let Some(port) = spec.tunnel.port {
+        match u16::try_from(port) {
+            Ok(port) if port != 0 => config.tunnel_port = Some(port),
+            _ => complain("tunnel.port", format!("{port} is not a port (1 to 65535); ignored")),
+        }
+    }
+    if let Some(vni) = spec.tunnel.vni {
+        match u32::try_from(vni) {
+            Ok(vni) if (1..1 << 24).contains(&vni) => config.tunnel_vni = Some(vni),
+            _ => complain("tunnel.vni", format!("{vni} is not a VNI (1 to 16777215); ignored")),
+        }
+    }
+    config.timeouts = timeouts(&spec.timeouts, complain);
+    config
+}
+
+fn timeouts(spec: &TimeoutsSpec, mut complain: impl FnMut(&str, String)) -> Timeouts {
+    let mut t = Timeouts::default();
+    for (field, value, slot) in [
+        ("tcpEstablishedSeconds", spec.tcp_established_seconds, &mut t.tcp_established),
+        ("tcpTransitorySeconds", spec.tcp_transitory_seconds, &mut t.tcp_transitory),
+        ("udpSeconds", spec.udp_seconds, &mut t.udp),
+        ("icmpSeconds", spec.icmp_seconds, &mut t.icmp),
+        ("portRestSeconds", spec.port_rest_seconds, &mut t.rest),
+    ] {
+        // A week: the kernel's clock ticks wrap around far beyond it.
+        match value.map(u32::try_from) {
+            None => {}
+            Some(Ok(seconds)) if (1..=604_800).contains(&seconds) => *slot = seconds,
+            Some(_) => complain(
+                &format!("timeouts.{field}"),
+                format!("{} is not from 1 to 604800; the default {slot} it is", value.unwrap_or_default()),
+            ),
+        }
+    }
+    t
+}
+
+fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String, Node> {
+    let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
+    for (name, o) in &objects.nodes {
+        let mut complain = |message: String| {
+            problems.insert(Problem::new(format_args!("Node {name}"), message));
+        };
+        let mut node = Node {
+            exists: true,
+            uid: o.metadata.uid.clone(),
+            assignable: o.metadata.labels.contains_key(EGRESS_ASSIGNABLE),
+            // The kubelet always sets it; files written by hand may not.
+            ready: o.status.conditions.iter().find(|c| c.kind == "Ready").is_none_or(|c| c.status == "True"),
+            ..Node::default()
+        };
+        for address in &o.status.addresses {
+            let internal = address.kind == "InternalIP";
+            if !internal && address.kind != "ExternalIP" {
+                continue;
+            }
+            match address.address.parse() {
+                Ok(ip) => {
+                    node.object_addresses.insert(ip);
+                    if internal {
+                        node.internal_addresses.push(ip);
+                    }
+                }
+                Err(_) => complain(format!("status.addresses: {:?} is not an address; ignored", address.address)),
+            }
+        }
+        let cidrs: BTreeSet<_> =
+            o.spec.pod_cidrs.iter().chain([&o.spec.pod_cidr]).filter(|c| !c.is_empty()).collect();
+        for cidr in cidrs {
+            match cidr.parse::<IpNet>() {
+                Ok(network) => node.pod_networks.push(network.trunc()),
+                Err(_) => complain(format!("spec.podCIDRs: {cidr:?} is not a network; ignored")),
+            }
+        }
+        if let Some(text) = o.metadata.annotations.get(EGRESS_CAPACITY) {
+            node.capacity = capacity(text).unwrap_or_else(|e| {
+                complain(format!("annotation {EGRESS_CAPACITY}: {e}; taken as no room for egress IPs"));
+                Capacity { ip: Some(0), ..Capacity::default() }
+            });
+        }
+        nodes.insert(name.clone(), node);
+    }
+    for (name, o) in &objects.egress_nodes {
+        let s = &o.status;
+        let addresses = |texts: &[String]| texts.iter().filter_map(|t| t.parse().ok()).collect();
+        nodes.entry(name.clone()).or_default().agent = Some(NodeAgent {
+            node_uid: s.node_uid.clone(),
+            boot_id: s.boot_id.clone(),
+            tunnel_address: s.tunnel_address.parse().ok(),
+            addresses: addresses(&s.addresses),
+            networks: s
+                .uplinks
+                .iter()
+                .filter(|u| u.up)
+                .flat_map(|u| &u.networks)
+                .filter_map(|n| n.parse::<IpNet>().ok())
+                .map(|n| n.trunc())
+                .collect(),
+            demand: addresses(&s.demand),
+            loaded: s
+                .loaded
+                .iter()
+                .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.clone(), l.generation))))
+                .collect(),
+        });
+    }
+    nodes
+}
+
+/// The annotation that OpenShift's cloud network configuration sets:
+/// `[{"interface": "eni-0", "ifaddr": {…}, "capacity": {"ipv4": 14, "ipv6": 15}}]` or `{"ip": 10}`.
+fn capacity(text: &str) -> Result<Capacity, String> {
+    #[derive(serde::Deserialize)]
+    struct Interface {
+        capacity: Numbers,
+    }
+    #[derive(serde::Deserialize)]
+    struct Numbers {
+        ip: Option<u32>,
+        ipv4: Option<u32>,
+        ipv6: Option<u32>,
+    }
+    let interfaces: Vec<Interface> = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    // The cloud controller only ever describes the primary interface.
+    let c = &interfaces.first().ok_or("no interface in it")?.capacity;
+    Ok(Capacity { ip: c.ip, ipv4: c.ipv4, ipv6: c.ipv6 })
+}
+
+fn egress_ips(
+    objects: &Objects,
+    config: &Config,
+    nodes: &BTreeMap<String, Node>,
+    problems: &mut BTreeSet<Problem>,
+) -> BTreeMap<String, EgressIp> {
+    let mut by_age: Vec<_> = objects.egress_ips.values().collect();
+    by_age.sort_by(|a, b| a.metadata.age().cmp(&b.metadata.age()));
+    // Addresses in force, with the object that has each.
+    let mut taken: BTreeMap<IpAddr, String> = BTreeMap::new();
+    let mut egress_ips = BTreeMap::new();
+    for (age, o) in by_age.into_iter().enumerate() {
+        let Meta { name, uid, generation, .. } = &o.metadata;
+        let mut e = EgressIp {
+            name: name.clone(),
+            uid: uid.clone(),
+            age,
+            generation: *generation,
+            addresses: Vec::new(),
+            named: BTreeSet::new(),
+            refused: Vec::new(),
+            rejected: None,
+            selectors: None,
+        };
+        match selectors(&o.spec) {
+            Ok(s) => e.selectors = Some(s),
+            Err(message) => e.rejected = Some(message),
+        }
+        let mut parsed = Vec::new();
+        for (index, text) in o.spec.egress_ips.iter().enumerate() {
+            match text.parse::<IpAddr>() {
+                Ok(ip) => {
+                    if e.named.insert(ip) {
+                        parsed.push((text, ip));
+                    }
+                }
+                Err(_) => {
+                    e.rejected.get_or_insert(format!("spec.egressIPs[{index}]: {text:?} is not an IP address"));
+                }
+            }
+        }
+        if parsed.len() > POLICY_ADDRESSES {
+            e.rejected.get_or_insert(format!(
+                "spec.egressIPs has {} addresses; an object may have {POLICY_ADDRESSES}",
+                parsed.len()
+            ));
+        }
+        if parsed.is_empty() {
+            e.rejected.get_or_insert("spec.egressIPs is empty".to_owned());
+        }
+        if let Some(message) = &e.rejected {
+            let pods = if e.selectors.is_some() {
+                "the pods it selects have no egress IP"
+            } else {
+                "which pods it means is not known, so it has no effect"
+            };
+            problems.insert(Problem::new(
+                format_args!("EgressIP {name}"),
+                format_args!("{message}; the object is refused, {pods}"),
+            ));
+        } else {
+            for (text, ip) in parsed {
+                match refusal(ip, config, nodes, &taken) {
+                    None => {
+                        taken.insert(ip, name.clone());
+                        e.addresses.push(ip);
+                    }
+                    Some(refusal) => {
+                        problems.insert(Problem::new(
+                            format_args!("EgressIP {name}"),
+                            format_args!("address {text} is refused: {refusal}"),
+                        ));
+                        e.refused.push((text.clone(), refusal));
+                    }
+                }
+            }
+        }
+        egress_ips.insert(name.clone(), e);
+    }
+    egress_ips
+}
+
+fn selectors(spec: &objects::EgressIpSpec) -> Result<Selectors, String> {
+    // Absent, it would select every pod of the cluster: not what somebody who left it out meant.
+    let namespaces = spec.namespace_selector.as_ref().ok_or("spec.namespaceSelector is missing")?;
+    Ok(Selectors {
+        namespaces: Selector::new(namespaces).map_err(|e| format!("spec.namespaceSelector.{e}"))?,
+        pods: Selector::new(&spec.pod_selector).map_err(|e| format!("spec.podSelector.{e}"))?,
+    })
+}
+
+fn refusal(
+    ip: IpAddr,
+    config: &Config,
+    nodes: &BTreeMap<String, Node>,
+    taken: &BTreeMap<IpAddr, String>,
+) -> Option<Refusal> {
+    if ip.is_ipv6() {
+        return Some(Refusal::Ipv6);
+    }
+    if Ip::from(ip).stays_on_link() || ip.is_loopback() {
+        return Some(Refusal::Unusable);
+    }
+    if let Some(older) = taken.get(&ip) {
+        return Some(Refusal::Duplicate { older: older.clone() });
+    }
+    if let Some((name, _)) = nodes.iter().find(|(_, node)| node.addresses().any(|a| a == ip)) {
+        return Some(Refusal::NodeAddress { node: name.clone() });
+    }
+    config
+        .cluster_networks
+        .iter()
+        .chain(&config.service_networks)
+        .chain(nodes.values().flat_map(|n| &n.pod_networks))
+        .find(|n| n.contains(&ip))
+        .map(|network| Refusal::InsideCluster { network: *network })
+}
+
+fn pods(
+    objects: &Objects,
+    node: &str,
+    egress_ips: &BTreeMap<String, EgressIp>,
+    problems: &mut BTreeSet<Problem>,
+) -> BTreeMap<(String, String), Pod> {
+    let mut by_age: Vec<_> = egress_ips.values().collect();
+    by_age.sort_by_key(|e| e.age);
+    // Pods that are going away last, and the youngest first: an address that two have belongs to the one
+    // that came later, the other is on its way out.
+    let mut local: Vec<_> = objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
+    local.sort_by(|(_, a), (_, b)| {
+        let (a, b) = (&a.metadata, &b.metadata);
+        a.deletion_timestamp.is_some().cmp(&b.deletion_timestamp.is_some()).then_with(|| b.age().cmp(&a.age()))
+    });
+    let mut owners: BTreeMap<IpAddr, String> = BTreeMap::new();
+    let mut overlaps: BTreeMap<String, Problem> = BTreeMap::new();
+    let mut pods = BTreeMap::new();
+    for ((namespace, name), o) in local {
+        let about = format!("Pod {namespace}/{name}");
+        let mut addresses = Vec::new();
+        for text in o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]).filter(|t| !t.is_empty()) {
+            match text.parse::<IpAddr>() {
+                Err(_) => {
+                    problems.insert(Problem::new(&about, format_args!("status.podIPs: {text:?} is not an address; ignored")));
+                }
+                Ok(ip) if addresses.contains(&ip) => {}
+                Ok(ip) => match owners.get(&ip) {
+                    Some(other) => {
+                        problems.insert(Problem::new(
+                            &about,
+                            format_args!("its address {ip} is also {other}'s, which is younger and counts"),
+                        ));
+                    }
+                    None => {
+                        owners.insert(ip, about.clone());
+                        addresses.push(ip);
+                    }
+                },
+            }
+        }
+        if addresses.is_empty() {
+            continue;
+        }
+        let labels = objects.namespaces.get(namespace).map(|n| &n.metadata.labels);
+        let mut chosen: Option<&EgressIp> = None;
+        let mut uncertain = None;
+        for e in &by_age {
+            let Some(s) = e.selectors.as_ref().filter(|s| s.pods.matches(&o.metadata.labels)) else { continue };
+            match (s.namespaces.matches_namespace(namespace, labels), chosen) {
+                (Match::No, _) => {}
+                (Match::Unknown, None) => {
+                    uncertain = Some(&e.name);
+                    break;
+                }
+                (Match::Yes, None) => chosen = Some(e),
+                (Match::Yes | Match::Unknown, Some(older)) => {
+                    overlaps.entry(e.name.clone()).or_insert_with(|| {
+                        Problem::new(
+                            format_args!("EgressIP {}", e.name),
+                            format_args!(
+                                "pod {namespace}/{name} (and maybe more) is also selected by EgressIP {}, which is older and serves it",
+                                older.name
+                            ),
+                        )
+                    });
+                }
+            }
+        }
+        if let Some(egress_ip) = uncertain {
+            problems.insert(Problem::new(
+                about,
+                format_args!(
+                    "held: there is no Namespace {namespace}, so whether EgressIP {egress_ip} selects it is not known"
+                ),
+            ));
+            continue;
+        }
+        let egress_ip = chosen.map(|e| e.name.clone());
+        pods.insert(
+            (namespace.clone(), name.clone()),
+            Pod { uid: o.metadata.uid.clone(), addresses, egress_ip },
+        );
+    }
+    problems.extend(overlaps.into_values());
+    pods
+}
+
+/// Whether a pod has a network of its own and still uses it.
+fn has_network(pod: &objects::Pod) -> bool {
+    !pod.spec.host_network && !matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
+}
+
+fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
+    let ip = o
+        .spec
+        .egress_ip
+        .parse()
+        .map_err(|_| format!("spec.egressIP: {:?} is not an address; ignored", o.spec.egress_ip))?;
+    let mut used = [false; GRANULES];
+    let mut leases = Vec::new();
+    for lease in &o.spec.leases {
+        let mut ranges = Vec::new();
+        for range in &lease.ranges {
+            let (first, count) = (usize::from(range.first), usize::from(range.count));
+            let granules = used
+                .get_mut(first..first + count)
+                .filter(|_| count > 0)
+                .ok_or_else(|| format!("node {}: no granules {first}+{count}; ignored", lease.node))?;
+            if granules.iter().any(|g| *g) {
+                return Err(format!("granules {first}+{count} are leased twice; ignored"));
+            }
+            granules.fill(true);
+            ranges.push(GranuleRange { first: range.first, count: range.count });
+        }
+        ranges.sort_unstable();
+        leases.push(Lease {
+            node: lease.node.clone(),
+            node_uid: lease.node_uid.clone(),
+            boot_id: lease.boot_id.clone(),
+            generation: lease.generation,
+            ranges,
+        });
+    }
+    Ok((
+        ip,
+        Allocation {
+            uid: o.metadata.uid.clone(),
+            generation: o.metadata.generation,
+            owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
+            leases,
+        },
+    ))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    fn read<T: serde::de::DeserializeOwned>(text: &str) -> T {
+        serde_saphyr::from_str(text).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Objects from YAML documents, for tests of everything downstream.
+    pub(crate) fn objects(yaml: &str) -> Objects {
+        let mut all = Objects::default();
+        for text in yaml.split("\n---\n") {
+            let kind: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(text).unwrap();
+            macro_rules! insert {
+                ($map:ident, $type:ty) => {{
+                    let o: $type = read(text);
+                    all.$map.insert(o.metadata.name.clone(), o);
+                }};
+            }
+            match kind["kind"].as_str().unwrap() {
+                "Node" => insert!(nodes, objects::Node),
+                "Namespace" => insert!(namespaces, objects::Namespace),
+                "Pod" => {
+                    let o: objects::Pod = read(text);
+                    all.pods.insert((o.metadata.namespace.clone(), o.metadata.name.clone()), o);
+                }
+                "EgressIP" => insert!(egress_ips, objects::EgressIp),
+                "EgressConfig" => insert!(egress_configs, EgressConfig),
+                "EgressNode" => insert!(egress_nodes, objects::EgressNode),
+                "EgressAllocation" => insert!(egress_allocations, EgressAllocation),
+                other => panic!("{other}"),
+            }
+        }
+        all
+    }
+
+    fn of(yaml: &str) -> Desired {
+        desired(&objects(yaml), "a")
+    }
+
+    fn said(d: &Desired, about: &str, part: &str) {
+        let found = d.problems.iter().any(|p| p.about == about && p.message.contains(part));
+        assert!(found, "{about}: {part} in {:#?}", d.problems);
+    }
+
+    const SHOP: &str = "kind: Namespace
+metadata: {name: shop, labels: {env: prod}}";
+
+    fn egress_ip(name: &str, created: &str, addresses: &str) -> String {
+        format!(
+            "kind: EgressIP
+metadata: {{name: {name}, creationTimestamp: '2026-01-0{created}T00:00:00Z'}}
+spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}}}}}}"
+        )
+    }
+
+    fn pod(name: &str, more: &str) -> String {
+        format!(
+            "kind: Pod
+metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
+spec: {{nodeName: a}}
+status: {{phase: Running, podIP: 10.1.0.{}{more}}}",
+            name.len()
+        )
+    }
+
+    #[test]
+    fn a_wrong_address_refuses_the_object_and_its_pods_get_no_egress_ip() {
+        let d = of(&[
+            SHOP,
+            &egress_ip("bad", "1", "192.0.2.1, 192.0.2.300"),
+            &egress_ip("good", "2", "192.0.2.2"),
+            &pod("p", ""),
+        ]
+        .join("\n---\n"));
+        said(&d, "EgressIP bad", "spec.egressIPs[1]: \"192.0.2.300\" is not an IP address");
+        assert!(d.egress_ips["bad"].addresses.is_empty());
+        assert_eq!(d.egress_ips["bad"].named.len(), 1, "its allocation stays until it is mended");
+        assert_eq!(d.egress_ips["good"].addresses.len(), 1, "the rest works on");
+        assert_eq!(d.pods[&("shop".into(), "p".into())].egress_ip.as_deref(), Some("bad"));
+    }
+
+    #[test]
+    fn an_object_whose_selector_is_wrong_selects_nothing() {
+        let d = of(&format!(
+            "{SHOP}\n---\n{}\n---\nkind: EgressIP
+metadata: {{name: e}}
+spec: {{egressIPs: [192.0.2.1]}}",
+            pod("p", "")
+        ));
+        said(&d, "EgressIP e", "spec.namespaceSelector is missing");
+        assert_eq!(d.pods[&("shop".into(), "p".into())].egress_ip, None);
+    }
+
+    #[test]
+    fn addresses_are_refused_singly() {
+        let d = of(&[
+            "kind: Node
+metadata: {name: a}
+spec: {podCIDR: 10.1.0.0/24}
+status: {addresses: [{type: InternalIP, address: 192.0.2.10}]}",
+            "kind: EgressNode
+metadata: {name: a}
+status: {addresses: [192.0.2.11]}",
+            "kind: EgressConfig
+metadata: {name: default}
+spec: {serviceCIDRs: [10.96.0.0/12]}",
+            &egress_ip("young", "2", "192.0.2.1, 192.0.2.2"),
+            &egress_ip(
+                "old",
+                "1",
+                "192.0.2.1, 192.0.2.1, '2001:db8::1', 192.0.2.10, 192.0.2.11, 10.1.0.9, 10.96.0.1, 127.0.0.1, 224.0.0.1",
+            ),
+        ]
+        .join("\n---\n"));
+        let ip = |s: &str| s.parse::<IpAddr>().unwrap();
+        assert_eq!(d.egress_ips["old"].addresses, [ip("192.0.2.1")]);
+        assert_eq!(d.egress_ips["young"].addresses, [ip("192.0.2.2")]);
+        let reasons: Vec<_> = d.egress_ips["old"].refused.iter().map(|(_, r)| r.reason()).collect();
+        assert_eq!(
+            reasons,
+            [
+                "NotSupported",
+                "NodeAddress",
+                "NodeAddress",
+                "InsideCluster",
+                "InsideCluster",
+                "Unusable",
+                "Unusable"
+            ]
+        );
+        said(&d, "EgressIP young", "192.0.2.1 is refused: also in EgressIP old");
+    }
+
+    #[test]
+    fn the_older_of_two_objects_serves_a_pod() {
+        let d = of(&[
+            SHOP,
+            &egress_ip("b", "2", "192.0.2.2"),
+            &egress_ip("c", "1", "192.0.2.1"),
+            &pod("p", ""),
+        ]
+        .join("\n---\n"));
+        assert_eq!(d.pods[&("shop".into(), "p".into())].egress_ip.as_deref(), Some("c"));
+        said(&d, "EgressIP b", "also selected by EgressIP c");
+        assert_eq!(d.demand(), BTreeSet::from(["192.0.2.1".parse().unwrap()]));
+    }
+
+    #[test]
+    fn which_pods_count() {
+        let d = of(&[
+            SHOP,
+            &egress_ip("e", "1", "192.0.2.1"),
+            &pod("p", ""),
+            &pod("done", "").replace("Running", "Succeeded"),
+            &pod("failed", "").replace("Running", "Failed"),
+            &pod("host", "").replace("nodeName: a", "nodeName: a, hostNetwork: true"),
+            &pod("elsewhere", "").replace("nodeName: a", "nodeName: b"),
+            &pod("starting", "").replace("10.1.0.8", "''"),
+            &pod("dual-stack", ", podIPs: [{ip: 10.1.0.10}, {ip: 'fd00::10'}]"),
+        ]
+        .join("\n---\n"));
+        let names: Vec<_> = d.pods.keys().map(|(_, name)| name.as_str()).collect();
+        assert_eq!(names, ["dual-stack", "p"]);
+        assert_eq!(d.pods[&("shop".into(), "dual-stack".into())].addresses.len(), 2);
+    }
+
+    #[test]
+    fn a_pod_is_held_while_its_namespace_is_not_known_and_matters() {
+        let alone = of(&pod("p", ""));
+        assert_eq!(alone.pods.len(), 1, "no EgressIP, nothing to know");
+        let d = of(&format!("{}\n---\n{}", pod("p", ""), egress_ip("e", "1", "192.0.2.1")));
+        assert!(d.pods.is_empty());
+        said(&d, "Pod shop/p", "no Namespace shop");
+    }
+
+    #[test]
+    fn an_address_belongs_to_the_pod_that_came_last() {
+        let of = |first: &str, second: &str| {
+            let pod = |name: &str, more: &str| {
+                format!(
+                    "kind: Pod
+metadata: {{name: {name}, namespace: shop, {more}}}
+spec: {{nodeName: a}}
+status: {{podIP: 10.1.0.1}}"
+                )
+            };
+            let d = of(&format!("{}\n---\n{}", pod("p", first), pod("q", second)));
+            assert_eq!(d.problems.len(), 1);
+            d.pods.keys().map(|k| k.1.clone()).collect::<Vec<_>>()
+        };
+        let (old, new) =
+            ("creationTimestamp: '2026-01-01T00:00:00Z'", "creationTimestamp: '2026-01-02T00:00:00Z'");
+        assert_eq!(of(old, new), ["q"]);
+        assert_eq!(of(new, old), ["p"]);
+        let going = format!("{new}, deletionTimestamp: '2026-01-03T00:00:00Z'");
+        assert_eq!(of(&going, old), ["q"]);
+    }
+
+    #[test]
+    fn wrong_settings_are_refused_field_by_field() {
+        let d = of("kind: EgressConfig
+metadata: {name: default}
+spec:
+  clusterCIDRs: [10.244.0.0/16, 10.244.0.0]
+  unassigned: NodeIp
+  unknownPods: Allow
+  spread: Connection
+  tunnel: {port: 70000, vni: 77}
+  timeouts: {udpSeconds: 30, icmpSeconds: 0}
+---
+kind: EgressConfig
+metadata: {name: other}");
+        assert_eq!(d.config.cluster_networks.len(), 1);
+        assert_eq!(d.config.unassigned, Unassigned::Drop);
+        assert!(!d.config.hold_unknown);
+        assert_eq!(d.config.spread, Spread::Connection);
+        assert_eq!((d.config.tunnel_port, d.config.tunnel_vni), (None, Some(77)));
+        assert_eq!((d.config.timeouts.udp, d.config.timeouts.icmp), (30, 60));
+        for part in ["clusterCIDRs", "unassigned", "tunnel.port", "timeouts.icmpSeconds"] {
+            said(&d, "EgressConfig default", part);
+        }
+        said(&d, "EgressConfig other", "ignored");
+    }
+
+    #[test]
+    fn nodes_are_ready_assignable_and_bounded() {
+        let d = of("kind: Node
+metadata:
+  name: a
+  labels: {k8s.ovn.org/egress-assignable: ''}
+  annotations:
+    cloud.network.openshift.io/egress-ipconfig: '[{\"interface\":\"eth0\",\"ifaddr\":{\"ipv4\":\"10.0.0.0/18\"},\"capacity\":{\"ipv4\":14,\"ipv6\":15}}]'
+status: {conditions: [{type: Ready, status: Unknown}]}
+---
+kind: Node
+metadata: {name: b, annotations: {cloud.network.openshift.io/egress-ipconfig: ten}}");
+        let a = &d.nodes["a"];
+        assert!(a.assignable && !a.ready);
+        assert_eq!(a.capacity.ipv4, Some(14));
+        let b = &d.nodes["b"];
+        assert!(!b.assignable && b.ready, "no conditions: ready");
+        assert_eq!(b.capacity.ip, Some(0));
+        said(&d, "Node b", "egress-ipconfig");
+    }
+
+    #[test]
+    fn an_allocation_that_leases_a_port_twice_is_ignored() {
+        let of = |second: &str| {
+            of(&format!(
+                "kind: EgressAllocation
+metadata: {{name: 192.0.2.1}}
+spec: {{egressIP: 192.0.2.1, leases: [{{node: a, ranges: [{{first: 0, count: 10}}]}}, {{node: b, ranges: [{second}]}}]}}"
+            ))
+        };
+        assert_eq!(of("{first: 10, count: 998}").allocations.len(), 1);
+        for bad in ["{first: 9, count: 1}", "{first: 10, count: 999}", "{first: 2000, count: 1}", "{first: 20, count: 0}"] {
+            let d = of(bad);
+            assert!(d.allocations.is_empty(), "{bad}");
+            said(&d, "EgressAllocation 192.0.2.1", "ignored");
+        }
+    }
+}
