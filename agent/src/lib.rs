@@ -12,3 +12,6 @@ pub mod lease;
 
 pub mod facts;
 pub mod image;
+
+pub mod bpf;
+pub mod netlink;

@@ -1,0 +1,424 @@
+//! The maps seen from user space: their shapes, reading them, and making the policy maps equal to an image.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, MapType, PerCpuArray};
+use datapath::addr::Ip;
+use datapath::conntrack::{self, Ticks};
+use datapath::keys::{
+    self, Delivery, DropCount, EgressIp, Flow, FlowKey, GranuleTable, Interface, Lease, Network, NetworkKey,
+    Node, NodeId, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
+};
+use datapath::limits;
+use datapath::verdict::DropReason;
+
+use super::Error;
+use crate::image::MapImage;
+
+/// A type of `datapath` as it is copied to and from the kernel.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Plain<T>(T);
+
+// SAFETY: `keys::MapData` promises plain bytes without unnamed padding, of which every pattern is a value.
+#[expect(unsafe_code, reason = "aya's marker for types that may be copied to and from the kernel")]
+unsafe impl<T: keys::MapData> aya::Pod for Plain<T> {}
+
+/// A map's name and shape.
+pub struct Spec {
+    /// Name of the map and of its pin.
+    pub name: &'static str,
+    kind: MapType,
+    key: usize,
+    value: usize,
+    entries: u32,
+}
+
+const fn spec<K, V>(name: &'static str, kind: MapType, entries: u32) -> Spec {
+    assert!(name.len() <= 15, "the kernel keeps 15 characters of a map's name");
+    Spec { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries }
+}
+
+/// Every map of the object, as `ebpf/src/maps.rs` declares it. A test compares the two.
+pub const SPECS: &[Spec] = &[
+    spec::<u32, Settings>("SETTINGS", MapType::Array, 1),
+    spec::<Ip, Pod>("PODS", MapType::Hash, limits::PODS),
+    spec::<u32, Delivery>("DELIVERY", MapType::Hash, limits::PODS),
+    spec::<u32, PodName>("POD_NAMES", MapType::Hash, limits::PODS),
+    spec::<u32, Policy>("POLICIES", MapType::Hash, limits::POLICIES),
+    spec::<u32, EgressIp>("EGRESS_IPS", MapType::Hash, limits::EGRESS_IPS),
+    spec::<Ip, u32>("EGRESS_ADDRS", MapType::Hash, limits::EGRESS_IPS),
+    spec::<u32, GranuleTable>("GRANULES", MapType::Hash, limits::EGRESS_IPS),
+    spec::<u32, Lease>("LEASES", MapType::Hash, limits::EGRESS_IPS),
+    spec::<u32, Node>("NODES", MapType::Hash, limits::NODES),
+    spec::<Ip, u32>("NODE_ADDRS", MapType::Hash, limits::NODES),
+    spec::<u32, Interface>("INTERFACES", MapType::Hash, limits::INTERFACES),
+    spec::<NetworkKey, Network>("NETWORKS", MapType::LpmTrie, limits::NETWORKS),
+    spec::<u32, Token>("TOKENS", MapType::LruHash, limits::TOKENS),
+    spec::<u32, Token>("TAKEN_TOKEN", MapType::PerCpuArray, 1),
+    spec::<FlowKey, Opener>("OPENERS", MapType::LruHash, limits::OPENERS),
+    spec::<FlowKey, Flow>("FLOWS", MapType::Hash, limits::FLOWS),
+    spec::<ReplyKey, Reply>("REPLIES", MapType::Hash, limits::FLOWS),
+    spec::<u32, DropCount>("DROPS", MapType::PerCpuArray, DropReason::ALL.len() as u32),
+];
+
+/// Checks the shape of every map that is pinned already; aya would reuse it as it is.
+pub(super) fn check_pinned(dir: &Path) -> Result<(), Error> {
+    for spec in SPECS {
+        let path = dir.join("maps").join(spec.name);
+        if !path.exists() {
+            continue;
+        }
+        let of = |source| Error::Map { name: spec.name, source };
+        let info = MapInfo::from_pin(&path).map_err(of)?;
+        let found = (info.map_type().map_err(of)?, info.key_size(), info.value_size(), info.max_entries());
+        let expected = (spec.kind, spec.key as u32, spec.value as u32, spec.entries);
+        if found != expected {
+            let text = |(kind, key, value, entries): (MapType, u32, u32, u32)| {
+                format!("type {kind:?}, {key} byte keys, {value} byte values, {entries} entries")
+            };
+            return Err(Error::Shape { path, found: text(found), expected: text(expected) });
+        }
+    }
+    Ok(())
+}
+
+fn open(dir: &Path, name: &'static str) -> Result<Map, Error> {
+    let path = dir.join("maps").join(name);
+    if !path.exists() {
+        return Err(Error::NoMap { name, dir: dir.to_path_buf() });
+    }
+    MapData::from_pin(&path).and_then(Map::from_map_data).map_err(|source| Error::Map { name, source })
+}
+
+/// A hash map of known types.
+struct Table<K, V> {
+    name: &'static str,
+    map: HashMap<MapData, Plain<K>, Plain<V>>,
+}
+
+impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
+    fn open(dir: &Path, name: &'static str) -> Result<Self, Error> {
+        let map = HashMap::try_from(open(dir, name)?).map_err(|source| Error::Map { name, source })?;
+        Ok(Self { name, map })
+    }
+
+    fn read(&self) -> Result<BTreeMap<K, V>, Error> {
+        self.map
+            .iter()
+            .map(|entry| entry.map(|(k, v)| (k.0, v.0)))
+            .collect::<Result<_, _>>()
+            .map_err(|source| self.error(source))
+    }
+
+    fn get(&self, key: &K) -> Option<V> {
+        self.map.get(&Plain(*key), 0).ok().map(|v| v.0)
+    }
+
+    fn put(&mut self, key: K, value: V) -> Result<(), Error> {
+        self.map.insert(Plain(key), Plain(value), 0).map_err(|source| self.error(source))
+    }
+
+    fn remove(&mut self, key: &K) -> Result<(), Error> {
+        match self.map.remove(&Plain(*key)) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(self.error(source)),
+        }
+    }
+
+    fn error(&self, source: MapError) -> Error {
+        full_or(self.name, source)
+    }
+}
+
+/// `E2BIG`: what a map without room answers.
+fn full_or(name: &'static str, source: MapError) -> Error {
+    const E2BIG: i32 = 7;
+    if let MapError::SyscallError(error) = &source
+        && error.io_error.raw_os_error() == Some(E2BIG)
+    {
+        let entries = SPECS.iter().find(|spec| spec.name == name).map_or(0, |spec| spec.entries);
+        return Error::MapFull { name, entries };
+    }
+    Error::Map { name, source }
+}
+
+/// Reads a pinned hash map.
+pub fn read_map<K: keys::MapData + Ord, V: keys::MapData>(
+    bpffs: &Path,
+    name: &'static str,
+) -> Result<BTreeMap<K, V>, Error> {
+    Table::open(&super::pin_dir(bpffs), name)?.read()
+}
+
+/// Reads the drop counters, summed over CPUs. `dir` as of [`super::pin_dir`].
+pub fn drops(dir: &Path) -> Result<Vec<(DropReason, DropCount)>, Error> {
+    let name = "DROPS";
+    let of = |source| Error::Map { name, source };
+    let map: PerCpuArray<_, Plain<DropCount>> = PerCpuArray::try_from(open(dir, name)?).map_err(of)?;
+    let mut found = Vec::new();
+    for reason in DropReason::ALL {
+        let mut sum = DropCount::default();
+        for count in map.get(&(*reason as u32), 0).map_err(of)?.iter() {
+            sum.packets += count.0.packets;
+            sum.bytes += count.0.bytes;
+        }
+        found.push((*reason, sum));
+    }
+    Ok(found)
+}
+
+/// Time since boot, as the programs count it.
+pub fn now() -> Ticks {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let nanoseconds = u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000;
+    conntrack::ticks(nanoseconds + u64::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// The policy and flow maps, and the image that the policy maps hold.
+pub(super) struct Maps {
+    dir: PathBuf,
+    image: MapImage,
+    pass_token: u32,
+    settings: Array<MapData, Plain<Settings>>,
+    networks: LpmTrie<MapData, Plain<Ip>, Plain<Network>>,
+    pods: Table<Ip, Pod>,
+    delivery: Table<u32, Delivery>,
+    pod_names: Table<u32, PodName>,
+    policies: Table<u32, Policy>,
+    egress_ips: Table<u32, EgressIp>,
+    egress_addrs: Table<Ip, u32>,
+    granules: Table<u32, GranuleTable>,
+    leases: Table<u32, Lease>,
+    nodes: Table<u32, Node>,
+    node_addrs: Table<Ip, u32>,
+    interfaces: Table<u32, Interface>,
+    flows: Table<FlowKey, Flow>,
+    replies: Table<ReplyKey, Reply>,
+}
+
+impl Maps {
+    pub(super) fn open(dir: &Path) -> Result<Self, Error> {
+        let settings = Array::try_from(open(dir, "SETTINGS")?)
+            .map_err(|source| Error::Map { name: "SETTINGS", source })?;
+        let networks = LpmTrie::try_from(open(dir, "NETWORKS")?)
+            .map_err(|source| Error::Map { name: "NETWORKS", source })?;
+        let mut maps = Self {
+            dir: dir.to_path_buf(),
+            image: MapImage::default(),
+            pass_token: 0,
+            settings,
+            networks,
+            pods: Table::open(dir, "PODS")?,
+            delivery: Table::open(dir, "DELIVERY")?,
+            pod_names: Table::open(dir, "POD_NAMES")?,
+            policies: Table::open(dir, "POLICIES")?,
+            egress_ips: Table::open(dir, "EGRESS_IPS")?,
+            egress_addrs: Table::open(dir, "EGRESS_ADDRS")?,
+            granules: Table::open(dir, "GRANULES")?,
+            leases: Table::open(dir, "LEASES")?,
+            nodes: Table::open(dir, "NODES")?,
+            node_addrs: Table::open(dir, "NODE_ADDRS")?,
+            interfaces: Table::open(dir, "INTERFACES")?,
+            flows: Table::open(dir, "FLOWS")?,
+            replies: Table::open(dir, "REPLIES")?,
+        };
+        maps.image = maps.read()?;
+        maps.pass_token = match maps.image.settings.pass_token {
+            0 => random_nonzero(),
+            kept => kept, // packets under way carry it
+        };
+        Ok(maps)
+    }
+
+    pub(super) const fn image(&self) -> &MapImage {
+        &self.image
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn read(&self) -> Result<MapImage, Error> {
+        let of = |source| Error::Map { name: "NETWORKS", source };
+        let mut networks = BTreeMap::new();
+        for entry in self.networks.iter() {
+            let (key, value) = entry.map_err(of)?;
+            networks.insert(NetworkKey { prefix_len: key.prefix_len(), ip: key.data().0 }, value.0);
+        }
+        Ok(MapImage {
+            settings: self.settings.get(&0, 0).map_err(|source| Error::Map { name: "SETTINGS", source })?.0,
+            pods: self.pods.read()?,
+            delivery: self.delivery.read()?,
+            pod_names: self.pod_names.read()?,
+            policies: self.policies.read()?,
+            egress_ips: self.egress_ips.read()?,
+            egress_addrs: self.egress_addrs.read()?,
+            granules: self.granules.read()?,
+            leases: self.leases.read()?,
+            nodes: self.nodes.read()?.into_iter().map(|(k, v)| (k as NodeId, v)).collect(),
+            node_addrs: self.node_addrs.read()?.into_iter().map(|(k, v)| (k, v as NodeId)).collect(),
+            interfaces: self.interfaces.read()?,
+            networks,
+        })
+    }
+
+    /// Writes the difference. Order: what is referred to before what refers to it, pods last; removals the
+    /// other way round. A lease is the right to send, so it goes before the tables that let it pass.
+    pub(super) fn apply(&mut self, image: &MapImage) -> Result<(), Error> {
+        let mut image = image.clone();
+        image.settings.pass_token = self.pass_token;
+        let old = std::mem::take(&mut self.image);
+        let result = self.write(&old, &image);
+        // After a failure the kernel's own content is the truth.
+        self.image = if result.is_ok() { image } else { self.read()? };
+        result
+    }
+
+    fn write(&mut self, old: &MapImage, new: &MapImage) -> Result<(), Error> {
+        let (old_nodes, new_nodes) = (widen_keys(&old.nodes), widen_keys(&new.nodes));
+        let (old_addrs, new_addrs) = (widen_values(&old.node_addrs), widen_values(&new.node_addrs));
+
+        remove_gone(&mut self.pods, &old.pods, &new.pods)?;
+        remove_gone(&mut self.leases, &old.leases, &new.leases)?;
+
+        self.write_networks(&old.networks, &new.networks)?;
+        put_changed(&mut self.nodes, &old_nodes, &new_nodes)?;
+        put_changed(&mut self.node_addrs, &old_addrs, &new_addrs)?;
+        put_changed(&mut self.granules, &old.granules, &new.granules)?;
+        put_changed(&mut self.egress_ips, &old.egress_ips, &new.egress_ips)?;
+        put_changed(&mut self.egress_addrs, &old.egress_addrs, &new.egress_addrs)?;
+        put_changed(&mut self.leases, &old.leases, &new.leases)?;
+        put_changed(&mut self.policies, &old.policies, &new.policies)?;
+        put_changed(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
+        put_changed(&mut self.pod_names, &old.pod_names, &new.pod_names)?;
+        put_changed(&mut self.delivery, &old.delivery, &new.delivery)?;
+        if old.settings != new.settings {
+            self.settings
+                .set(0, Plain(new.settings), 0)
+                .map_err(|source| Error::Map { name: "SETTINGS", source })?;
+        }
+        put_changed(&mut self.pods, &old.pods, &new.pods)?;
+
+        remove_gone(&mut self.delivery, &old.delivery, &new.delivery)?;
+        remove_gone(&mut self.pod_names, &old.pod_names, &new.pod_names)?;
+        remove_gone(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
+        remove_gone(&mut self.policies, &old.policies, &new.policies)?;
+        remove_gone(&mut self.egress_addrs, &old.egress_addrs, &new.egress_addrs)?;
+        remove_gone(&mut self.egress_ips, &old.egress_ips, &new.egress_ips)?;
+        remove_gone(&mut self.granules, &old.granules, &new.granules)?;
+        remove_gone(&mut self.node_addrs, &old_addrs, &new_addrs)?;
+        remove_gone(&mut self.nodes, &old_nodes, &new_nodes)
+    }
+
+    fn write_networks(
+        &mut self,
+        old: &BTreeMap<NetworkKey, Network>,
+        new: &BTreeMap<NetworkKey, Network>,
+    ) -> Result<(), Error> {
+        for (key, value) in new {
+            if old.get(key) != Some(value) {
+                let key = Key::new(key.prefix_len, Plain(key.ip));
+                self.networks.insert(&key, Plain(*value), 0).map_err(|e| full_or("NETWORKS", e))?;
+            }
+        }
+        for key in old.keys().filter(|key| !new.contains_key(key)) {
+            let key = Key::new(key.prefix_len, Plain(key.ip));
+            self.networks.remove(&key).map_err(|source| Error::Map { name: "NETWORKS", source })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn flow_count(&self) -> Result<usize, Error> {
+        let mut count = 0;
+        for key in self.flows.map.keys() {
+            key.map_err(|source| Error::Map { name: "FLOWS", source })?;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Removes dead flows. Between the look and the removal a packet may still refresh an idle one; it is
+    /// looked at again right before, which leaves some microseconds at the end of an idle time of minutes.
+    pub(super) fn sweep(&mut self) -> Result<usize, Error> {
+        let dead: Vec<FlowKey> = self
+            .flows
+            .read()?
+            .into_iter()
+            .filter(|(key, flow)| self.is_dead(key, flow))
+            .map(|(key, _)| key)
+            .collect();
+        let mut removed = 0;
+        for key in dead {
+            let Some(flow) = self.flows.get(&key) else { continue };
+            if !self.is_dead(&key, &flow) {
+                continue;
+            }
+            self.flows.remove(&key)?;
+            self.replies.remove(&ReplyKey {
+                egress: flow.egress,
+                remote: key.remote,
+                egress_port: flow.egress_port,
+                remote_port: key.remote_port,
+                protocol: key.protocol,
+                pad: [0; 3],
+            })?;
+            removed += 1;
+        }
+        Ok(removed)
+    }
+
+    fn is_dead(&self, key: &FlowKey, flow: &Flow) -> bool {
+        let pod_policy = self
+            .image
+            .delivery
+            .get(&key.pod)
+            .and_then(|delivery| self.image.pods.get(&delivery.ip))
+            .map(|pod| pod.policy);
+        pod_policy != Some(flow.policy)
+            || !self.image.egress_ips.contains_key(&flow.egress)
+            || conntrack::expired(&self.image.settings, now(), flow, key.protocol)
+    }
+}
+
+fn put_changed<K: keys::MapData + Ord, V: keys::MapData + PartialEq>(
+    table: &mut Table<K, V>,
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+) -> Result<(), Error> {
+    for (key, value) in new {
+        if old.get(key) != Some(value) {
+            table.put(*key, *value)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_gone<K: keys::MapData + Ord, V: keys::MapData>(
+    table: &mut Table<K, V>,
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+) -> Result<(), Error> {
+    for key in old.keys().filter(|key| !new.contains_key(key)) {
+        table.remove(key)?;
+    }
+    Ok(())
+}
+
+/// Node ids are 16 bits wide in tables of them, and 32 as keys and values of maps of their own.
+fn widen_keys<V: Copy>(map: &BTreeMap<NodeId, V>) -> BTreeMap<u32, V> {
+    map.iter().map(|(k, v)| (u32::from(*k), *v)).collect()
+}
+
+fn widen_values<K: Copy + Ord>(map: &BTreeMap<K, NodeId>) -> BTreeMap<K, u32> {
+    map.iter().map(|(k, v)| (*k, u32::from(*v))).collect()
+}
+
+fn random_nonzero() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    // The standard library's keys come from the kernel's random numbers.
+    RandomState::new().hash_one(std::process::id()) as u32 | 1
+}

@@ -1,0 +1,156 @@
+//! The kernel side: programs, maps, links and their pins. The only module that makes `bpf` system calls.
+
+pub mod attach;
+pub mod maps;
+mod object;
+
+use std::path::{Path, PathBuf};
+
+use crate::facts::Facts;
+use crate::image::MapImage;
+
+/// The layout of the pinned maps. Raised when a key or value changes in a way that an older program or agent
+/// would misread; each layout has its own directory.
+pub const LAYOUT: u32 = 1;
+
+/// Errors of this module.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not root, or without the capabilities.
+    #[error("loading eBPF programs needs root or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: run as root")]
+    Unprivileged,
+    /// The kernel lacks something.
+    #[error("kernel {release} has no tcx links, which need 6.6 or later: upgrade the node's kernel")]
+    KernelTooOld {
+        /// `uname -r`.
+        release: String,
+    },
+    /// No bpffs at the path.
+    #[error("{path} is not on a bpf file system: mount one with `mount -t bpf bpf {mount}`")]
+    NoBpffs {
+        /// The directory asked for.
+        path: PathBuf,
+        /// Where to mount.
+        mount: PathBuf,
+    },
+    /// A file operation on pins.
+    #[error("cannot {what} {path}: {source}")]
+    Pin {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A pinned map is not what this version expects.
+    #[error(
+        "pinned map {path} has {found}, this version expects {expected}: another version made it; \
+         run `outgate cleanup` and start again (connections of this node's pods will break)"
+    )]
+    Shape {
+        /// The pin.
+        path: PathBuf,
+        /// What it has.
+        found: String,
+        /// What it should have.
+        expected: String,
+    },
+    /// No pinned map at the path.
+    #[error("no map {name} under {dir}: is the agent running on this node, with this --bpffs?")]
+    NoMap {
+        /// The map.
+        name: &'static str,
+        /// Where it was looked for.
+        dir: PathBuf,
+    },
+    /// A map operation.
+    #[error("map {name}: {source}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        source: aya::maps::MapError,
+    },
+    /// A map is full.
+    #[error("map {name} is full with {entries} entries")]
+    MapFull {
+        /// The map.
+        name: &'static str,
+        /// Its capacity.
+        entries: u32,
+    },
+    /// Loading the object.
+    #[error("the kernel refused the eBPF object: {0}")]
+    Load(#[from] aya::EbpfError),
+    /// A program.
+    #[error("program {name}: {source}")]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// Why.
+        source: aya::programs::ProgramError,
+    },
+    /// Attaching a program.
+    #[error("cannot attach {program} to {interface}: {source}")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// Where.
+        interface: String,
+        /// Why.
+        source: aya::programs::ProgramError,
+    },
+}
+
+/// `<bpffs>/v<N>`: where this version pins.
+#[must_use]
+pub fn pin_dir(bpffs: &Path) -> PathBuf {
+    bpffs.join(format!("v{LAYOUT}"))
+}
+
+/// The loaded programs and their maps.
+pub struct Datapath {
+    maps: maps::Maps,
+    programs: attach::Programs,
+}
+
+impl Datapath {
+    /// Loads the programs, on the pinned maps if there are any, and replaces the programs of pinned links in
+    /// place: packets never pass without a program.
+    pub fn open(bpffs: &Path) -> Result<Self, Error> {
+        object::check_host(bpffs)?;
+        let dir = pin_dir(bpffs);
+        let ebpf = object::load(&dir)?;
+        let maps = maps::Maps::open(&dir)?;
+        let programs = attach::Programs::new(ebpf, &dir)?;
+        Ok(Self { maps, programs })
+    }
+
+    /// What the policy maps hold: at start, the work of the agent before this one.
+    pub fn recovered(&self) -> &MapImage {
+        self.maps.image()
+    }
+
+    /// Makes the policy maps equal to the image and the attachments fit the facts. Maps come first when
+    /// something is added, last when it goes: a program never meets half of it.
+    pub fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<(), Error> {
+        self.maps.apply(image)?;
+        self.programs.attach(facts)
+    }
+
+    /// Removes flows that are past their time or whose pod, policy or address is gone. Returns how many.
+    pub fn sweep(&mut self) -> Result<usize, Error> {
+        self.maps.sweep()
+    }
+
+    /// The number of flows.
+    pub fn flows(&self) -> Result<usize, Error> {
+        self.maps.flow_count()
+    }
+
+    /// Packets and bytes dropped, by reason, over all CPUs.
+    pub fn drops(&self) -> Result<Vec<(datapath::verdict::DropReason, datapath::keys::DropCount)>, Error> {
+        maps::drops(self.maps.dir())
+    }
+}

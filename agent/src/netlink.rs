@@ -1,0 +1,452 @@
+//! The node's network as netlink tells it, and the tunnel's device.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use datapath::keys::IfIndex;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteType};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup, RouteMessageBuilder};
+use tokio::sync::watch;
+use tracing::{debug, warn};
+
+use crate::facts::{Facts, PodInterface, Uplink};
+
+/// The tunnel's device.
+pub const TUNNEL: &str = "outgate0";
+
+/// A burst of netlink events is read as one, this long after its first.
+const SETTLE: Duration = Duration::from_millis(5);
+/// Netlink drops messages when a socket's buffer is full; so the facts are read again now and then.
+const REREAD: Duration = Duration::from_secs(10);
+
+/// Errors of this module.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket.
+    #[error("cannot open a netlink socket: {0}")]
+    Socket(std::io::Error),
+    /// A request.
+    #[error("netlink: cannot {what}: {source}")]
+    Request {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: rtnetlink::Error,
+    },
+    /// `--uplink` names an interface that is not there.
+    #[error("no interface {0} (given by --uplink) on this node")]
+    NoUplink(String),
+    /// The port of the tunnel is taken.
+    #[error("cannot create {TUNNEL} with UDP port {port}: {source}; is the port another VXLAN's? \
+             Set `tunnel.port` in EgressConfig")]
+    Tunnel {
+        /// The port.
+        port: u16,
+        /// Why not.
+        source: rtnetlink::Error,
+    },
+}
+
+/// Which interfaces are what.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Names of uplinks; empty: every interface with a route by a gateway that is not pod-facing.
+    pub uplinks: Vec<String>,
+    /// Patterns of pod-facing interfaces' names, `*` for any characters.
+    pub pod_interfaces: Vec<String>,
+}
+
+/// Reads the facts, and again after every change. The task ends when the receiver is dropped.
+pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error> {
+    let (connection, handle, mut events) = rtnetlink::new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+        MulticastGroup::Neigh,
+    ])
+    .map_err(Error::Socket)?;
+    tokio::spawn(connection);
+    let facts = read(&handle, &selection).await?;
+    for name in &selection.uplinks {
+        if !facts.uplinks.values().any(|uplink| &uplink.name == name) {
+            return Err(Error::NoUplink(name.clone()));
+        }
+    }
+    let (sender, receiver) = watch::channel(facts);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                event = events.next() => if event.is_none() {
+                    warn!("netlink closed its socket: changes of interfaces are no longer seen; restart the agent");
+                    return;
+                },
+                () = tokio::time::sleep(REREAD) => {}
+                () = sender.closed() => return,
+            }
+            tokio::time::sleep(SETTLE).await;
+            // What has come meanwhile is covered by the read below.
+            while let Some(Some(_)) = futures_util::FutureExt::now_or_never(events.next()) {}
+            match read(&handle, &selection).await {
+                Ok(facts) => {
+                    sender.send_if_modified(|held| {
+                        let changed = *held != facts;
+                        *held = facts;
+                        changed
+                    });
+                }
+                Err(error) => debug!("reading the node's network again: {error}"),
+            }
+        }
+    });
+    Ok(receiver)
+}
+
+/// Makes sure that the tunnel's device exists with this UDP port, and is up.
+pub async fn ensure_tunnel(port: u16) -> Result<IfIndex, Error> {
+    let handle = connect()?;
+    if let Some(link) = find(&handle, TUNNEL).await? {
+        if vxlan_port(&link) == Some(port) {
+            return Ok(link.header.index);
+        }
+        delete(&handle, link.header.index).await?;
+    }
+    // Metadata mode: VNI and addresses come with each packet. It learns nothing and resolves nothing.
+    let message = LinkMessageBuilder::<LinkVxlan>::new(TUNNEL)
+        .collect_metadata(true)
+        .learning(false)
+        .port(port)
+        .up()
+        .build();
+    handle.link().add(message).execute().await.map_err(|source| Error::Tunnel { port, source })?;
+    let link = find(&handle, TUNNEL).await?;
+    Ok(link.map_or(0, |link| link.header.index))
+}
+
+/// Removes the tunnel's device. Returns whether there was one.
+pub async fn remove_tunnel() -> Result<bool, Error> {
+    let handle = connect()?;
+    let Some(link) = find(&handle, TUNNEL).await? else { return Ok(false) };
+    delete(&handle, link.header.index).await?;
+    Ok(true)
+}
+
+fn connect() -> Result<Handle, Error> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+async fn delete(handle: &Handle, index: IfIndex) -> Result<(), Error> {
+    let what = "delete the tunnel's device";
+    handle.link().del(index).execute().await.map_err(|source| Error::Request { what, source })
+}
+
+async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>, Error> {
+    let links = links(handle).await?;
+    Ok(links.into_iter().find(|link| link_name(link) == name))
+}
+
+async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, Error> {
+    let what = "list interfaces";
+    handle.link().get().execute().try_collect().await.map_err(|source| Error::Request { what, source })
+}
+
+fn link_name(link: &LinkMessage) -> &str {
+    link.attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::IfName(name) = a { Some(name.as_str()) } else { None })
+        .unwrap_or_default()
+}
+
+fn link_infos(link: &LinkMessage) -> &[LinkInfo] {
+    link.attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::LinkInfo(infos) = a { Some(infos.as_slice()) } else { None })
+        .unwrap_or_default()
+}
+
+fn is_kind(link: &LinkMessage, kind: &InfoKind) -> bool {
+    link_infos(link).iter().any(|info| matches!(info, LinkInfo::Kind(k) if k == kind))
+}
+
+fn vxlan_port(link: &LinkMessage) -> Option<u16> {
+    link_infos(link).iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => {
+            data.iter().find_map(|d| if let InfoVxlan::Port(port) = d { Some(*port) } else { None })
+        }
+        _ => None,
+    })
+}
+
+fn mac_of(link: &LinkMessage) -> [u8; 6] {
+    link.attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::Address(mac) = a { mac.as_slice().try_into().ok() } else { None })
+        .unwrap_or_default()
+}
+
+/// A unicast route, reduced to what matters here.
+struct Route {
+    destination: IpNet,
+    by_gateway: bool,
+    interfaces: Vec<IfIndex>,
+}
+
+async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
+    let links = links(handle).await?;
+    let addresses = addresses(handle).await?;
+    let routes = routes(handle).await?;
+
+    let pod_facing: BTreeMap<IfIndex, &LinkMessage> = links
+        .iter()
+        .filter(|link| {
+            let name = link_name(link);
+            !selection.uplinks.iter().any(|uplink| uplink == name)
+                && selection.pod_interfaces.iter().any(|pattern| matches(pattern, name))
+        })
+        .map(|link| (link.header.index, link))
+        .collect();
+    let controller = |link: &LinkMessage| {
+        link.attributes
+            .iter()
+            .find_map(|a| if let LinkAttribute::Controller(index) = a { Some(*index) } else { None })
+            .unwrap_or(0)
+    };
+
+    let mut facts = Facts::default();
+    for (index, link) in &pod_facing {
+        let interface = PodInterface {
+            name: link_name(link).to_owned(),
+            mac: mac_of(link),
+            bridge: controller(link),
+            peer_elsewhere: is_kind(link, &InfoKind::Veth)
+                && link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkNetNsId(_))),
+        };
+        facts.pod_interfaces.insert(*index, interface);
+    }
+    let bridges: BTreeSet<IfIndex> = facts.pod_interfaces.values().map(|i| i.bridge).filter(|b| *b != 0).collect();
+    let by_gateway: BTreeSet<IfIndex> =
+        routes.iter().filter(|r| r.by_gateway).flat_map(|r| r.interfaces.iter().copied()).collect();
+    for link in &links {
+        let index = link.header.index;
+        let name = link_name(link);
+        if bridges.contains(&index) {
+            facts.bridges.insert(index, mac_of(link));
+        }
+        if name == TUNNEL {
+            facts.tunnel_ifindex = index;
+        }
+        let chosen = if selection.uplinks.is_empty() {
+            by_gateway.contains(&index) && !bridges.contains(&index) && !is_kind(link, &InfoKind::Vxlan)
+        } else {
+            selection.uplinks.iter().any(|uplink| uplink == name)
+        };
+        // The programs expect Ethernet headers.
+        if chosen && link.header.link_layer_type == LinkLayerType::Ether && !pod_facing.contains_key(&index) {
+            facts.uplinks.insert(index, uplink(link, addresses.get(&index).map_or(&[][..], Vec::as_slice)));
+        }
+    }
+    for route in &routes {
+        let [interface] = route.interfaces[..] else { continue };
+        let single = route.destination.prefix_len() == route.destination.max_prefix_len();
+        if !route.by_gateway && single && pod_facing.contains_key(&interface) {
+            facts.host_routes.insert(route.destination.addr(), interface);
+        } else if !route.by_gateway && bridges.contains(&interface) {
+            facts.bridge_networks.insert(route.destination, interface);
+        }
+    }
+    if !bridges.is_empty() {
+        facts.bridge_ports = bridge_ports(handle, &bridges, &pod_facing).await?;
+    }
+    facts.addresses = addresses.into_values().flatten().map(|net| net.addr()).filter(is_global).collect();
+    facts.addresses.sort_unstable();
+    facts.addresses.dedup();
+    Ok(facts)
+}
+
+fn uplink(link: &LinkMessage, addresses: &[IpNet]) -> Uplink {
+    let mtu = link
+        .attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
+        .unwrap_or(0);
+    Uplink {
+        name: link_name(link).to_owned(),
+        mac: mac_of(link),
+        networks: addresses.iter().filter(|net| is_global(&net.addr())).copied().collect(),
+        mtu,
+        up: link.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
+    }
+}
+
+/// Neither loopback nor link-local.
+fn is_global(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local() && !ip.is_unspecified(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local() && !ip.is_unspecified(),
+    }
+}
+
+async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Error> {
+    let what = "list addresses";
+    let mut found: BTreeMap<IfIndex, Vec<IpNet>> = BTreeMap::new();
+    let mut messages = handle.address().get().execute();
+    while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+        // On point-to-point interfaces `Address` is the peer, `Local` is ours.
+        let local = message.attributes.iter().find_map(|a| match a {
+            AddressAttribute::Local(ip) => Some(*ip),
+            _ => None,
+        });
+        let address = local.or_else(|| {
+            message.attributes.iter().find_map(|a| match a {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            })
+        });
+        if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
+            found.entry(message.header.index).or_default().push(net);
+        }
+    }
+    for nets in found.values_mut() {
+        nets.sort_unstable();
+    }
+    Ok(found)
+}
+
+async fn routes(handle: &Handle) -> Result<Vec<Route>, Error> {
+    let what = "list routes";
+    let queries =
+        [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
+    let mut found = Vec::new();
+    for query in queries {
+        let v4 = query.header.address_family == AddressFamily::Inet;
+        let mut messages = handle.route().get(query).execute();
+        while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+            if message.header.kind != RouteType::Unicast {
+                continue;
+            }
+            let mut address = if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+            let mut by_gateway = false;
+            let mut interfaces = Vec::new();
+            for attribute in &message.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => address = IpAddr::V4(*ip),
+                    RouteAttribute::Destination(RouteAddress::Inet6(ip)) => address = IpAddr::V6(*ip),
+                    RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => by_gateway = true,
+                    RouteAttribute::Oif(index) => interfaces.push(*index),
+                    RouteAttribute::MultiPath(hops) => {
+                        by_gateway = true;
+                        interfaces.extend(hops.iter().map(|hop| hop.interface_index));
+                    }
+                    _ => {}
+                }
+            }
+            if let Ok(destination) = IpNet::new(address, message.header.destination_prefix_length) {
+                found.push(Route { destination, by_gateway, interfaces });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Which port of a bridge leads to an address: the neighbour table gives its hardware address, the bridge's
+/// forwarding table the port.
+async fn bridge_ports(
+    handle: &Handle,
+    bridges: &BTreeSet<IfIndex>,
+    pod_facing: &BTreeMap<IfIndex, &LinkMessage>,
+) -> Result<BTreeMap<IpAddr, IfIndex>, Error> {
+    let mut ports: BTreeMap<(IfIndex, Vec<u8>), IfIndex> = BTreeMap::new();
+    let what = "list bridge forwarding entries";
+    let mut entries = handle
+        .neighbours()
+        .get()
+        .set_address_family(AddressFamily::Bridge)
+        .set_flags(NeighbourFlags::Own)
+        .execute();
+    while let Some(entry) = entries.try_next().await.map_err(|source| Error::Request { what, source })? {
+        let mut mac = None;
+        let mut bridge = 0;
+        for attribute in &entry.attributes {
+            match attribute {
+                NeighbourAttribute::LinkLayerAddress(address) => mac = Some(address.clone()),
+                NeighbourAttribute::Controller(index) => bridge = *index,
+                _ => {}
+            }
+        }
+        if let Some(mac) = mac
+            && pod_facing.contains_key(&entry.header.ifindex)
+        {
+            ports.insert((bridge, mac), entry.header.ifindex);
+        }
+    }
+    drop(entries);
+    let mut found = BTreeMap::new();
+    let what = "list neighbours";
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut neighbours = handle.neighbours().get().set_address_family(family).execute();
+        while let Some(entry) = neighbours.try_next().await.map_err(|source| Error::Request { what, source })? {
+            if !bridges.contains(&entry.header.ifindex) {
+                continue;
+            }
+            let mut ip = None;
+            let mut mac = None;
+            for attribute in &entry.attributes {
+                match attribute {
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => ip = Some(IpAddr::V4(*a)),
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => ip = Some(IpAddr::V6(*a)),
+                    NeighbourAttribute::LinkLayerAddress(address) => mac = Some(address.clone()),
+                    _ => {}
+                }
+            }
+            if let (Some(ip), Some(mac)) = (ip, mac)
+                && let Some(port) = ports.get(&(entry.header.ifindex, mac))
+            {
+                found.insert(ip, *port);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a name matches a pattern in which `*` stands for any characters.
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    let mut rest = rest;
+    for part in parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns() {
+        assert!(matches("veth*", "veth1a2b"));
+        assert!(matches("veth*", "veth"));
+        assert!(!matches("veth*", "eth0"));
+        assert!(matches("eth0", "eth0"));
+        assert!(!matches("eth0", "eth01"));
+        assert!(matches("*", "anything"));
+        assert!(matches("cali*-p*z", "cali12-pod-z"));
+        assert!(!matches("cali*-p*z", "cali12-q-z"));
+    }
+}
