@@ -3,9 +3,10 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::{machine, process, toolchain, ui};
@@ -37,7 +38,7 @@ pub(crate) fn build(release: bool) -> Result<PathBuf> {
 pub(crate) fn ebpf() -> Result<()> {
     let tools = toolchain::find()?;
     let step = ui::Step::begin("build", &format!("eBPF programs, rustc {}", tools.rustc.version));
-    process::run(ebpf_cargo(&tools, &[])?.args(["build", "--release"]))?;
+    process::run(ebpf_cargo(&tools)?.args(["build", "--release"]))?;
     let built = ebpf_target_dir()?.join(TARGET).join("release/outgate");
     let object = machine::bpf_object()?;
     let (bytes, changed) = install_if_changed(&built, &object)?;
@@ -47,22 +48,17 @@ pub(crate) fn ebpf() -> Result<()> {
 }
 
 /// Cargo for the eBPF workspace: with a compiler of our choice, and untouched by what is set for the host's.
-pub(crate) fn ebpf_cargo(tools: &toolchain::Toolchain, more_flags: &[&str]) -> Result<std::process::Command> {
+fn ebpf_cargo(tools: &toolchain::Toolchain) -> Result<Command> {
     let linker = tools.linker.to_str().context("bpf-linker's path is not UTF-8")?;
     let linker = format!("-Clinker={linker}");
     // v3 of the instruction set (32-bit registers, atomics) is in every kernel that Outgate runs on.
-    let flags = [linker.as_str(), "-Clink-arg=--btf", "-Cdebuginfo=2", "-Ctarget-cpu=v3"];
-    let flags = flags.iter().chain(more_flags).copied().collect::<Vec<_>>().join("\x1f");
-    let directory = machine::root().join("ebpf");
-    if !directory.join("Cargo.toml").exists() {
-        bail!("{} is missing: this checkout has no eBPF programs", directory.join("Cargo.toml").display());
-    }
+    let flags = [linker.as_str(), "-Clink-arg=--btf", "-Cdebuginfo=2", "-Ctarget-cpu=v3"].join("\x1f");
     let mut cargo = process::cargo();
     for variable in ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTUP_TOOLCHAIN"] {
         cargo.env_remove(variable);
     }
     cargo
-        .current_dir(directory)
+        .current_dir(machine::root().join("ebpf"))
         .env("RUSTC", &tools.rustc.path)
         .env("RUSTC_BOOTSTRAP", "1") // lets a released compiler take -Z
         .env("CARGO_ENCODED_RUSTFLAGS", flags)

@@ -34,7 +34,7 @@ enum Command {
     Demo(demo::Options),
     /// Run every rung of tests, the first without root, and print one line of counts
     Test(test::Options),
-    /// Check formatting, clippy on both targets and the house rules
+    /// Check formatting, clippy on both workspaces and the house rules
     Lint,
 }
 
