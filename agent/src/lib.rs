@@ -10,6 +10,9 @@ pub mod selector;
 pub mod assign;
 pub mod lease;
 
+pub mod compile;
+pub mod ids;
+
 pub mod facts;
 pub mod image;
 

@@ -1,0 +1,753 @@
+//! Desired state and the node's facts to the content of every policy map. A pure function: it reads neither
+//! clock nor kernel, so the same input gives the same image.
+//!
+//! Only what this node needs is in it: its own pods, the EgressIP objects that they use or whose addresses it
+//! may hold, and all nodes and networks of the cluster. What exceeds a map's capacity is left out and named,
+//! in a way that drops packets rather than lets them out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use datapath::addr::Ip;
+use datapath::keys::{
+    Delivery, DeliveryMode, EgressIp, GranuleTable, IfIndex, Interface, InterfaceKind, Lease, Network,
+    NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
+};
+use datapath::limits;
+use ipnet::IpNet;
+
+use crate::facts::Facts;
+use crate::ids::{Ids, identity};
+use crate::image::MapImage;
+use crate::model::{self, Desired};
+use crate::watch::Problem;
+
+/// A map image, and what goes with it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Compiled {
+    /// The image.
+    pub image: MapImage,
+    /// Allocations whose whole port table is in it, for the node's EgressNode to confirm once it is applied:
+    /// address to the allocation's UID and generation.
+    pub loaded: BTreeMap<IpAddr, (String, u64)>,
+    /// What is left out of it, and why.
+    pub problems: BTreeSet<Problem>,
+}
+
+/// Compiles a node's map image.
+#[must_use]
+pub fn compile(desired: &Desired, facts: &Facts, ids: &mut Ids) -> Compiled {
+    let mut c = Compiler {
+        desired,
+        facts,
+        ids,
+        out: Compiled::default(),
+        node_ids: BTreeMap::new(),
+        policies: BTreeMap::new(),
+    };
+    c.nodes();
+    c.networks();
+    c.egress_ips();
+    c.pods();
+    c.interfaces();
+    c.settings();
+    c.ids.forget_others(&c.out.image);
+    c.out
+}
+
+/// The uplink whose network contains an address: the longest prefix, then the lowest index.
+#[must_use]
+pub fn uplink_for(facts: &Facts, ip: &IpAddr) -> Option<IfIndex> {
+    let prefix = |networks: &[IpNet]| networks.iter().filter(|n| n.contains(ip)).map(IpNet::prefix_len).max();
+    facts
+        .uplinks
+        .iter()
+        .filter_map(|(index, uplink)| Some((prefix(&uplink.networks)?, *index)))
+        .max_by_key(|(prefix, index)| (*prefix, std::cmp::Reverse(*index)))
+        .map(|(_, index)| index)
+}
+
+struct Compiler<'a> {
+    desired: &'a Desired,
+    facts: &'a Facts,
+    ids: &'a mut Ids,
+    out: Compiled,
+    /// Nodes that are in `NODES`, by name.
+    node_ids: BTreeMap<String, NodeId>,
+    /// EgressIP objects that are in `POLICIES`, by name.
+    policies: BTreeMap<String, PolicyId>,
+}
+
+impl Compiler<'_> {
+    fn problem(&mut self, about: impl std::fmt::Display, message: impl std::fmt::Display) {
+        self.out.problems.insert(Problem::new(about, message));
+    }
+
+    /// `NODES` and `NODE_ADDRS`: every node whose agent says where its tunnel ends.
+    fn nodes(&mut self) {
+        let mut by_address: BTreeMap<Ip, &String> = BTreeMap::new();
+        // This node first: without itself it can do nothing.
+        let own = self.desired.nodes.get_key_value(&self.desired.node);
+        for (name, node) in own.into_iter().chain(&self.desired.nodes) {
+            let Some(address) = node.agent.as_ref().and_then(|a| a.tunnel_address) else { continue };
+            if by_address.len() >= capacity(limits::NODES) {
+                self.problem(format_args!("Node {name}"), over("NODES", limits::NODES));
+                continue;
+            }
+            let first = *by_address.entry(address.into()).or_insert(name);
+            if first != name {
+                self.problem(
+                    format_args!("Node {name}"),
+                    format_args!("its tunnel address {address} is also node {first}'s; it gets no tunnel"),
+                );
+            }
+        }
+        let ids = self.ids.nodes(&by_address.keys().copied().collect());
+        for (tunnel_ip, name) in by_address {
+            if let Some(id) = ids.get(&tunnel_ip) {
+                self.out.image.nodes.insert(*id, Node { tunnel_ip });
+                self.out.image.node_addrs.insert(tunnel_ip, *id);
+                self.node_ids.insert(name.clone(), *id);
+            }
+        }
+    }
+
+    /// `NETWORKS`.
+    fn networks(&mut self) {
+        let config = &self.desired.config;
+        let nodes = self.desired.nodes.values();
+        let pods = config.cluster_networks.iter().chain(nodes.clone().flat_map(|n| &n.pod_networks));
+        // An egress IP is never taken for a node, or its answers would be. The model refuses such addresses;
+        // this is the second lock.
+        let egress = self.desired.addresses();
+        let own = self.facts.addresses.iter().copied();
+        let addresses =
+            nodes.flat_map(model::Node::addresses).chain(own).filter(|a| !egress.contains_key(a)).map(IpNet::from);
+        let all: Vec<_> = pods
+            .copied()
+            .map(|n| (n, NetworkKind::Pods))
+            .chain(config.service_networks.iter().copied().map(|n| (n, NetworkKind::Services)))
+            .chain(addresses.map(|n| (n, NetworkKind::Node)))
+            .collect();
+        for (network, kind) in all {
+            let networks = &mut self.out.image.networks;
+            let key = network_key(&network);
+            if networks.len() >= capacity(limits::NETWORKS) && !networks.contains_key(&key) {
+                self.problem(format_args!("network {network}"), over("NETWORKS", limits::NETWORKS));
+            } else {
+                networks.insert(key, Network { kind: kind as u32 });
+            }
+        }
+    }
+
+    /// `POLICIES`, `EGRESS_IPS`, `EGRESS_ADDRS`, `GRANULES` and `LEASES`.
+    fn egress_ips(&mut self) {
+        let used: BTreeSet<_> = self.desired.pods.values().filter_map(|p| p.egress_ip.as_ref()).collect();
+        let node = self.desired.nodes.get(&self.desired.node);
+        let assignable = node.is_some_and(|n| n.assignable);
+        for e in self.desired.by_age() {
+            let uplinks: Vec<_> = e
+                .addresses
+                .iter()
+                .map(|ip| {
+                    let holds = self.allocation(ip).is_some_and(|a| a.owner.as_ref() == Some(&self.desired.node));
+                    uplink_for(self.facts, ip).filter(|_| assignable || holds).unwrap_or(0)
+                })
+                .collect();
+            let is_used = used.contains(&e.name);
+            if !is_used && uplinks.iter().all(|u| *u == 0) {
+                continue;
+            }
+            let image = &self.out.image;
+            let refused = if image.policies.len() >= capacity(limits::POLICIES) {
+                Some(over("POLICIES", limits::POLICIES))
+            } else if image.egress_ips.len() + e.addresses.len() > capacity(limits::EGRESS_IPS) {
+                Some(over("EGRESS_IPS", limits::EGRESS_IPS))
+            } else {
+                None
+            };
+            if let Some(message) = refused {
+                self.problem(format_args!("EgressIP {}", e.name), message);
+                continue;
+            }
+            let identity = identity(&[&e.name, &e.uid]);
+            let id = self.ids.policy(identity);
+            let mut policy = Policy { identity, ..Policy::default() };
+            for (ip, uplink) in e.addresses.iter().zip(uplinks) {
+                let egress = self.egress_ip(id, *ip, uplink, is_used);
+                // The model lets no object have more addresses.
+                if let Some(slot) = policy.egress.get_mut(policy.len as usize) {
+                    *slot = egress;
+                    policy.len += 1;
+                }
+            }
+            self.out.image.policies.insert(id, policy);
+            self.policies.insert(e.name.clone(), id);
+        }
+    }
+
+    fn egress_ip(&mut self, policy: PolicyId, ip: IpAddr, uplink: IfIndex, used: bool) -> u32 {
+        let key = Ip::from(ip);
+        let id = self.ids.egress(policy, key);
+        let owner = self.allocation(&ip).and_then(|a| a.owner.as_ref());
+        let holder = owner.and_then(|n| self.node_ids.get(n)).copied().unwrap_or(0);
+        self.out.image.egress_ips.insert(id, EgressIp { ip: key, policy, uplink, holder, pad: [0; 3] });
+        self.out.image.egress_addrs.insert(key, id);
+        if uplink != 0 {
+            let mut table = GranuleTable::default();
+            if let Some(a) = self.desired.allocations.get(&ip) {
+                for lease in &a.leases {
+                    let node = self.lessee(lease);
+                    for range in &lease.ranges {
+                        table.node[usize::from(range.first)..][..usize::from(range.count)].fill(node);
+                    }
+                }
+                self.out.loaded.insert(ip, (a.uid.clone(), a.generation));
+            }
+            self.out.image.granules.insert(id, table);
+        }
+        if used && let Some(lease) = self.own_lease(&ip) {
+            self.out.image.leases.insert(id, lease);
+        }
+        id
+    }
+
+    fn allocation(&self, ip: &IpAddr) -> Option<&model::Allocation> {
+        self.desired.allocations.get(ip)
+    }
+
+    /// The id of the node that a lease is for; 0 if that very node is not there any more.
+    fn lessee(&self, lease: &model::Lease) -> NodeId {
+        let agent = self.desired.nodes.get(&lease.node).and_then(|n| n.agent.as_ref());
+        match self.node_ids.get(&lease.node) {
+            Some(id) if agent.is_some_and(|a| a.node_uid == lease.node_uid) => *id,
+            _ => 0,
+        }
+    }
+
+    /// The ports that this node may use now: those of its leases that the holder's kernel is known to have.
+    /// If this node is the holder, they come with the same change, `GRANULES` first. If nobody is, nothing
+    /// leaves anyway, and `NoOwner` is the reason to be seen.
+    fn own_lease(&mut self, ip: &IpAddr) -> Option<Lease> {
+        let name = &self.desired.node;
+        let a = self.desired.allocations.get(ip)?;
+        let confirmed = match &a.owner {
+            Some(owner) if owner != name => {
+                let agent = self.desired.nodes.get(owner).and_then(|n| n.agent.as_ref())?;
+                agent.loaded.get(ip).filter(|(uid, _)| *uid == a.uid).map(|(_, generation)| *generation)?
+            }
+            _ => a.generation,
+        };
+        let own_uid = self.desired.nodes.get(name)?.agent.as_ref().map(|a| a.node_uid.as_str())?;
+        let mut lease = Lease::default();
+        let mut ranges: Vec<_> = a
+            .leases
+            .iter()
+            .filter(|l| l.node == *name && l.node_uid == own_uid && l.generation <= confirmed)
+            .flat_map(|l| l.ranges.iter().copied())
+            .collect();
+        ranges.sort_unstable();
+        if ranges.len() > limits::LEASE_RANGES {
+            self.out.problems.insert(Problem::new(
+                format_args!("EgressAllocation {ip}"),
+                format_args!("{} port ranges for this node, of which {} can be used", ranges.len(), limits::LEASE_RANGES),
+            ));
+            ranges.truncate(limits::LEASE_RANGES);
+        }
+        for (slot, range) in lease.ranges.iter_mut().zip(ranges) {
+            *slot = range;
+            lease.len += 1;
+            lease.granules += u32::from(range.count);
+        }
+        Some(lease).filter(|l| l.len > 0)
+    }
+
+    /// `PODS`, `DELIVERY` and `POD_NAMES`.
+    fn pods(&mut self) {
+        // Selected pods first, should there be too many.
+        let mut pods: Vec<_> = self.desired.pods.iter().collect();
+        pods.sort_by_key(|(_, p)| p.egress_ip.is_none());
+        for ((namespace, name), pod) in pods {
+            let policy = match &pod.egress_ip {
+                None => 0,
+                // An object that there was no room for: its pods are held, as unknown ones are.
+                Some(e) => match self.policies.get(e) {
+                    Some(id) => *id,
+                    None => {
+                        self.problem(
+                            format_args!("Pod {namespace}/{name}"),
+                            format_args!("held: its EgressIP {e} is not in force on this node"),
+                        );
+                        continue;
+                    }
+                },
+            };
+            let identity = identity(&[namespace, name, &pod.uid]);
+            for ip in &pod.addresses {
+                if self.out.image.pods.len() >= capacity(limits::PODS) {
+                    self.problem(format_args!("Pod {namespace}/{name}"), over("PODS", limits::PODS));
+                    break;
+                }
+                let key = Ip::from(*ip);
+                let id = self.ids.pod(key, identity);
+                let (ifindex, mode, device) = self.interface_of(ip);
+                let image = &mut self.out.image;
+                image.pods.insert(key, Pod { id, policy, ifindex, pad: 0 });
+                // Also while its interface is not known, for the identity in it.
+                image.delivery.insert(
+                    id,
+                    Delivery { ip: key, ifindex: device, mode: mode as u8, pad: [0; 3], identity },
+                );
+                image.pod_names.insert(id, pod_name(namespace, name));
+            }
+        }
+    }
+
+    /// The interface that a pod's packets come in by, and how and by which device to reach it. Zeros while the
+    /// CNI has not made it yet.
+    fn interface_of(&self, ip: &IpAddr) -> (IfIndex, DeliveryMode, IfIndex) {
+        let f = self.facts;
+        let peer = |index: &IfIndex| f.pod_interfaces.get(index).is_some_and(|i| i.peer_elsewhere);
+        let route = f.host_routes.get(ip).copied();
+        let bridge = longest(&f.bridge_networks, ip);
+        let port = f.bridge_ports.get(ip).copied().filter(|p| f.pod_interfaces.contains_key(p));
+        match (route, port, bridge) {
+            (Some(own), _, _) if peer(&own) => (own, DeliveryMode::Peer, own),
+            (Some(own), _, _) => (own, DeliveryMode::Neighbour, own),
+            (None, Some(port), _) if peer(&port) => (port, DeliveryMode::Peer, port),
+            // Never to a bridge's port by address: the port has none, the bridge has.
+            (None, Some(port), _) => (port, DeliveryMode::Neighbour, bridge.unwrap_or(f.pod_interfaces[&port].bridge)),
+            (None, None, Some(bridge)) => (bridge, DeliveryMode::Neighbour, bridge),
+            (None, None, None) => (0, DeliveryMode::Neighbour, 0),
+        }
+    }
+
+    /// `INTERFACES`.
+    fn interfaces(&mut self) {
+        let f = self.facts;
+        // Interfaces and bridges that selected pods speak through.
+        let mut guarded: BTreeSet<IfIndex> = BTreeSet::new();
+        for (ip, pod) in self.out.image.pods.iter().filter(|(_, p)| p.policy != 0) {
+            guarded.insert(pod.ifindex);
+            let ip = IpAddr::from(*ip);
+            if !f.host_routes.contains_key(&ip) {
+                guarded.extend(longest(&f.bridge_networks, &ip));
+            }
+        }
+        let bridges: BTreeSet<_> =
+            guarded.iter().filter_map(|i| f.pod_interfaces.get(i)).map(|i| i.bridge).filter(|b| *b != 0).collect();
+        guarded.extend(bridges);
+        let pods = f.pod_interfaces.iter().map(|(index, i)| {
+            let guarded = guarded.contains(index) || guarded.contains(&i.bridge);
+            (*index, interface(InterfaceKind::Pod, guarded, i.mac, i.bridge))
+        });
+        let bridges =
+            f.bridges.iter().map(|(index, mac)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), *mac, 0)));
+        let uplinks = f.uplinks.iter().map(|(index, u)| (*index, interface(InterfaceKind::Uplink, false, u.mac, 0)));
+        // Uplinks and bridges first: there are few, and without them nothing works.
+        for (index, value) in uplinks.chain(bridges).chain(pods).collect::<Vec<_>>() {
+            if self.out.image.interfaces.len() >= capacity(limits::INTERFACES) {
+                self.problem(format_args!("interface {index}"), over("INTERFACES", limits::INTERFACES));
+            } else {
+                self.out.image.interfaces.entry(index).or_insert(value);
+            }
+        }
+    }
+
+    /// `SETTINGS`.
+    fn settings(&mut self) {
+        let config = &self.desired.config;
+        let t = &config.timeouts;
+        let tunnel = self.desired.tunnel.unwrap_or_default();
+        self.out.image.settings = Settings {
+            node: self.node_ids.get(&self.desired.node).copied().unwrap_or(0),
+            tunnel_port: tunnel.port,
+            tunnel_vni: tunnel.vni,
+            tunnel_ifindex: self.facts.tunnel_ifindex,
+            pass_token: self.ids.pass_token(),
+            unassigned: config.unassigned as u8,
+            spread: config.spread as u8,
+            hold_unknown: u8::from(config.hold_unknown),
+            tcp_established: t.tcp_established,
+            tcp_transitory: t.tcp_transitory,
+            udp: t.udp,
+            icmp: t.icmp,
+            rest: t.rest,
+            ..Settings::default()
+        };
+    }
+}
+
+fn capacity(limit: u32) -> usize {
+    limit as usize
+}
+
+fn over(map: &str, limit: u32) -> String {
+    format!("not in force on this node: map {map} is full with {limit} entries")
+}
+
+fn interface(kind: InterfaceKind, guarded: bool, mac: [u8; 6], bridge: IfIndex) -> Interface {
+    Interface { kind: kind as u8, guarded: u8::from(guarded), mac, bridge }
+}
+
+fn longest(networks: &BTreeMap<IpNet, IfIndex>, ip: &IpAddr) -> Option<IfIndex> {
+    networks.iter().filter(|(n, _)| n.contains(ip)).max_by_key(|(n, _)| n.prefix_len()).map(|(_, index)| *index)
+}
+
+fn network_key(network: &IpNet) -> NetworkKey {
+    let prefix_len = u32::from(network.prefix_len()) + if network.addr().is_ipv4() { 96 } else { 0 };
+    NetworkKey { prefix_len, ip: network.network().into() }
+}
+
+fn pod_name(namespace: &str, name: &str) -> PodName {
+    fn put(to: &mut [u8], text: &str) {
+        // Longer names than RFC 1123 allows do not get this far.
+        for (to, byte) in to.iter_mut().zip(text.bytes()) {
+            *to = byte;
+        }
+    }
+    let mut out = PodName::default();
+    put(&mut out.namespace, namespace);
+    put(&mut out.name, name);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::{PodInterface, Uplink};
+    use crate::ids::Next;
+    use crate::model::tests::objects;
+    use datapath::keys::{GranuleRange, PodId};
+
+    /// Node a: uplink 2 (192.0.2.0/24), veth 10 by a host route, bridge 20 with ports 21 and 22.
+    fn facts() -> Facts {
+        let pod = |bridge, peer_elsewhere| PodInterface {
+            name: "veth".into(),
+            mac: [2; 6],
+            bridge,
+            peer_elsewhere,
+        };
+        Facts {
+            uplinks: BTreeMap::from([(
+                2,
+                Uplink {
+                    name: "eth0".into(),
+                    mac: [1; 6],
+                    networks: vec!["192.0.2.5/24".parse().unwrap()],
+                    mtu: 1500,
+                    up: true,
+                },
+            )]),
+            pod_interfaces: BTreeMap::from([(10, pod(0, true)), (21, pod(20, true)), (22, pod(20, false))]),
+            bridges: BTreeMap::from([(20, [3; 6])]),
+            host_routes: BTreeMap::from([("10.1.0.1".parse().unwrap(), 10)]),
+            bridge_networks: BTreeMap::from([("10.1.2.0/24".parse().unwrap(), 20)]),
+            bridge_ports: BTreeMap::from([
+                ("10.1.2.21".parse().unwrap(), 21),
+                ("10.1.2.22".parse().unwrap(), 22),
+            ]),
+            addresses: vec!["192.0.2.5".parse().unwrap()],
+            tunnel_ifindex: 9,
+        }
+    }
+
+    const CLUSTER: &str = "kind: Node
+metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
+spec: {podCIDR: 10.1.0.0/16}
+status: {addresses: [{type: InternalIP, address: 192.0.2.5}, {type: Hostname, address: a}]}
+---
+kind: EgressNode
+metadata: {name: a}
+status: {nodeUID: ua, tunnelAddress: 192.0.2.5, addresses: [192.0.2.5]}
+---
+kind: EgressNode
+metadata: {name: b}
+status: {nodeUID: ub, tunnelAddress: 192.0.2.6, addresses: [192.0.2.6, 10.2.0.1], loaded: []}
+---
+kind: Namespace
+metadata: {name: shop, labels: {env: prod}}
+---
+kind: Namespace
+metadata: {name: dev}
+---
+kind: EgressIP
+metadata: {name: e, uid: ue}
+spec: {egressIPs: [192.0.2.100, 192.0.2.101], namespaceSelector: {matchLabels: {env: prod}}}
+---
+kind: EgressAllocation
+metadata: {name: 192.0.2.100, uid: x, generation: 5}
+spec:
+  egressIP: 192.0.2.100
+  owner: b
+  leases:
+  - {node: a, nodeUID: ua, generation: 3, ranges: [{first: 0, count: 10}]}
+  - {node: a, nodeUID: ua, generation: 5, ranges: [{first: 20, count: 10}]}
+  - {node: b, nodeUID: older, generation: 1, ranges: [{first: 30, count: 10}]}
+  - {node: b, nodeUID: ub, generation: 4, ranges: [{first: 40, count: 10}]}";
+
+    fn pod(namespace: &str, name: &str, ip: &str) -> String {
+        format!(
+            "---
+kind: Pod
+metadata: {{name: {name}, namespace: {namespace}, uid: u{name}}}
+spec: {{nodeName: a}}
+status: {{podIP: {ip}}}"
+        )
+    }
+
+    fn cluster(more: &[String]) -> String {
+        let pods = [
+            pod("shop", "routed", "10.1.0.1"),
+            pod("shop", "bridged", "10.1.2.21"),
+            pod("dev", "other", "10.1.2.22"),
+        ];
+        [CLUSTER.to_owned()].into_iter().chain(pods).chain(more.iter().cloned()).collect::<Vec<_>>().join("\n")
+    }
+
+    fn with(yaml: &str, facts: &Facts, ids: &mut Ids) -> Compiled {
+        compile(&crate::model::desired(&objects(yaml), "a"), facts, ids)
+    }
+
+    fn of(yaml: &str) -> Compiled {
+        let c = with(yaml, &facts(), &mut Ids::recover(&MapImage::default(), Next::default(), 77));
+        assert_eq!(c.problems, BTreeSet::new());
+        c
+    }
+
+    fn ip(s: &str) -> Ip {
+        s.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn egress(c: &Compiled, s: &str) -> u32 {
+        c.image.egress_addrs[&ip(s)]
+    }
+
+    #[test]
+    fn pods_are_all_there_with_their_policy_and_their_way_back() {
+        let image = of(&cluster(&[pod("shop", "new", "10.9.0.1")])).image;
+        assert_eq!(image.pods.len(), 4);
+        let policy = *image.policies.keys().next().unwrap();
+        let get = |s: &str| {
+            let p = image.pods[&ip(s)];
+            let d = image.delivery[&p.id];
+            (p.policy, p.ifindex, d.mode, d.ifindex)
+        };
+        assert_eq!(get("10.1.0.1"), (policy, 10, DeliveryMode::Peer as u8, 10));
+        assert_eq!(get("10.1.2.21"), (policy, 21, DeliveryMode::Peer as u8, 21));
+        assert_eq!(get("10.1.2.22"), (0, 22, DeliveryMode::Neighbour as u8, 20), "not the port");
+        assert_eq!(get("10.9.0.1"), (policy, 0, DeliveryMode::Neighbour as u8, 0), "not known yet");
+        let name = image.pod_names[&image.pods[&ip("10.1.0.1")].id];
+        assert!(name.namespace.starts_with(b"shop\0") && name.name.starts_with(b"routed\0"));
+    }
+
+    #[test]
+    fn a_pod_whose_port_the_bridge_has_not_learnt_speaks_through_the_bridge() {
+        let image = of(&cluster(&[pod("shop", "quiet", "10.1.2.23")])).image;
+        let p = image.pods[&ip("10.1.2.23")];
+        let d = image.delivery[&p.id];
+        assert_eq!((p.ifindex, d.mode, d.ifindex), (20, DeliveryMode::Neighbour as u8, 20));
+    }
+
+    #[test]
+    fn interfaces_of_selected_pods_are_guarded_with_their_bridge_and_its_ports() {
+        let guarded = |c: &Compiled| c.image.interfaces.iter().map(|(n, i)| (*n, i.guarded)).collect::<Vec<_>>();
+        let c = of(&cluster(&[]));
+        assert_eq!(guarded(&c), [(2, 0), (10, 1), (20, 1), (21, 1), (22, 1)]);
+        let uplink = c.image.interfaces[&2];
+        assert_eq!((uplink.kind, uplink.mac), (InterfaceKind::Uplink as u8, [1; 6]));
+        assert_eq!(c.image.interfaces[&21].bridge, 20);
+        let c = of(&format!("{CLUSTER}\n{}\n{}", pod("shop", "p", "10.1.0.1"), pod("dev", "q", "10.1.2.21")));
+        assert_eq!(guarded(&c), [(2, 0), (10, 1), (20, 0), (21, 0), (22, 0)]);
+    }
+
+    #[test]
+    fn networks_are_pods_services_and_nodes() {
+        let c = of(&cluster(&["---
+kind: EgressConfig
+metadata: {name: default}
+spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
+            .to_owned()]));
+        let kind = |network: &str| c.image.networks.get(&network_key(&network.parse().unwrap())).map(|n| n.kind);
+        assert_eq!(kind("10.0.0.0/8"), Some(NetworkKind::Pods as u32));
+        assert_eq!(kind("fd00::/48"), Some(NetworkKind::Pods as u32));
+        assert_eq!(kind("10.1.0.0/16"), Some(NetworkKind::Pods as u32));
+        assert_eq!(kind("10.96.0.0/12"), Some(NetworkKind::Services as u32));
+        for node in ["192.0.2.5/32", "192.0.2.6/32", "10.2.0.1/32"] {
+            assert_eq!(kind(node), Some(NetworkKind::Node as u32), "{node}");
+        }
+        assert_eq!(kind("192.0.2.100/32"), None);
+        assert_eq!(network_key(&"10.0.0.0/8".parse().unwrap()).prefix_len, 104);
+    }
+
+    #[test]
+    fn an_egress_ip_is_never_a_node_even_if_it_is_on_this_one() {
+        let mut f = facts();
+        f.addresses.push("192.0.2.100".parse().unwrap());
+        let c = with(&cluster(&[]), &f, &mut Ids::default());
+        assert!(!c.image.networks.contains_key(&network_key(&"192.0.2.100/32".parse().unwrap())));
+    }
+
+    #[test]
+    fn holder_uplink_and_the_whole_port_table_at_a_gateway() {
+        let c = of(&cluster(&[]));
+        let image = &c.image;
+        let e = image.egress_ips[&egress(&c, "192.0.2.100")];
+        assert_eq!((e.uplink, image.nodes[&e.holder].tunnel_ip), (2, ip("192.0.2.6")));
+        assert_eq!(image.egress_ips[&egress(&c, "192.0.2.101")].holder, 0);
+        let (a, b) = (image.node_addrs[&ip("192.0.2.5")], image.node_addrs[&ip("192.0.2.6")]);
+        assert_eq!(image.settings.node, a);
+        let table = &image.granules[&egress(&c, "192.0.2.100")].node;
+        for (granule, node) in [(0, a), (9, a), (10, 0), (29, a), (30, 0), (39, 0), (40, b), (50, 0)] {
+            assert_eq!(table[granule], node, "granule {granule}; 30-39 are of a node that is gone");
+        }
+        assert_eq!(c.loaded, BTreeMap::from([("192.0.2.100".parse().unwrap(), ("x".to_owned(), 5))]));
+    }
+
+    #[test]
+    fn a_node_that_only_sends_has_no_uplink_and_no_port_table() {
+        let yaml = cluster(&[]).replace(", labels: {k8s.ovn.org/egress-assignable: ''}", "");
+        let c = of(&yaml);
+        let e = c.image.egress_ips[&egress(&c, "192.0.2.100")];
+        assert_eq!(e.uplink, 0);
+        assert!(c.image.granules.is_empty() && c.loaded.is_empty());
+        // The holder carries on although it is no candidate any more.
+        let c = of(&yaml.replace("owner: b", "owner: a"));
+        assert_eq!(c.image.egress_ips[&egress(&c, "192.0.2.100")].uplink, 2);
+    }
+
+    #[test]
+    fn leases_wait_for_the_holder() {
+        let lease = |loaded: &str, owner: &str| {
+            let yaml = cluster(&[]).replace("loaded: []", &format!("loaded: [{loaded}]")).replace("owner: b", owner);
+            let c = of(&yaml);
+            c.image.leases.get(&egress(&c, "192.0.2.100")).map(|l| l.ranges[..l.len as usize].to_vec())
+        };
+        let (first, second) = (GranuleRange { first: 0, count: 10 }, GranuleRange { first: 20, count: 10 });
+        let confirmed = |generation: u64, uid: &str| format!("{{egressIP: 192.0.2.100, uid: {uid}, generation: {generation}}}");
+        assert_eq!(lease("", "owner: b"), None, "nothing confirmed");
+        assert_eq!(lease(&confirmed(2, "x"), "owner: b"), None);
+        assert_eq!(lease(&confirmed(3, "x"), "owner: b"), Some(vec![first]));
+        assert_eq!(lease(&confirmed(4, "x"), "owner: b"), Some(vec![first]));
+        assert_eq!(lease(&confirmed(5, "x"), "owner: b"), Some(vec![first, second]));
+        assert_eq!(lease(&confirmed(5, "y"), "owner: b"), None, "an earlier allocation of the address");
+        assert_eq!(lease("", "owner: a"), Some(vec![first, second]), "loaded with the same change");
+        assert_eq!(lease("", "owner: ''"), Some(vec![first, second]), "nobody to wait for");
+    }
+
+    #[test]
+    fn a_node_made_anew_has_no_right_to_the_old_ones_ports() {
+        let c = of(&cluster(&[]).replace("owner: b", "owner: a").replace("nodeUID: ua, tunnel", "nodeUID: new, tunnel"));
+        assert!(c.image.leases.is_empty());
+        assert!(c.image.granules.values().all(|t| t.node[..30].iter().all(|n| *n == 0)));
+    }
+
+    #[test]
+    fn only_what_the_node_needs() {
+        let other = "---
+kind: EgressIP
+metadata: {name: far}
+spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}";
+        assert_eq!(of(&cluster(&[other.to_owned()])).image.policies.len(), 1);
+        let near = other.replace("203.0.113.1", "192.0.2.200");
+        assert_eq!(of(&cluster(&[near])).image.policies.len(), 2, "it may come to hold it");
+    }
+
+    #[test]
+    fn ids_stay_and_are_not_inherited() {
+        let mut ids = Ids::default();
+        let f = facts();
+        let first = with(&cluster(&[]), &f, &mut ids);
+        assert_eq!(with(&cluster(&[]), &f, &mut ids), first);
+        let mut recovered = Ids::recover(&first.image, Next::default(), 1);
+        assert_eq!(with(&cluster(&[]), &f, &mut recovered).image.pods, first.image.pods);
+        // Another pod at the address, unselected.
+        let reused = cluster(&[]).replace("name: routed, namespace: shop", "name: reused, namespace: dev");
+        let second = with(&reused, &f, &mut ids);
+        let id = |c: &Compiled| c.image.pods[&ip("10.1.0.1")].id;
+        assert!(id(&second) > id(&first));
+        // The address moves to another object.
+        let moved = cluster(&[]).replace("metadata: {name: e, uid: ue}", "metadata: {name: f, uid: uf}");
+        let third = with(&moved, &f, &mut ids);
+        assert!(egress(&third, "192.0.2.100") > egress(&second, "192.0.2.101"));
+        assert!(third.image.policies.keys().next() > second.image.policies.keys().next());
+        // And back: something new again.
+        assert!(id(&with(&cluster(&[]), &f, &mut ids)) > id(&second));
+    }
+
+    #[test]
+    fn a_relabelled_pod_keeps_its_id_and_changes_its_policy() {
+        let mut ids = Ids::default();
+        let before = with(&cluster(&[]), &facts(), &mut ids).image;
+        let after = with(&cluster(&[]).replace("env: prod}}\n---", "env: test}}\n---"), &facts(), &mut ids).image;
+        let (b, a) = (before.pods[&ip("10.1.0.1")], after.pods[&ip("10.1.0.1")]);
+        assert_eq!((b.id, a.policy), (a.id, 0));
+        assert!(b.policy != 0);
+    }
+
+    #[test]
+    fn a_refused_object_leaves_its_pods_without_an_egress_ip() {
+        let yaml = cluster(&[]).replace("[192.0.2.100, 192.0.2.101]", "[192.0.2.100, nonsense]");
+        let image = of(&yaml).image;
+        let policy = image.pods[&ip("10.1.0.1")].policy;
+        assert!(policy != 0);
+        assert_eq!(image.policies[&policy].len, 0);
+        assert!(image.egress_ips.is_empty());
+    }
+
+    #[test]
+    fn settings_are_those_of_the_config() {
+        let mut desired = crate::model::desired(
+            &objects(
+                "kind: EgressConfig
+metadata: {name: default}
+spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {udpSeconds: 7}}",
+            ),
+            "a",
+        );
+        desired.tunnel = Some(crate::objects::Tunnel { port: 4790, vni: 99 });
+        let mut ids = Ids::recover(&MapImage::default(), Next::default(), 77);
+        let s = compile(&desired, &facts(), &mut ids).image.settings;
+        assert_eq!((s.unassigned, s.spread, s.hold_unknown), (1, 2, 0));
+        assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex, s.pass_token), (4790, 99, 9, 77));
+        assert_eq!((s.tcp_established, s.tcp_transitory, s.udp, s.icmp, s.rest), (7440, 240, 7, 60, 65));
+        let s = of(&cluster(&[])).image.settings;
+        assert_eq!((s.unassigned, s.spread, s.hold_unknown), (0, 1, 1));
+    }
+
+    #[test]
+    fn the_longest_uplink_network_carries_an_address() {
+        let mut f = facts();
+        let mut other = f.uplinks[&2].clone();
+        other.networks = vec!["192.0.2.129/25".parse().unwrap()];
+        f.uplinks.insert(3, other);
+        let of = |s: &str| uplink_for(&f, &s.parse().unwrap());
+        assert_eq!((of("192.0.2.200"), of("192.0.2.100"), of("198.51.100.1")), (Some(3), Some(2), None));
+    }
+
+    #[test]
+    fn two_nodes_with_one_tunnel_address_are_told_apart() {
+        let yaml = cluster(&[]).replace("tunnelAddress: 192.0.2.6", "tunnelAddress: 192.0.2.5");
+        let c = with(&yaml, &facts(), &mut Ids::default());
+        assert_eq!(c.image.nodes.len(), 1);
+        assert!(c.problems.iter().any(|p| p.about == "Node b" && p.message.contains("also node a's")));
+        assert_eq!(c.image.egress_ips[&egress(&c, "192.0.2.100")].holder, 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named_and_selected_pods_come_first() {
+        let mut desired = crate::model::desired(&objects(&cluster(&[])), "a");
+        let template = desired.pods[&("dev".to_owned(), "other".to_owned())].clone();
+        for n in 0..limits::PODS {
+            let mut p = template.clone();
+            p.addresses = vec![IpAddr::from(std::net::Ipv4Addr::from(0x0a03_0000 + n))];
+            desired.pods.insert(("dev".to_owned(), format!("p{n}")), p);
+        }
+        let c = compile(&desired, &facts(), &mut Ids::default());
+        assert_eq!(c.image.pods.len(), capacity(limits::PODS));
+        assert_eq!(c.problems.len(), 3);
+        assert!(c.problems.iter().all(|p| p.message.contains("map PODS is full")));
+        let selected: Vec<PodId> = c.image.pods.values().filter(|p| p.policy != 0).map(|p| p.id).collect();
+        assert_eq!(selected.len(), 2);
+    }
+}

@@ -1,0 +1,181 @@
+//! Numbers for pods, EgressIP objects, their addresses and nodes, as the maps have them.
+//!
+//! Flows name pods, policies and addresses by number. So a number is never given again while the maps live,
+//! not even over a restart of the agent: whoever comes later must not inherit a connection.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use datapath::addr::Ip;
+use datapath::keys::{EgressId, NodeId, PodId, PolicyId};
+
+use crate::image::MapImage;
+
+/// Numbers in use, by what they stand for, and the next ones to give.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Ids {
+    /// By address and [`identity`].
+    pods: BTreeMap<(Ip, u64), PodId>,
+    /// By [`identity`].
+    policies: BTreeMap<u64, PolicyId>,
+    egress: BTreeMap<(PolicyId, Ip), EgressId>,
+    /// By tunnel address. Flows do not name nodes, so these are few and may be given again.
+    nodes: BTreeMap<Ip, NodeId>,
+    next: Next,
+    pass_token: u32,
+}
+
+/// The next numbers to give.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Next {
+    /// For a pod's address.
+    pub pod: PodId,
+    /// For an EgressIP object.
+    pub policy: PolicyId,
+    /// For one address of an EgressIP object.
+    pub egress: EgressId,
+}
+
+/// A stable hash of what identifies an object: FNV-1a, 64 bits. It has to be the same in every version of the
+/// agent, which the standard library's does not promise.
+#[must_use]
+pub fn identity(parts: &[&str]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for part in parts {
+        // 0xff is in no UTF-8 text: it keeps the parts apart.
+        for byte in part.bytes().chain([0xff]) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+    hash
+}
+
+impl Ids {
+    /// What the kernel's maps say. `floor` is what was given out before, as far as that is known otherwise;
+    /// `random` becomes the pass token if the maps have none.
+    #[must_use]
+    pub fn recover(image: &MapImage, floor: Next, random: u32) -> Self {
+        let after = |max: Option<&u32>, floor: u32| max.map_or(1, |m| m + 1).max(floor).max(1);
+        let token = image.settings.pass_token;
+        Self {
+            pods: image.delivery.iter().map(|(id, d)| ((d.ip, d.identity), *id)).collect(),
+            policies: image.policies.iter().map(|(id, p)| (p.identity, *id)).collect(),
+            egress: image.egress_ips.iter().map(|(id, e)| ((e.policy, e.ip), *id)).collect(),
+            nodes: image.nodes.iter().map(|(id, n)| (n.tunnel_ip, *id)).collect(),
+            next: Next {
+                pod: after(
+                    image.delivery.keys().chain(image.pods.values().map(|p| &p.id)).max(),
+                    floor.pod,
+                ),
+                policy: after(image.policies.keys().max(), floor.policy),
+                egress: after(image.egress_ips.keys().max(), floor.egress),
+            },
+            // An skb without a hash has 0.
+            pass_token: if token == 0 { random.max(1) } else { token },
+        }
+    }
+
+    /// The next numbers to give.
+    #[must_use]
+    pub const fn next(&self) -> Next {
+        self.next
+    }
+
+    /// The hash by which `from_pod` says "seen, let pass".
+    #[must_use]
+    pub const fn pass_token(&self) -> u32 {
+        self.pass_token
+    }
+
+    pub(crate) fn pod(&mut self, ip: Ip, identity: u64) -> PodId {
+        *self.pods.entry((ip, identity)).or_insert_with(|| give(&mut self.next.pod))
+    }
+
+    pub(crate) fn policy(&mut self, identity: u64) -> PolicyId {
+        *self.policies.entry(identity).or_insert_with(|| give(&mut self.next.policy))
+    }
+
+    pub(crate) fn egress(&mut self, policy: PolicyId, ip: Ip) -> EgressId {
+        *self.egress.entry((policy, ip)).or_insert_with(|| give(&mut self.next.egress))
+    }
+
+    /// Numbers the nodes with these tunnel addresses, the smallest free number first; numbers of nodes that
+    /// are gone are free from the next call on, so that no entry ever means two nodes within one change.
+    pub(crate) fn nodes(&mut self, tunnels: &BTreeSet<Ip>) -> BTreeMap<Ip, NodeId> {
+        let mut taken: BTreeSet<NodeId> = self.nodes.values().copied().collect();
+        self.nodes.retain(|ip, _| tunnels.contains(ip));
+        for ip in tunnels {
+            if !self.nodes.contains_key(ip)
+                && let Some(id) = (1..=NodeId::MAX).find(|id| !taken.contains(id))
+            {
+                taken.insert(id);
+                self.nodes.insert(*ip, id);
+            }
+        }
+        self.nodes.clone()
+    }
+
+    /// Forgets all that the image has not: should it come back, it is something new.
+    pub(crate) fn forget_others(&mut self, image: &MapImage) {
+        self.pods.retain(|_, id| image.delivery.contains_key(id));
+        self.policies.retain(|_, id| image.policies.contains_key(id));
+        self.egress.retain(|_, id| image.egress_ips.contains_key(id));
+    }
+}
+
+/// Numbers are 32 bits wide: a new pod every second for 136 years.
+fn give(next: &mut u32) -> u32 {
+    let id = (*next).max(1);
+    *next = id + 1;
+    id
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use datapath::keys::{Delivery, Policy};
+
+    fn ip(n: u8) -> Ip {
+        Ip::v4([10, 0, 0, n])
+    }
+
+    #[test]
+    fn numbers_are_never_given_again() {
+        let mut ids = Ids::default();
+        let mut image = MapImage::default();
+        let a = ids.pod(ip(1), 7);
+        assert_eq!((a, ids.pod(ip(1), 7)), (1, 1));
+        image.delivery.insert(a, Delivery { ip: ip(1), identity: 7, ..Delivery::default() });
+        image.policies.insert(4, Policy { identity: 9, ..Policy::default() });
+        let mut again = Ids::recover(&image, Next { egress: 50, ..Next::default() }, 0);
+        assert_eq!(again.pod(ip(1), 7), a);
+        assert_eq!(again.pod(ip(1), 8), 2, "another pod at the address");
+        assert_eq!((again.policy(9), again.policy(10)), (4, 5));
+        assert_eq!(again.egress(4, ip(9)), 50);
+        again.forget_others(&MapImage::default());
+        assert_eq!(again.pod(ip(1), 7), 3, "gone and back is something new");
+    }
+
+    #[test]
+    fn a_node_number_rests_for_one_change() {
+        let mut ids = Ids::default();
+        let set = |ns: &[u8]| ns.iter().map(|n| ip(*n)).collect();
+        assert_eq!(ids.nodes(&set(&[1, 2])).into_values().collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(ids.nodes(&set(&[2, 3]))[&ip(3)], 3);
+        assert_eq!(ids.nodes(&set(&[2, 3, 4]))[&ip(4)], 1);
+    }
+
+    #[test]
+    fn the_pass_token_stays_and_is_never_zero() {
+        let mut image = MapImage::default();
+        assert_eq!(Ids::recover(&image, Next::default(), 0).pass_token(), 1);
+        assert_eq!(Ids::recover(&image, Next::default(), 5).pass_token(), 5);
+        image.settings.pass_token = 3;
+        assert_eq!(Ids::recover(&image, Next::default(), 5).pass_token(), 3);
+    }
+
+    #[test]
+    fn parts_of_an_identity_do_not_run_together() {
+        assert_ne!(identity(&["ab", "c"]), identity(&["a", "bc"]));
+        assert_eq!(identity(&[]), 0xcbf2_9ce4_8422_2325);
+    }
+}
