@@ -6,7 +6,7 @@ use crate::{build, machine, process, setup, tidy, ui};
 
 /// `cargo xtask lint`.
 pub(crate) fn run() -> Result<()> {
-    setup::ensure()?;
+    setup::ensure_build()?;
     build::ebpf()?; // the agent's build reads the object
     check()
 }

@@ -72,20 +72,39 @@ enum Report {
 
 /// `cargo xtask setup`.
 pub(crate) fn run() -> Result<()> {
-    setup(Report::Everything)
+    setup(Report::Everything, &[test_tools, bpf_toolchain, kernel])
 }
 
 /// The same for `demo` and `test`: silent about what is there.
 pub(crate) fn ensure() -> Result<()> {
-    setup(Report::Changes)
+    setup(Report::Changes, &[test_tools, bpf_toolchain, kernel])
 }
 
-fn setup(report: Report) -> Result<()> {
+/// Only what a build needs, for what is done without root.
+pub(crate) fn ensure_build() -> Result<()> {
+    setup(Report::Changes, &[bpf_toolchain])
+}
+
+/// One part of the setup; gives whether it changed the machine.
+type Part = fn(Report, &mut Apt) -> Result<bool>;
+
+/// Does every part, also after one has failed, so that all that is missing is told at once.
+fn setup(report: Report, parts: &[Part]) -> Result<()> {
     let begun = Instant::now();
     let mut apt = Apt::new();
-    let mut changed = test_tools(report, &mut apt)?;
-    changed |= bpf_toolchain(report, &mut apt)?;
-    changed |= kernel(report)?;
+    let (mut changed, mut failed) = (false, false);
+    for part in parts {
+        match part(report, &mut apt) {
+            Ok(this) => changed |= this,
+            Err(error) => {
+                ui::error(&error);
+                failed = true;
+            }
+        }
+    }
+    if failed {
+        bail!("setup is not complete: see above, then run `cargo xtask setup`");
+    }
     let outcome = if changed { "done" } else { "nothing to do" };
     ui::note("setup", &format!("{outcome} ({})", ui::seconds(begun.elapsed())));
     Ok(())
@@ -116,7 +135,7 @@ fn test_tools(report: Report, apt: &mut Apt) -> Result<bool> {
         lines.collect::<String>()
     };
     if let Err(why) = Apt::usable() {
-        bail!("{why}; install these, then run this again:{}", list());
+        bail!("{why}; install these:{}", list());
     }
     let mut packages = Vec::new();
     for need in &missing {
@@ -163,7 +182,7 @@ fn bpf_toolchain(report: Report, apt: &mut Apt) -> Result<bool> {
 /// Debian's compiler where apt has one that is new enough, else rustup's nightly with its source component.
 fn install_rustc(apt: &mut Apt) -> Result<()> {
     let by_hand = "install rustup's nightly with its source \
-                   (`rustup toolchain install nightly --component rust-src`), then run this again";
+                   (`rustup toolchain install nightly --component rust-src`)";
     let apt_problem = match Apt::usable() {
         Ok(()) => {
             apt.update()?;
@@ -191,7 +210,7 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<()> {
     let prefix = PathBuf::from(format!("/usr/lib/llvm-{llvm}"));
     let by_hand = format!(
         "install bpf-linker {} or newer, built with LLVM {llvm} or newer, on the PATH (its project releases ready \
-         programs), then run this again",
+         programs)",
         toolchain::BPF_LINKER
     );
     if !prefix.join("include/llvm-c/Core.h").exists() {
@@ -227,7 +246,7 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<()> {
 }
 
 /// What must be mounted or loaded in the running kernel.
-fn kernel(report: Report) -> Result<bool> {
+fn kernel(report: Report, _: &mut Apt) -> Result<bool> {
     if machine::is_root() {
         for module in MODULES {
             // Fails where it is built in or modules cannot be loaded; then the lab says what is really missing.

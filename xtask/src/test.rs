@@ -39,7 +39,11 @@ impl Counts {
 
 /// `cargo xtask test`.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
+    if options.unprivileged {
+        setup::ensure_build()?;
+    } else {
+        setup::ensure()?;
+    }
     let agent = build::build(false)?;
     let mut total = Counts::default();
     let mut not_run = Vec::new();
