@@ -100,6 +100,7 @@ fn deliver<'t, T: Tables, A: Act<FromOutside<'t>>>(
     match t.delivery(reply.pod) {
         None => to.act(FromOutside::Drop(DropReason::PodGone)),
         Some(_) if reply.path == FlowPath::Host as u8 => to.act(FromOutside::Host(reverse)),
+        Some(delivery) if delivery.ifindex == 0 => to.act(FromOutside::Drop(DropReason::PodGone)),
         Some(delivery) => to.act(FromOutside::Deliver(reverse, delivery)),
     }
 }

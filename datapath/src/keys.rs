@@ -48,7 +48,7 @@ pub enum DeliveryMode {
 pub struct Delivery {
     /// The pod's address.
     pub ip: Ip,
-    /// Interface to redirect to.
+    /// Interface to redirect to; 0: not known yet, nothing is delivered.
     pub ifindex: IfIndex,
     /// A [`DeliveryMode`].
     pub mode: u8,
@@ -379,6 +379,12 @@ pub struct Settings {
     pub icmp: u32,
     /// How long a port rests after its connection was closed, in seconds.
     pub rest: u32,
+    /// The next pod id to give; read by a restarted agent, as the two below, so that no id is given twice.
+    pub next_pod: PodId,
+    /// The next policy id to give.
+    pub next_policy: PolicyId,
+    /// The next egress id to give.
+    pub next_egress: EgressId,
 }
 
 /// Types that are plain bytes: `repr(C)`, no padding that is not named, every bit pattern a value.
@@ -400,7 +406,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 72, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 40,
+    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 52,
     u32 = 4,
 }
 

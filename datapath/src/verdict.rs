@@ -55,7 +55,7 @@ drop_reasons! {
     NoReplyFlow = 13,
     /// A packet to an egress IP's port that no node leases.
     NoRange = 14,
-    /// The pod that a reply is for is gone.
+    /// The pod that a reply is for is gone, or not connected yet.
     PodGone = 15,
     /// There is no next hop to the destination.
     NoRoute = 16,

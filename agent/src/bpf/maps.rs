@@ -284,6 +284,12 @@ impl Maps {
 
         remove_gone(&mut self.pods, &old.pods, &new.pods)?;
         remove_gone(&mut self.leases, &old.leases, &new.leases)?;
+        // Before ids are used or freed, so that an agent that stops half-way leaves no id to be given twice.
+        if old.settings != new.settings {
+            self.settings
+                .set(0, Plain(new.settings), 0)
+                .map_err(|source| Error::Map { name: "SETTINGS", source })?;
+        }
 
         self.write_networks(&old.networks, &new.networks)?;
         put_changed(&mut self.nodes, &old_nodes, &new_nodes)?;
@@ -296,11 +302,6 @@ impl Maps {
         put_changed(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
         put_changed(&mut self.pod_names, &old.pod_names, &new.pod_names)?;
         put_changed(&mut self.delivery, &old.delivery, &new.delivery)?;
-        if old.settings != new.settings {
-            self.settings
-                .set(0, Plain(new.settings), 0)
-                .map_err(|source| Error::Map { name: "SETTINGS", source })?;
-        }
         put_changed(&mut self.pods, &old.pods, &new.pods)?;
 
         remove_gone(&mut self.delivery, &old.delivery, &new.delivery)?;
