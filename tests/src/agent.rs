@@ -173,10 +173,10 @@ impl Agent {
     /// The sum of a metric over those of its series whose line contains `text`.
     #[track_caller]
     #[must_use]
-    pub fn metric(&self, name: &str, text: &str) -> f64 {
+    pub fn metric(&self, name: &str, text: &str) -> u64 {
         let metrics = self.metrics();
         let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(text));
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
 
     /// Stops it as a rollout update does.

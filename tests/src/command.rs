@@ -207,6 +207,14 @@ impl Process {
         self.wait(limit)
     }
 
+    /// Ends it with SIGINT, as Ctrl-C does, and waits.
+    #[track_caller]
+    #[must_use]
+    pub fn interrupt(self, limit: Duration) -> Output {
+        signal(self.pid(), Signal::INT);
+        self.wait(limit)
+    }
+
     /// Ends it with SIGKILL, as a crash or the kernel's memory killer would.
     pub fn kill(mut self) {
         let _ = self.child.kill();

@@ -15,11 +15,13 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts counting; one recorder to a namespace.
+    /// Starts counting, anew if there was a recorder in the namespace before.
     #[track_caller]
     #[must_use]
     pub fn start(netns: &Netns) -> Self {
-        let rules = "table ip seen {
+        let rules = "table ip seen
+        delete table ip seen
+        table ip seen {
             set sources { type ipv4_addr . inet_proto; size 65535; flags dynamic; counter; }
             chain in {
                 type filter hook prerouting priority -400;

@@ -40,8 +40,15 @@ impl Lab {
     #[track_caller]
     #[must_use]
     pub fn echo(&self, netns: &Netns) -> Process {
+        self.echo_on(netns, "0.0.0.0")
+    }
+
+    /// The same on one address of a host with several, which would answer datagrams from any of them.
+    #[track_caller]
+    #[must_use]
+    pub fn echo_on(&self, netns: &Netns, address: &str) -> Process {
         let helper = helper_path("peer");
-        let address = format!("0.0.0.0:{ECHO}");
+        let address = format!("{address}:{ECHO}");
         let mut process = netns.spawn("echo", &[utf8(&helper), "serve", &address], &[]);
         process.wait_stdout("ready", Duration::from_secs(10));
         process

@@ -18,6 +18,8 @@ pub struct Report {
     pub errors: BTreeMap<String, u64>,
     /// The client's address as the server saw it, with the number of exchanges.
     pub sources: BTreeMap<String, u64>,
+    /// The client's port as the server saw it last.
+    pub port: u64,
     /// The longest time without an answer, in milliseconds (streams only).
     pub longest_gap: u64,
 }
@@ -35,6 +37,7 @@ impl Report {
             ok: value["ok"].as_u64().unwrap_or_default(),
             errors: counts("errors"),
             sources: counts("sources"),
+            port: value["port"].as_u64().unwrap_or_default(),
             longest_gap: value["longest_gap_ms"].as_u64().unwrap_or_default(),
         }
     }
@@ -68,6 +71,20 @@ impl Stream {
     }
 }
 
+/// Pings, a hundred a second, until told to end.
+#[derive(Debug)]
+pub struct Pings(Process);
+
+impl Pings {
+    /// Ends them; gives how many were sent and how many answered.
+    #[track_caller]
+    #[must_use]
+    pub fn finish(self) -> (u32, u32) {
+        let summary = self.0.interrupt(Duration::from_secs(5)).stdout;
+        (number_before(&summary, "packets"), number_before(&summary, "received"))
+    }
+}
+
 impl Netns {
     /// `count` TCP connections to the lab's server (`address:port`), `parallel` of them open at a time.
     #[track_caller]
@@ -81,6 +98,14 @@ impl Netns {
     #[must_use]
     pub fn udp(&self, destination: &str, count: u64) -> Report {
         self.client("udp", destination, &["--count", &count.to_string()])
+    }
+
+    /// One UDP exchange from a given port, if it is answered within `limit`.
+    #[track_caller]
+    #[must_use]
+    pub fn udp_from(&self, port: u16, destination: &str, limit: Duration) -> Report {
+        let (port, limit) = (port.to_string(), limit.as_millis().to_string());
+        self.client("udp", destination, &["--source-port", &port, "--limit-ms", &limit])
     }
 
     /// What a TCP server sees as this namespace's address, or why it cannot be asked within `limit`.
@@ -115,7 +140,14 @@ impl Netns {
     #[must_use]
     pub fn ping(&self, destination: &str, count: u32, interval: &str) -> u32 {
         let words = ["ping", "-n", "-q", "-W", "1", "-c", &count.to_string(), "-i", interval, destination];
-        received(&self.try_exec(&words).stdout)
+        number_before(&self.try_exec(&words).stdout, "received")
+    }
+
+    /// Starts pinging.
+    #[track_caller]
+    #[must_use]
+    pub fn pings(&self, destination: &str) -> Pings {
+        Pings(self.spawn("ping", &["ping", "-n", "-q", "-i", "0.01", destination], &[]))
     }
 
     fn source(&self, protocol: &str, destination: &str, limit: Duration) -> Result<String, String> {
@@ -143,12 +175,13 @@ impl Netns {
     }
 }
 
-/// The number of answers in ping's summary.
-fn received(summary: &str) -> u32 {
-    let words: Vec<_> = summary.split([' ', ',']).collect();
-    let at = words.iter().position(|word| *word == "received");
+/// The number in front of a word of ping's summary.
+fn number_before(summary: &str, word: &str) -> u32 {
+    let words = summary.split(|c: char| c.is_whitespace() || c == ',').filter(|word| !word.is_empty());
+    let words: Vec<_> = words.collect();
+    let at = words.iter().position(|candidate| *candidate == word);
     at.and_then(|at| words.get(at.checked_sub(1)?)?.parse().ok())
-        .unwrap_or_else(|| panic!("ping said nothing of answers: {summary}"))
+        .unwrap_or_else(|| panic!("ping said nothing of {word}: {summary}"))
 }
 
 #[cfg(test)]
@@ -157,9 +190,10 @@ mod tests {
 
     #[test]
     fn pings_are_counted() {
-        let text = "5 packets transmitted, 3 received, 40% packet loss, time 800ms\n";
-        assert_eq!(received(text), 3);
-        let text = "2 packets transmitted, 0 received, +2 errors, 100% packet loss, time 3ms\n";
-        assert_eq!(received(text), 0);
+        let head = "PING 203.0.113.10 (203.0.113.10) 56(84) bytes of data.\n\n--- ping statistics ---\n";
+        let text = format!("{head}5 packets transmitted, 3 received, 40% packet loss, time 800ms\n");
+        assert_eq!((number_before(&text, "packets"), number_before(&text, "received")), (5, 3));
+        let text = format!("{head}2 packets transmitted, 0 received, +2 errors, 100% packet loss\n");
+        assert_eq!(number_before(&text, "received"), 0);
     }
 }

@@ -44,6 +44,9 @@ enum Mode {
         count: u64,
         #[arg(long, default_value_t = 5000)]
         limit_ms: u64,
+        /// The client's own port instead of a free one.
+        #[arg(long, default_value_t = 0)]
+        source_port: u16,
     },
     /// Numbered messages over one connection until standard input ends.
     Stream {
@@ -78,10 +81,10 @@ fn main() -> io::Result<()> {
             tcp(destination, count, parallel, Duration::from_millis(limit_ms));
             Ok(())
         }
-        Mode::Udp { destination, count, limit_ms } => {
+        Mode::Udp { destination, count, limit_ms, source_port } => {
             let mut tally = Tally::default();
             for _ in 0..count {
-                tally.add(udp_exchange(destination, Duration::from_millis(limit_ms)));
+                tally.add(udp_exchange(destination, source_port, Duration::from_millis(limit_ms)));
             }
             tally.print();
             Ok(())
@@ -108,15 +111,19 @@ struct Tally {
     ok: u64,
     errors: BTreeMap<String, u64>,
     sources: BTreeMap<String, u64>,
+    port: u16,
     longest_gap: Duration,
 }
 
 impl Tally {
+    /// Counts an exchange; the server says whom it saw as `address port`.
     fn add(&mut self, result: io::Result<String>) {
         match result {
-            Ok(source) => {
+            Ok(seen) => {
+                let (source, port) = seen.split_once(' ').unwrap_or((&seen, ""));
                 self.ok += 1;
-                *self.sources.entry(source).or_default() += 1;
+                *self.sources.entry(source.to_owned()).or_default() += 1;
+                self.port = port.parse().unwrap_or_default();
             }
             Err(error) => *self.errors.entry(error.to_string()).or_default() += 1,
         }
@@ -124,8 +131,10 @@ impl Tally {
 
     fn print(&self) {
         let gap = u64::try_from(self.longest_gap.as_millis()).unwrap_or(u64::MAX);
-        let report =
-            json!({ "ok": self.ok, "errors": self.errors, "sources": self.sources, "longest_gap_ms": gap });
+        let report = json!({
+            "ok": self.ok, "errors": self.errors, "sources": self.sources, "port": self.port,
+            "longest_gap_ms": gap,
+        });
         println!("{report}");
     }
 }
@@ -139,7 +148,7 @@ fn serve(address: SocketAddr) -> io::Result<()> {
         // An ICMP error for an earlier answer is reported here: it concerns that client only.
         loop {
             let Ok((length, client)) = socket.recv_from(&mut buffer) else { continue };
-            let mut answer = format!("{}\n", client.ip()).into_bytes();
+            let mut answer = format!("{} {}\n", client.ip(), client.port()).into_bytes();
             answer.extend(&buffer[..length]);
             let _ = socket.send_to(&answer, client);
         }
@@ -156,7 +165,8 @@ fn serve(address: SocketAddr) -> io::Result<()> {
 
 fn answer(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.write_all(format!("{}\n", stream.peer_addr()?.ip()).as_bytes())?;
+    let client = stream.peer_addr()?;
+    stream.write_all(format!("{} {}\n", client.ip(), client.port()).as_bytes())?;
     io::copy(&mut stream.try_clone()?, &mut stream)?;
     Ok(())
 }
@@ -214,8 +224,8 @@ fn tcp(destination: SocketAddr, count: u64, parallel: u64, limit: Duration) {
     tally.into_inner().unwrap_or_else(PoisonError::into_inner).print();
 }
 
-fn udp_exchange(destination: SocketAddr, limit: Duration) -> io::Result<String> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+fn udp_exchange(destination: SocketAddr, source_port: u16, limit: Duration) -> io::Result<String> {
+    let socket = UdpSocket::bind(("0.0.0.0", source_port))?;
     socket.connect(destination)?;
     socket.set_read_timeout(Some(limit))?;
     socket.send(b"hello")?;
@@ -347,7 +357,7 @@ fn fresh(protocol: Protocol, destination: SocketAddr, interval: Duration) {
     while !stop.load(Ordering::Relaxed) {
         let limit = Duration::from_secs(2);
         let result = match protocol {
-            Protocol::Udp => udp_exchange(destination, limit),
+            Protocol::Udp => udp_exchange(destination, 0, limit),
             Protocol::Tcp => open(destination, limit).and_then(|(mut reader, source)| {
                 exchange(&mut reader)?;
                 Ok(source)

@@ -1,0 +1,227 @@
+//! What changes in the objects is in force within a second, and nothing of the old state outlives it.
+
+use std::time::Duration;
+
+use lab::record::Recorder;
+use lab::servers::ECHO;
+use lab::{Agent, Lab, LabSpec, Netns, PodSpec, eventually};
+
+const EGRESS: &str = "172.18.0.101";
+const OTHER_EGRESS: &str = "172.18.0.102";
+const LIMIT: Duration = Duration::from_secs(1);
+const PROD: &[(&str, &str)] = &[("env", "prod")];
+
+/// A lab with an echo server outside, and agents; `node-b` may own egress IPs.
+fn cluster() -> (Lab, Vec<Agent>, lab::Process, String) {
+    let lab = Lab::with(&LabSpec::default().nodes(2));
+    lab.describe_cluster(&["node-b"]);
+    let echo = lab.echo(&lab.web.netns);
+    let agents = lab.start_agents();
+    let server = format!("{}:{ECHO}", lab.web.address);
+    (lab, agents, echo, server)
+}
+
+/// Panics unless the server sees the source within a second from now.
+#[track_caller]
+fn expect_soon(netns: &Netns, server: &str, source: &str) {
+    let mut last = None;
+    let found = eventually(LIMIT, || {
+        let seen = netns.tcp_source(server, Duration::from_millis(100));
+        last = Some(seen.clone());
+        (seen.as_deref() == Ok(source)).then_some(())
+    });
+    assert!(found.is_some(), "not {source} within {LIMIT:?}: {last:?}");
+    // Both protocols, and it stays so.
+    netns.tcp(server, 5, 1).expect_all_from(5, source);
+    netns.udp(server, 5).expect_all_from(5, source);
+}
+
+#[test]
+fn labels_select_and_deselect_within_a_second() {
+    let (lab, _agents, _echo, server) = cluster();
+    let node = lab.node("node-a").address.clone();
+    lab.objects.egress_ip("prod", &[EGRESS], PROD, &[("app", "web")]);
+    assert_eq!(lab.wait_owner(EGRESS), "node-b");
+    let mut pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
+    expect_soon(&pod.netns, &server, &node);
+
+    for _ in 0..3 {
+        pod.set_labels(&[("app", "web"), ("tier", "1")]);
+        expect_soon(&pod.netns, &server, EGRESS);
+        pod.set_labels(&[("app", "db")]);
+        expect_soon(&pod.netns, &server, &node);
+        pod.set_labels(&[("app", "web")]);
+        expect_soon(&pod.netns, &server, EGRESS);
+        lab.objects.namespace("prod", &[("env", "test")]);
+        expect_soon(&pod.netns, &server, &node);
+        lab.objects.namespace("prod", PROD);
+        expect_soon(&pod.netns, &server, EGRESS);
+    }
+}
+
+#[test]
+fn egress_ips_are_edited_and_removed_within_a_second() {
+    let (lab, _agents, _echo, server) = cluster();
+    let node = lab.node("node-a").address.clone();
+    let pods = ["node-a", "node-b"].map(|node| lab.run_pod(node, &PodSpec::new("prod", node)));
+    let addresses = [node, lab.node("node-b").address.clone()];
+    for _ in 0..2 {
+        for egress in [EGRESS, OTHER_EGRESS] {
+            lab.objects.egress_ip("prod", &[egress], PROD, &[]);
+            for pod in &pods {
+                expect_soon(&pod.netns, &server, egress);
+            }
+        }
+        lab.objects.remove_egress_ip("prod");
+        for (pod, address) in pods.iter().zip(&addresses) {
+            expect_soon(&pod.netns, &server, address);
+        }
+        assert_eq!(lab.owner(OTHER_EGRESS), None);
+    }
+}
+
+/// Flows that live when the selection changes do not go on with the wrong address.
+#[test]
+fn live_flows_do_not_outlive_a_change() {
+    let (lab, _agents, _echo, server) = cluster();
+    let node = lab.node("node-a").address.clone();
+    let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
+    expect_soon(&pod.netns, &server, &node);
+    let recorder = Recorder::start(&lab.web.netns);
+    let interval = Duration::from_millis(10);
+    let streams = |expected: &str| {
+        let streams = ["tcp", "udp"].map(|protocol| pod.netns.stream(protocol, &server, interval));
+        let flowing = eventually(LIMIT, || {
+            let seen = ["tcp", "udp"].map(|protocol| recorder.sources(protocol).contains_key(expected));
+            (seen == [true; 2]).then_some(())
+        });
+        assert!(flowing.is_some(), "streams come from {expected}");
+        streams
+    };
+
+    let mut before = node.clone();
+    for (egress, now) in [(Some(EGRESS), EGRESS), (Some(OTHER_EGRESS), OTHER_EGRESS), (None, &*node)] {
+        // Kept running: they are what must not be seen again.
+        let old = streams(&before);
+        match egress {
+            Some(egress) => lab.objects.egress_ip("prod", &[egress], PROD, &[]),
+            None => lab.objects.remove_egress_ip("prod"),
+        }
+        expect_soon(&pod.netns, &server, now);
+        recorder.reset();
+        // Long enough for a retransmission, or for 50 datagrams.
+        let watched = Duration::from_millis(500);
+        let leak = eventually(watched, || {
+            let leaks = ["tcp", "udp"].map(|protocol| recorder.sources(protocol).contains_key(&before));
+            (leaks != [false; 2]).then_some(leaks)
+        });
+        assert_eq!(leak, None, "[tcp, udp] of {before} are seen after the change to {now}");
+        drop(old);
+        now.clone_into(&mut before);
+    }
+}
+
+#[test]
+fn a_deleted_pods_address_serves_the_next_pod_at_once() {
+    let (lab, agents, echo, server) = cluster();
+    let node = lab.node("node-a").address.clone();
+    lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
+    assert_eq!(lab.wait_owner(EGRESS), "node-b");
+    let ip = "10.244.1.77";
+    let old = lab.run_pod("node-a", &PodSpec::new("prod", "old").ip(ip));
+    expect_soon(&old.netns, &server, EGRESS);
+    // The flow that must not serve the next pod, from a port the next pod uses as well.
+    let flow = old.netns.udp_from(40_000, &server, LIMIT);
+    flow.expect_all_from(1, EGRESS);
+    old.delete();
+
+    let new = lab.run_pod("node-a", &PodSpec::new("dev", "new").ip(ip));
+    assert_eq!(new.ip, ip);
+    let inside = Recorder::start(&new.netns);
+    expect_soon(&new.netns, &server, &node);
+    new.netns.udp_from(40_000, &server, LIMIT).expect_all_from(1, &node);
+
+    // The server still speaks to the old flow, from the right port: nobody gets it.
+    drop(echo);
+    inside.reset();
+    let late = format!("{EGRESS}:{}", flow.port);
+    let report = lab.web.netns.udp_from(ECHO, &late, Duration::from_millis(300));
+    assert_eq!(report.ok, 0, "{report:?}");
+    assert_eq!(
+        inside.sources("udp").get(&lab.web.address),
+        None,
+        "the old flow's answer reached the new pod"
+    );
+
+    // And back: the next selected pod with the address has its egress IP.
+    let _echo = lab.echo(&lab.web.netns);
+    new.delete();
+    let third = lab.run_pod("node-a", &PodSpec::new("prod", "third").ip(ip));
+    expect_soon(&third.netns, &server, EGRESS);
+    drop(agents);
+}
+
+/// A pod's first packets wait for the agent to know it, instead of leaving by the node's address.
+#[test]
+fn a_new_pods_first_packets_never_leave_by_the_node() {
+    let (lab, _agents, _echo, server) = cluster();
+    lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
+    assert_eq!(lab.wait_owner(EGRESS), "node-b");
+    let recorder = Recorder::start(&lab.web.netns);
+    for number in 0..5 {
+        let pod = lab.run_pod("node-a", &PodSpec::new("prod", &format!("client-{number}")).unannounced());
+        let early = pod.netns.tcp_source(&server, Duration::from_millis(200));
+        assert!(early.is_err(), "{early:?}");
+        pod.announce();
+        // The connection that was begun before is served by its next SYN.
+        expect_soon(&pod.netns, &server, EGRESS);
+    }
+    recorder.expect_only("tcp", &[EGRESS]);
+    recorder.expect_only("udp", &[EGRESS]);
+}
+
+/// Drops with this reason, of all agents.
+fn drops(agents: &[Agent], reason: &str) -> u64 {
+    agents.iter().map(|agent| agent.metric("outgate_drop", reason)).sum()
+}
+
+#[test]
+fn without_an_owner_traffic_is_dropped_and_counted() {
+    let (lab, agents, _echo, server) = cluster();
+    let node = lab.node("node-a").address.clone();
+    let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
+    expect_soon(&pod.netns, &server, &node);
+    for node in &lab.nodes {
+        lab.describe_node(node, false, true);
+    }
+    lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
+    let dropped = eventually(LIMIT, || pod.netns.tcp_source(&server, Duration::from_millis(100)).err());
+    assert!(dropped.is_some(), "traffic of a pod whose egress IP has no owner still leaves");
+    assert_eq!(lab.owner(EGRESS), None);
+
+    let recorder = Recorder::start(&lab.web.netns);
+    let before = drops(&agents, "NoOwner");
+    for _ in 0..10 {
+        let report = pod.netns.udp_from(0, &server, Duration::from_millis(20));
+        assert_eq!(report.ok, 0, "{report:?}");
+    }
+    assert_eq!(pod.netns.ping(&lab.web.address, 2, "0.01"), 0);
+    assert_eq!(drops(&agents, "NoOwner") - before, 12, "{}", agents[0].metrics());
+    for protocol in ["tcp", "udp", "icmp"] {
+        recorder.expect_only(protocol, &[]);
+    }
+    // Inside the cluster nothing changes.
+    assert_eq!(pod.netns.ping(&lab.node("node-b").address, 2, "0.01"), 2);
+
+    // A node that may own it brings it back, and takes it away.
+    lab.describe_node(lab.node("node-b"), true, true);
+    expect_soon(&pod.netns, &server, EGRESS);
+    lab.describe_node(lab.node("node-b"), true, false);
+    let dropped = eventually(LIMIT, || pod.netns.tcp_source(&server, Duration::from_millis(100)).err());
+    assert!(dropped.is_some(), "a node that is not ready goes on as owner");
+
+    lab.objects.config("  unassigned: NodeIP\n");
+    expect_soon(&pod.netns, &server, &node);
+    lab.describe_node(lab.node("node-b"), true, true);
+    expect_soon(&pod.netns, &server, EGRESS);
+}
