@@ -166,7 +166,8 @@ fn traces(id: &str) -> Vec<String> {
     let commands = fs::read_dir("/proc").expect("/proc").flatten().filter_map(|entry| {
         let line = fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        line.contains(id).then_some(line)
+        // Not those of og12x1, which is another's: a namespace, a directory, or the reaper's argument.
+        ["-", "/", " "].iter().any(|end| line.contains(&format!("{id}{end}"))).then_some(line)
     });
     traces.extend(commands);
     traces
