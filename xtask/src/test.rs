@@ -107,36 +107,44 @@ fn lab(options: &Options, agent: &Path) -> Result<Counts> {
             .env(build::OBJECT_VARIABLE, &object)
             .env(leftovers::RUN_VARIABLE, before.run());
     })?;
+    if counts == Counts::default() {
+        return Ok(counts); // no test of that name made anything
+    }
     let left = before.left_behind();
     for thing in &left {
         ui::note("left", thing);
     }
-    counts.add(if left.is_empty() {
+    if left.is_empty() {
         ui::note("test", "the lab left nothing behind");
-        Counts { passed: 1, failed: 0 }
+        counts.passed += 1;
     } else {
         ui::note("test", "FAILED: the lab left the above behind");
-        Counts { passed: 0, failed: 1 }
-    });
+        counts.failed += 1;
+    }
     Ok(counts)
+}
+
+/// Who runs the tests, and so how the counts are told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Harness {
+    Nextest,
+    Cargo,
 }
 
 /// Runs a package's tests, or the default members', with cargo-nextest where it is installed.
 fn cargo_test(options: &Options, packages: &[&str], adjust: impl Fn(&mut Command)) -> Result<Counts> {
-    let nextest = machine::find_program("cargo-nextest").is_some();
     let mut command = process::cargo();
-    command.args(if nextest {
-        &["nextest", "run", "--no-fail-fast", "--no-tests=pass"][..]
+    let harness = if machine::find_program("cargo-nextest").is_some() {
+        command.args(["nextest", "run", "--no-tests=pass"]);
+        Harness::Nextest
     } else {
-        &["test"]
-    });
-    if !nextest {
-        command.arg("--no-fail-fast").args(["--lib", "--bins", "--tests"]);
-    }
-    command.args(packages).args(["--color", process::color_choice()]);
+        command.args(["test", "--lib", "--bins", "--tests"]);
+        Harness::Cargo
+    };
+    command.args(["--no-fail-fast", "--color", process::color_choice()]).args(packages);
     command.args(&options.filter).env(build::OBJECT_VARIABLE, machine::bpf_object()?);
     adjust(&mut command);
-    counted(&mut command)
+    counted(&mut command, harness)
 }
 
 /// Examples in documentation; nextest does not run them.
@@ -144,13 +152,13 @@ fn doc_tests(options: &Options) -> Result<Counts> {
     let mut command = process::cargo();
     command.args(["test", "--doc", "--quiet", "--no-fail-fast", "--package", "outgate-datapath"]);
     command.args(&options.filter).env(build::OBJECT_VARIABLE, machine::bpf_object()?);
-    counted(&mut command)
+    counted(&mut command, Harness::Cargo)
 }
 
 /// Runs tests and reads their counts. A command that fails without a failed test (it did not compile) is one.
-fn counted(command: &mut Command) -> Result<Counts> {
+fn counted(command: &mut Command, harness: Harness) -> Result<Counts> {
     let (ok, lines) = process::tee(command)?;
-    let mut counts = count(&lines);
+    let mut counts = count(&lines, harness);
     if !ok && counts.failed == 0 {
         ui::note("test", &format!("FAILED: `{}`", process::shown(command)));
         counts.failed = 1;
@@ -158,20 +166,24 @@ fn counted(command: &mut Command) -> Result<Counts> {
     Ok(counts)
 }
 
-/// Sums the summary lines of cargo-nextest and of cargo's own harness.
-fn count<'a>(lines: impl IntoIterator<Item = &'a String>) -> Counts {
-    let mut sum = Counts::default();
-    for line in lines {
-        let line = without_colors(line);
+/// Reads the harness's own summary: nextest's single one, or the sum over cargo's, one a program.
+///
+/// A failed test's output is among the lines and may hold a summary of the other kind, or an earlier one.
+fn count(lines: &[String], harness: Harness) -> Counts {
+    let plain = lines.iter().map(|line| without_colors(line));
+    let summaries = plain.filter_map(|line| {
         let line = line.trim();
-        let summary = if let Some(rest) = line.strip_prefix("Summary [") {
-            rest.split_once("run:").map(|(_, counts)| counts)
-        } else {
-            line.strip_prefix("test result:")
-        };
-        if let Some(summary) = summary {
-            sum.add(parse_counts(summary));
+        match harness {
+            Harness::Nextest => Some(line.strip_prefix("Summary [")?.split_once("run:")?.1.to_owned()),
+            Harness::Cargo => Some(line.strip_prefix("test result:")?.to_owned()),
         }
+    });
+    let mut sum = Counts::default();
+    for summary in summaries {
+        if harness == Harness::Nextest {
+            sum = Counts::default();
+        }
+        sum.add(parse_counts(&summary));
     }
     sum
 }
@@ -210,31 +222,37 @@ fn without_colors(line: &str) -> String {
 mod tests {
     use super::*;
 
-    fn counts(lines: &[&str]) -> (u32, u32) {
+    fn counts(lines: &[&str], harness: Harness) -> (u32, u32) {
         let lines: Vec<String> = lines.iter().map(ToString::to_string).collect();
-        let Counts { passed, failed } = count(&lines);
+        let Counts { passed, failed } = count(&lines, harness);
         (passed, failed)
     }
 
     #[test]
     fn reads_nextests_summary() {
-        assert_eq!(counts(&["     Summary [   0.012s] 5 tests run: 5 passed, 0 skipped"]), (5, 0));
-        assert_eq!(
-            counts(&[
-                "     Summary [  61.0s] 9/12 tests run: 5 passed (1 slow, 2 leaky), 2 failed, 1 exec failed, 1 timed out, 3 skipped"
-            ]),
-            (5, 4)
-        );
+        let all = "     Summary [   0.012s] 5 tests run: 5 passed, 0 skipped";
+        assert_eq!(counts(&[all], Harness::Nextest), (5, 0));
+        let mixed = "     Summary [  61.0s] 9/12 tests run: 5 passed (1 slow, 2 leaky), 2 failed, \
+                     1 exec failed, 1 timed out, 3 skipped";
+        assert_eq!(counts(&[mixed], Harness::Nextest), (5, 4));
+    }
+
+    #[test]
+    fn a_failed_tests_output_does_not_count() {
+        let lines = [
+            "    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 2 filtered out",
+            "    Summary [   9.9s] 7 tests run: 7 passed, 0 skipped",
+            "     Summary [   0.1s] 3 tests run: 2 passed, 1 failed, 0 skipped",
+            "        PASS [   0.1s] lab tests::9 passed, 2 failed",
+        ];
+        assert_eq!(counts(&lines, Harness::Nextest), (2, 1));
     }
 
     #[test]
     fn colors_do_not_hide_the_counts() {
-        assert_eq!(
-            counts(&[
-                "\x1b[32;1m     Summary\x1b[0m [   0.5s] \x1b[1m3\x1b[0m tests run: \x1b[1m3\x1b[0m \x1b[32;1mpassed\x1b[0m, \x1b[1m0\x1b[0m \x1b[33;1mskipped\x1b[0m"
-            ]),
-            (3, 0)
-        );
+        let line = "\x1b[32;1m     Summary\x1b[0m [   0.5s] \x1b[1m3\x1b[0m tests run: \x1b[1m3\x1b[0m \
+                    \x1b[32;1mpassed\x1b[0m, \x1b[1m0\x1b[0m \x1b[33;1mskipped\x1b[0m";
+        assert_eq!(counts(&[line], Harness::Nextest), (3, 0));
     }
 
     #[test]
@@ -244,11 +262,6 @@ mod tests {
             "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
             "test result: FAILED. 1 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.01s",
         ];
-        assert_eq!(counts(&lines), (4, 2));
-    }
-
-    #[test]
-    fn other_lines_do_not_count() {
-        assert_eq!(counts(&["3 passed", "        PASS [   0.1s] lab tests::1 passed, 2 failed"]), (0, 0));
+        assert_eq!(counts(&lines, Harness::Cargo), (4, 2));
     }
 }
