@@ -16,5 +16,6 @@ pub mod ids;
 pub mod facts;
 pub mod image;
 
+pub mod announce;
 pub mod bpf;
 pub mod netlink;
