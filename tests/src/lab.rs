@@ -186,6 +186,7 @@ impl Lab {
             let others = nodes.iter().filter(|other| other.name != node.name);
             ways.extend(others.map(|o| format!("route add {}.0/24 via {}", o.pod_prefix, o.address)));
             node.netns.ip(&ways.iter().map(String::as_str).collect::<Vec<_>>());
+            node.proxy_rules();
             if spec.routed_pods {
                 let (prefix, via) = (&node.pod_prefix, &node.address);
                 router.ip(&[&format!("route add {prefix}.0/24 via {via}")]);

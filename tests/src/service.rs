@@ -23,7 +23,7 @@ pub enum Masquerade {
 impl Node {
     /// The rules kube-proxy has for all services: the mark that asks for masquerade, and the drop of what
     /// conntrack calls invalid.
-    pub fn proxy_rules(&self) {
+    pub(crate) fn proxy_rules(&self) {
         self.netns.iptables(&[
             "nat POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully",
             "filter FORWARD -m conntrack --ctstate INVALID -j DROP",

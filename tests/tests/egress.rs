@@ -5,7 +5,7 @@ use std::time::Duration;
 use lab::record::Recorder;
 use lab::servers::ECHO;
 use lab::service::{Front, Masquerade};
-use lab::{Agent, Cni, Lab, LabSpec, Node, Pod, PodSpec};
+use lab::{Agent, Cni, Lab, LabSpec, Pod, PodSpec};
 
 const EGRESS: &str = "172.18.0.101";
 const LIMIT: Duration = Duration::from_secs(2);
@@ -168,7 +168,6 @@ fn cluster_traffic_is_untouched(cni: Cni) {
     let (a, b) = (lab.node("node-a"), lab.node("node-b"));
     let _servers = [&near.netns, &far.netns, &lab.web.netns].map(|netns| lab.echo(netns));
     let _node_servers = [a, b].map(|node| lab.echo_on(&node.netns, &node.address));
-    lab.nodes.iter().for_each(Node::proxy_rules);
 
     // The plugins masquerade what leaves the node's own pod network.
     let direct =
@@ -222,7 +221,6 @@ fn services_outside_leave_by_the_egress_ip(cni: Cni) {
     for node in ["node-a", "node-b"] {
         let pod = lab.run_pod(node, &PodSpec::new("prod", node));
         let node = lab.node(node);
-        node.proxy_rules();
         for service in ["10.96.0.20", "198.51.100.20"] {
             for protocol in ["tcp", "udp"] {
                 let front = Front::Address(service, 80);
@@ -283,7 +281,6 @@ fn incoming_connections_are_answered_untranslated(cni: Cni) {
         let node = lab.node(name);
         let _server = lab.echo(&pod.netns);
         lab.wait_source(&pod.netns, &echo_at(&client.address), EGRESS);
-        node.proxy_rules();
         for (port, masquerade) in [(30_000, Masquerade::Cluster), (30_001, Masquerade::Local)] {
             for protocol in ["tcp", "udp"] {
                 node.service(Front::NodePort(port), protocol, &echo_at(&pod.ip), masquerade);
@@ -334,7 +331,6 @@ fn a_port_of_another_node_reaches_a_selected_pod() {
     lab.wait_source(&pod.netns, &echo_at(&lab.web.address), EGRESS);
     let recorder = Recorder::start(&lab.other.netns);
     let entry = lab.node("node-c");
-    entry.proxy_rules();
     for protocol in ["tcp", "udp"] {
         entry.service(Front::NodePort(30_000), protocol, &echo_at(&pod.ip), Masquerade::Cluster);
     }
@@ -369,4 +365,28 @@ fn pods_spread_over_two_addresses_and_keep_to_one() {
     }
     // Six pods all on one address would be 1 in 32, for ever: pods are bound by their names.
     recorder.expect_only("tcp", &addresses);
+}
+
+/// An egress IP is an address to leave by, not one to be reached at.
+#[test]
+fn an_egress_ip_serves_nothing_itself() {
+    let (lab, _agents) = cluster(&LabSpec::default(), "node-b");
+    let owner = lab.node("node-b");
+    let _server = lab.echo(&owner.netns);
+    let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
+    let _echo = lab.echo(&lab.web.netns);
+    lab.wait_source(&pod.netns, &echo_at(&lab.web.address), EGRESS);
+    for client in [&lab.web, &lab.neighbour] {
+        // What can be reached is reached, so that the address is what makes the difference.
+        let seen = client.netns.tcp_source(&echo_at(&owner.address), LIMIT);
+        assert_eq!(seen, Ok(client.address.clone()));
+        let limit = Duration::from_millis(300);
+        for seen in [
+            client.netns.tcp_source(&echo_at(EGRESS), limit),
+            client.netns.udp_source(&echo_at(EGRESS), limit),
+        ] {
+            assert!(seen.is_err(), "{seen:?}");
+        }
+        assert_eq!(client.netns.ping(EGRESS, 2, "0.01"), 0);
+    }
 }

@@ -66,8 +66,6 @@ fn services_are_translated_as_by_kube_proxy() {
     let client = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
     let server = lab.run_pod("node-b", &PodSpec::new("prod", "server"));
     let _servers = [lab.echo(&server.netns), lab.echo(&b.netns), lab.echo(&lab.web.netns)];
-    a.proxy_rules();
-    b.proxy_rules();
     for (service, target) in
         [("10.96.0.10", &*server.ip), ("10.96.0.11", &*b.address), ("198.51.100.7", "203.0.113.10")]
     {
