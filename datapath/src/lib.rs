@@ -8,7 +8,7 @@
 
 #![no_std]
 
-#[cfg(test)]
+#[cfg(any(test, feature = "memory"))]
 extern crate std;
 
 pub mod addr;
@@ -18,6 +18,8 @@ pub mod from_tunnel;
 pub mod from_uplink;
 pub mod keys;
 pub mod limits;
+#[cfg(any(test, feature = "memory"))]
+pub mod memory;
 pub mod packet;
 pub mod ports;
 pub mod snat;
@@ -25,3 +27,6 @@ pub mod tables;
 pub mod to_pod;
 pub mod to_uplink;
 pub mod verdict;
+
+#[cfg(test)]
+mod walk_tests;

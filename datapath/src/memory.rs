@@ -1,0 +1,197 @@
+//! Tables in memory: what the decisions are tested with, and an oracle for the kernel's maps.
+
+use core::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+
+use crate::addr::Ip;
+use crate::conntrack::Ticks;
+use crate::keys::{
+    Delivery, EgressId, EgressIp, Flow, FlowKey, GranuleTable, IfIndex, Interface, Lease, NetworkKey, Node,
+    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+};
+use crate::tables::{InsertError, Tables};
+
+/// Every table as a `BTreeMap`. Policy tables are plain fields, flow tables change under `&self`.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// `SETTINGS`.
+    pub settings: Settings,
+    /// `PODS`.
+    pub pods: BTreeMap<Ip, Pod>,
+    /// `DELIVERY`.
+    pub delivery: BTreeMap<PodId, Delivery>,
+    /// `INTERFACES`.
+    pub interfaces: BTreeMap<IfIndex, Interface>,
+    /// `NETWORKS`; kinds only.
+    pub networks: BTreeMap<NetworkKey, u32>,
+    /// `POLICIES`.
+    pub policies: BTreeMap<PolicyId, Policy>,
+    /// `EGRESS_IPS`.
+    pub egress_ips: BTreeMap<EgressId, EgressIp>,
+    /// `EGRESS_ADDRS`.
+    pub egress_addrs: BTreeMap<Ip, EgressId>,
+    /// `GRANULES`.
+    pub granules: BTreeMap<EgressId, GranuleTable>,
+    /// `LEASES`.
+    pub leases: BTreeMap<EgressId, Lease>,
+    /// `NODES`.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// `FLOWS`.
+    pub flows: RefCell<BTreeMap<FlowKey, Flow>>,
+    /// `REPLIES`.
+    pub replies: RefCell<BTreeMap<ReplyKey, Reply>>,
+    /// `OPENERS`.
+    pub openers: RefCell<BTreeMap<FlowKey, Opener>>,
+    /// `TOKENS`. Taken tokens are leaked: they are lent for as long as the tables live, and tests are short.
+    pub tokens: RefCell<BTreeMap<u32, Token>>,
+    /// Capacity of `FLOWS` and of `REPLIES`.
+    pub flow_capacity: usize,
+    /// The clock.
+    pub now: Cell<Ticks>,
+    /// The state of [`Tables::random`]; xorshift32, so never 0.
+    pub seed: Cell<u32>,
+}
+
+impl Memory {
+    /// Empty tables with room for `flow_capacity` flows.
+    #[must_use]
+    pub fn new(seed: u32, flow_capacity: usize) -> Self {
+        Self { seed: Cell::new(seed.max(1)), flow_capacity, ..Self::default() }
+    }
+}
+
+fn insert<K: Ord, V>(
+    map: &RefCell<BTreeMap<K, V>>,
+    capacity: usize,
+    key: K,
+    value: V,
+) -> Result<(), InsertError> {
+    let mut map = map.borrow_mut();
+    if map.contains_key(&key) {
+        Err(InsertError::Exists)
+    } else if map.len() >= capacity {
+        Err(InsertError::Full)
+    } else {
+        map.insert(key, value);
+        Ok(())
+    }
+}
+
+impl Tables for Memory {
+    fn settings(&self) -> Option<&Settings> {
+        Some(&self.settings).filter(|s| s.node != 0)
+    }
+
+    fn pod(&self, ip: &Ip) -> Option<Pod> {
+        self.pods.get(ip).copied()
+    }
+
+    fn delivery(&self, pod: PodId) -> Option<&Delivery> {
+        self.delivery.get(&pod)
+    }
+
+    fn interface(&self, ifindex: IfIndex) -> Option<Interface> {
+        self.interfaces.get(&ifindex).copied()
+    }
+
+    fn network(&self, ip: &Ip) -> u32 {
+        let contains = |key: &NetworkKey| {
+            let shift = 128 - key.prefix_len;
+            let bits = u128::from_be_bytes(key.ip.octets) ^ u128::from_be_bytes(ip.octets);
+            shift == 128 || bits >> shift == 0
+        };
+        let longest =
+            self.networks.iter().filter(|(key, _)| contains(key)).max_by_key(|(key, _)| key.prefix_len);
+        longest.map_or(0, |(_, kind)| *kind)
+    }
+
+    fn policy(&self, id: PolicyId) -> Option<&Policy> {
+        self.policies.get(&id)
+    }
+
+    fn egress_id(&self, ip: &Ip) -> Option<EgressId> {
+        self.egress_addrs.get(ip).copied()
+    }
+
+    fn egress_ip(&self, id: EgressId) -> Option<&EgressIp> {
+        self.egress_ips.get(&id)
+    }
+
+    fn granule(&self, egress: EgressId, granule: u16) -> NodeId {
+        self.granules.get(&egress).and_then(|t| t.node.get(usize::from(granule))).copied().unwrap_or(0)
+    }
+
+    fn lease(&self, egress: EgressId) -> Option<&Lease> {
+        self.leases.get(&egress)
+    }
+
+    fn node(&self, id: NodeId) -> Option<Node> {
+        self.nodes.get(&id).copied()
+    }
+
+    fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId> {
+        self.nodes.iter().find(|(_, node)| node.tunnel_ip == *tunnel_ip).map(|(id, _)| *id)
+    }
+
+    fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R> {
+        self.flows.borrow_mut().get_mut(key).map(look)
+    }
+
+    fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError> {
+        insert(&self.flows, self.flow_capacity, *key, *flow)
+    }
+
+    fn remove_flow(&self, key: &FlowKey) {
+        self.flows.borrow_mut().remove(key);
+    }
+
+    fn reply(&self, key: &ReplyKey) -> Option<Reply> {
+        self.replies.borrow().get(key).copied()
+    }
+
+    fn insert_reply(&self, key: &ReplyKey, reply: &Reply) -> Result<(), InsertError> {
+        insert(&self.replies, self.flow_capacity, *key, *reply)
+    }
+
+    fn remove_reply(&self, key: &ReplyKey) {
+        self.replies.borrow_mut().remove(key);
+    }
+
+    fn opener(&self, key: &FlowKey) -> Option<Opener> {
+        self.openers.borrow().get(key).copied()
+    }
+
+    fn put_opener(&self, key: &FlowKey, opener: &Opener) {
+        self.openers.borrow_mut().insert(*key, *opener);
+    }
+
+    fn insert_token(&self, hash: u32, token: &Token) -> Result<(), InsertError> {
+        insert(&self.tokens, usize::MAX, hash, *token)
+    }
+
+    fn take_token(&self, hash: u32) -> Option<&Token> {
+        let token = self.tokens.borrow_mut().remove(&hash)?;
+        Some(std::boxed::Box::leak(std::boxed::Box::new(token)))
+    }
+
+    fn random(&self) -> u32 {
+        let mut x = self.seed.get();
+        x ^= x << 13;
+        x ^= x >> 17;
+        x ^= x << 5;
+        self.seed.set(x);
+        x
+    }
+
+    fn now(&self) -> Ticks {
+        self.now.get()
+    }
+
+    fn repeat<F: FnMut(u32) -> bool>(&self, times: u32, mut step: F) {
+        for i in 0..times {
+            if step(i) {
+                return;
+            }
+        }
+    }
+}
