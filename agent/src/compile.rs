@@ -121,8 +121,11 @@ impl Compiler<'_> {
         // this is the second lock.
         let egress = self.desired.addresses();
         let own = self.facts.addresses.iter().copied();
-        let addresses =
-            nodes.flat_map(model::Node::addresses).chain(own).filter(|a| !egress.contains_key(a)).map(IpNet::from);
+        let addresses = nodes
+            .flat_map(model::Node::addresses)
+            .chain(own)
+            .filter(|a| !egress.contains_key(a))
+            .map(IpNet::from);
         let all: Vec<_> = pods
             .copied()
             .map(|n| (n, NetworkKind::Pods))
@@ -150,7 +153,8 @@ impl Compiler<'_> {
                 .addresses
                 .iter()
                 .map(|ip| {
-                    let holds = self.allocation(ip).is_some_and(|a| a.owner.as_ref() == Some(&self.desired.node));
+                    let holds =
+                        self.allocation(ip).is_some_and(|a| a.owner.as_ref() == Some(&self.desired.node));
                     uplink_for(self.facts, ip).filter(|_| assignable || holds).unwrap_or(0)
                 })
                 .collect();
@@ -250,7 +254,11 @@ impl Compiler<'_> {
         if ranges.len() > limits::LEASE_RANGES {
             self.out.problems.insert(Problem::new(
                 format_args!("EgressAllocation {ip}"),
-                format_args!("{} port ranges for this node, of which {} can be used", ranges.len(), limits::LEASE_RANGES),
+                format_args!(
+                    "{} port ranges for this node, of which {} can be used",
+                    ranges.len(),
+                    limits::LEASE_RANGES
+                ),
             ));
             ranges.truncate(limits::LEASE_RANGES);
         }
@@ -316,7 +324,9 @@ impl Compiler<'_> {
             (Some(own), _, _) => (own, DeliveryMode::Neighbour, own),
             (None, Some(port), _) if peer(&port) => (port, DeliveryMode::Peer, port),
             // Never to a bridge's port by address: the port has none, the bridge has.
-            (None, Some(port), _) => (port, DeliveryMode::Neighbour, bridge.unwrap_or(f.pod_interfaces[&port].bridge)),
+            (None, Some(port), _) => {
+                (port, DeliveryMode::Neighbour, bridge.unwrap_or(f.pod_interfaces[&port].bridge))
+            }
             (None, None, Some(bridge)) => (bridge, DeliveryMode::Neighbour, bridge),
             (None, None, None) => (0, DeliveryMode::Neighbour, 0),
         }
@@ -334,16 +344,23 @@ impl Compiler<'_> {
                 guarded.extend(longest(&f.bridge_networks, &ip));
             }
         }
-        let bridges: BTreeSet<_> =
-            guarded.iter().filter_map(|i| f.pod_interfaces.get(i)).map(|i| i.bridge).filter(|b| *b != 0).collect();
+        let bridges: BTreeSet<_> = guarded
+            .iter()
+            .filter_map(|i| f.pod_interfaces.get(i))
+            .map(|i| i.bridge)
+            .filter(|b| *b != 0)
+            .collect();
         guarded.extend(bridges);
         let pods = f.pod_interfaces.iter().map(|(index, i)| {
             let guarded = guarded.contains(index) || guarded.contains(&i.bridge);
             (*index, interface(InterfaceKind::Pod, guarded, i.mac, i.bridge))
         });
-        let bridges =
-            f.bridges.iter().map(|(index, mac)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), *mac, 0)));
-        let uplinks = f.uplinks.iter().map(|(index, u)| (*index, interface(InterfaceKind::Uplink, false, u.mac, 0)));
+        let bridges = f
+            .bridges
+            .iter()
+            .map(|(index, mac)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), *mac, 0)));
+        let uplinks =
+            f.uplinks.iter().map(|(index, u)| (*index, interface(InterfaceKind::Uplink, false, u.mac, 0)));
         // Uplinks and bridges first: there are few, and without them nothing works.
         for (index, value) in uplinks.chain(bridges).chain(pods).collect::<Vec<_>>() {
             if self.out.image.interfaces.len() >= capacity(limits::INTERFACES) {
@@ -359,12 +376,12 @@ impl Compiler<'_> {
         let config = &self.desired.config;
         let t = &config.timeouts;
         let tunnel = self.desired.tunnel.unwrap_or_default();
+        let next = self.ids.next();
         self.out.image.settings = Settings {
             node: self.node_ids.get(&self.desired.node).copied().unwrap_or(0),
             tunnel_port: tunnel.port,
             tunnel_vni: tunnel.vni,
             tunnel_ifindex: self.facts.tunnel_ifindex,
-            pass_token: self.ids.pass_token(),
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
             hold_unknown: u8::from(config.hold_unknown),
@@ -373,6 +390,10 @@ impl Compiler<'_> {
             udp: t.udp,
             icmp: t.icmp,
             rest: t.rest,
+            next_pod: next.pod,
+            next_policy: next.policy,
+            next_egress: next.egress,
+            // The pass token is apply's: it lives as long as the maps do.
             ..Settings::default()
         };
     }
@@ -391,7 +412,11 @@ fn interface(kind: InterfaceKind, guarded: bool, mac: [u8; 6], bridge: IfIndex) 
 }
 
 fn longest(networks: &BTreeMap<IpNet, IfIndex>, ip: &IpAddr) -> Option<IfIndex> {
-    networks.iter().filter(|(n, _)| n.contains(ip)).max_by_key(|(n, _)| n.prefix_len()).map(|(_, index)| *index)
+    networks
+        .iter()
+        .filter(|(n, _)| n.contains(ip))
+        .max_by_key(|(n, _)| n.prefix_len())
+        .map(|(_, index)| *index)
 }
 
 fn network_key(network: &IpNet) -> NetworkKey {
@@ -416,7 +441,6 @@ fn pod_name(namespace: &str, name: &str) -> PodName {
 mod tests {
     use super::*;
     use crate::facts::{PodInterface, Uplink};
-    use crate::ids::Next;
     use crate::model::tests::objects;
     use datapath::keys::{GranuleRange, PodId};
 
@@ -502,7 +526,12 @@ status: {{podIP: {ip}}}"
             pod("shop", "bridged", "10.1.2.21"),
             pod("dev", "other", "10.1.2.22"),
         ];
-        [CLUSTER.to_owned()].into_iter().chain(pods).chain(more.iter().cloned()).collect::<Vec<_>>().join("\n")
+        [CLUSTER.to_owned()]
+            .into_iter()
+            .chain(pods)
+            .chain(more.iter().cloned())
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 
     fn with(yaml: &str, facts: &Facts, ids: &mut Ids) -> Compiled {
@@ -510,7 +539,7 @@ status: {{podIP: {ip}}}"
     }
 
     fn of(yaml: &str) -> Compiled {
-        let c = with(yaml, &facts(), &mut Ids::recover(&MapImage::default(), Next::default(), 77));
+        let c = with(yaml, &facts(), &mut Ids::default());
         assert_eq!(c.problems, BTreeSet::new());
         c
     }
@@ -551,7 +580,8 @@ status: {{podIP: {ip}}}"
 
     #[test]
     fn interfaces_of_selected_pods_are_guarded_with_their_bridge_and_its_ports() {
-        let guarded = |c: &Compiled| c.image.interfaces.iter().map(|(n, i)| (*n, i.guarded)).collect::<Vec<_>>();
+        let guarded =
+            |c: &Compiled| c.image.interfaces.iter().map(|(n, i)| (*n, i.guarded)).collect::<Vec<_>>();
         let c = of(&cluster(&[]));
         assert_eq!(guarded(&c), [(2, 0), (10, 1), (20, 1), (21, 1), (22, 1)]);
         let uplink = c.image.interfaces[&2];
@@ -568,7 +598,8 @@ kind: EgressConfig
 metadata: {name: default}
 spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
             .to_owned()]));
-        let kind = |network: &str| c.image.networks.get(&network_key(&network.parse().unwrap())).map(|n| n.kind);
+        let kind =
+            |network: &str| c.image.networks.get(&network_key(&network.parse().unwrap())).map(|n| n.kind);
         assert_eq!(kind("10.0.0.0/8"), Some(NetworkKind::Pods as u32));
         assert_eq!(kind("fd00::/48"), Some(NetworkKind::Pods as u32));
         assert_eq!(kind("10.1.0.0/16"), Some(NetworkKind::Pods as u32));
@@ -619,12 +650,15 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
     #[test]
     fn leases_wait_for_the_holder() {
         let lease = |loaded: &str, owner: &str| {
-            let yaml = cluster(&[]).replace("loaded: []", &format!("loaded: [{loaded}]")).replace("owner: b", owner);
+            let yaml =
+                cluster(&[]).replace("loaded: []", &format!("loaded: [{loaded}]")).replace("owner: b", owner);
             let c = of(&yaml);
             c.image.leases.get(&egress(&c, "192.0.2.100")).map(|l| l.ranges[..l.len as usize].to_vec())
         };
         let (first, second) = (GranuleRange { first: 0, count: 10 }, GranuleRange { first: 20, count: 10 });
-        let confirmed = |generation: u64, uid: &str| format!("{{egressIP: 192.0.2.100, uid: {uid}, generation: {generation}}}");
+        let confirmed = |generation: u64, uid: &str| {
+            format!("{{egressIP: 192.0.2.100, uid: {uid}, generation: {generation}}}")
+        };
         assert_eq!(lease("", "owner: b"), None, "nothing confirmed");
         assert_eq!(lease(&confirmed(2, "x"), "owner: b"), None);
         assert_eq!(lease(&confirmed(3, "x"), "owner: b"), Some(vec![first]));
@@ -637,7 +671,9 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
 
     #[test]
     fn a_node_made_anew_has_no_right_to_the_old_ones_ports() {
-        let c = of(&cluster(&[]).replace("owner: b", "owner: a").replace("nodeUID: ua, tunnel", "nodeUID: new, tunnel"));
+        let c = of(&cluster(&[])
+            .replace("owner: b", "owner: a")
+            .replace("nodeUID: ua, tunnel", "nodeUID: new, tunnel"));
         assert!(c.image.leases.is_empty());
         assert!(c.image.granules.values().all(|t| t.node[..30].iter().all(|n| *n == 0)));
     }
@@ -659,7 +695,7 @@ spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}"
         let f = facts();
         let first = with(&cluster(&[]), &f, &mut ids);
         assert_eq!(with(&cluster(&[]), &f, &mut ids), first);
-        let mut recovered = Ids::recover(&first.image, Next::default(), 1);
+        let mut recovered = Ids::recover(&first.image);
         assert_eq!(with(&cluster(&[]), &f, &mut recovered).image.pods, first.image.pods);
         // Another pod at the address, unselected.
         let reused = cluster(&[]).replace("name: routed, namespace: shop", "name: reused, namespace: dev");
@@ -679,7 +715,8 @@ spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}"
     fn a_relabelled_pod_keeps_its_id_and_changes_its_policy() {
         let mut ids = Ids::default();
         let before = with(&cluster(&[]), &facts(), &mut ids).image;
-        let after = with(&cluster(&[]).replace("env: prod}}\n---", "env: test}}\n---"), &facts(), &mut ids).image;
+        let after =
+            with(&cluster(&[]).replace("env: prod}}\n---", "env: test}}\n---"), &facts(), &mut ids).image;
         let (b, a) = (before.pods[&ip("10.1.0.1")], after.pods[&ip("10.1.0.1")]);
         assert_eq!((b.id, a.policy), (a.id, 0));
         assert!(b.policy != 0);
@@ -706,10 +743,10 @@ spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {ud
             "a",
         );
         desired.tunnel = Some(crate::objects::Tunnel { port: 4790, vni: 99 });
-        let mut ids = Ids::recover(&MapImage::default(), Next::default(), 77);
+        let mut ids = Ids::default();
         let s = compile(&desired, &facts(), &mut ids).image.settings;
         assert_eq!((s.unassigned, s.spread, s.hold_unknown), (1, 2, 0));
-        assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex, s.pass_token), (4790, 99, 9, 77));
+        assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex), (4790, 99, 9));
         assert_eq!((s.tcp_established, s.tcp_transitory, s.udp, s.icmp, s.rest), (7440, 240, 7, 60, 65));
         let s = of(&cluster(&[])).image.settings;
         assert_eq!((s.unassigned, s.spread, s.hold_unknown), (0, 1, 1));

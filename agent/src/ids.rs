@@ -21,7 +21,6 @@ pub struct Ids {
     /// By tunnel address. Flows do not name nodes, so these are few and may be given again.
     nodes: BTreeMap<Ip, NodeId>,
     next: Next,
-    pass_token: u32,
 }
 
 /// The next numbers to give.
@@ -50,27 +49,21 @@ pub fn identity(parts: &[&str]) -> u64 {
 }
 
 impl Ids {
-    /// What the kernel's maps say. `floor` is what was given out before, as far as that is known otherwise;
-    /// `random` becomes the pass token if the maps have none.
+    /// What the kernel's maps say: numbers in use, and in `SETTINGS` the next ones to give.
     #[must_use]
-    pub fn recover(image: &MapImage, floor: Next, random: u32) -> Self {
-        let after = |max: Option<&u32>, floor: u32| max.map_or(1, |m| m + 1).max(floor).max(1);
-        let token = image.settings.pass_token;
+    pub fn recover(image: &MapImage) -> Self {
+        let after = |max: Option<&u32>, next: u32| max.map_or(1, |m| m + 1).max(next);
+        let s = &image.settings;
         Self {
             pods: image.delivery.iter().map(|(id, d)| ((d.ip, d.identity), *id)).collect(),
             policies: image.policies.iter().map(|(id, p)| (p.identity, *id)).collect(),
             egress: image.egress_ips.iter().map(|(id, e)| ((e.policy, e.ip), *id)).collect(),
             nodes: image.nodes.iter().map(|(id, n)| (n.tunnel_ip, *id)).collect(),
             next: Next {
-                pod: after(
-                    image.delivery.keys().chain(image.pods.values().map(|p| &p.id)).max(),
-                    floor.pod,
-                ),
-                policy: after(image.policies.keys().max(), floor.policy),
-                egress: after(image.egress_ips.keys().max(), floor.egress),
+                pod: after(image.delivery.keys().chain(image.pods.values().map(|p| &p.id)).max(), s.next_pod),
+                policy: after(image.policies.keys().max(), s.next_policy),
+                egress: after(image.egress_ips.keys().max(), s.next_egress),
             },
-            // An skb without a hash has 0.
-            pass_token: if token == 0 { random.max(1) } else { token },
         }
     }
 
@@ -78,12 +71,6 @@ impl Ids {
     #[must_use]
     pub const fn next(&self) -> Next {
         self.next
-    }
-
-    /// The hash by which `from_pod` says "seen, let pass".
-    #[must_use]
-    pub const fn pass_token(&self) -> u32 {
-        self.pass_token
     }
 
     pub(crate) fn pod(&mut self, ip: Ip, identity: u64) -> PodId {
@@ -146,7 +133,8 @@ mod tests {
         assert_eq!((a, ids.pod(ip(1), 7)), (1, 1));
         image.delivery.insert(a, Delivery { ip: ip(1), identity: 7, ..Delivery::default() });
         image.policies.insert(4, Policy { identity: 9, ..Policy::default() });
-        let mut again = Ids::recover(&image, Next { egress: 50, ..Next::default() }, 0);
+        image.settings.next_egress = 50;
+        let mut again = Ids::recover(&image);
         assert_eq!(again.pod(ip(1), 7), a);
         assert_eq!(again.pod(ip(1), 8), 2, "another pod at the address");
         assert_eq!((again.policy(9), again.policy(10)), (4, 5));
@@ -162,15 +150,6 @@ mod tests {
         assert_eq!(ids.nodes(&set(&[1, 2])).into_values().collect::<Vec<_>>(), [1, 2]);
         assert_eq!(ids.nodes(&set(&[2, 3]))[&ip(3)], 3);
         assert_eq!(ids.nodes(&set(&[2, 3, 4]))[&ip(4)], 1);
-    }
-
-    #[test]
-    fn the_pass_token_stays_and_is_never_zero() {
-        let mut image = MapImage::default();
-        assert_eq!(Ids::recover(&image, Next::default(), 0).pass_token(), 1);
-        assert_eq!(Ids::recover(&image, Next::default(), 5).pass_token(), 5);
-        image.settings.pass_token = 3;
-        assert_eq!(Ids::recover(&image, Next::default(), 5).pass_token(), 3);
     }
 
     #[test]

@@ -75,6 +75,7 @@ pub struct DirSource {
     objects: Objects,
     statuses: BTreeMap<String, EgressIpReport>,
     unreadable: BTreeSet<String>,
+    places: BTreeMap<String, String>,
     problems: BTreeSet<Problem>,
     /// Held while this process leads.
     lock: Option<File>,
@@ -207,6 +208,7 @@ impl DirSource {
             objects: Objects::default(),
             statuses: BTreeMap::new(),
             unreadable: BTreeSet::new(),
+            places: BTreeMap::new(),
             problems: BTreeSet::new(),
             lock: None,
             watch: None,
@@ -230,8 +232,7 @@ impl DirSource {
             }
             Err(error) => {
                 // What was read before stays in force, as with a file that does not parse.
-                let message =
-                    format!("cannot be listed: {error}; what was read before stays in force");
+                let message = format!("cannot be listed: {error}; what was read before stays in force");
                 changed |= self.directory_error.as_ref() != Some(&message);
                 self.directory_error = Some(message);
             }
@@ -244,8 +245,7 @@ impl DirSource {
             }
         }
         let busy = self.watch.as_mut().map(|w| &mut w.busy);
-        (changed, waiting) =
-            merge_flags((changed, waiting), refresh(&mut self.own, own, busy, parse_own));
+        (changed, waiting) = merge_flags((changed, waiting), refresh(&mut self.own, own, busy, parse_own));
         if let Some(watch) = &mut self.watch {
             let now = Instant::now();
             watch.busy.retain(|_, since| now.duration_since(*since) < WRITER_PATIENCE);
@@ -320,6 +320,7 @@ impl DirSource {
                 }
             }
         }
+        self.places = seen.into_iter().map(|(name, place)| (name.to_string(), place)).collect();
         self.statuses.clear();
         self.unreadable.clear();
         for (file, state) in &self.own {
@@ -419,6 +420,14 @@ impl Source for DirSource {
 
     fn unreadable_allocations(&self) -> &BTreeSet<String> {
         &self.unreadable
+    }
+
+    fn place(&self, object: &str) -> Option<&str> {
+        self.places.get(object).map(String::as_str)
+    }
+
+    fn complete(&self) -> bool {
+        self.directory_error.is_none() && self.files.values().all(|f| f.content.is_some())
     }
 
     fn problems(&self) -> &BTreeSet<Problem> {
@@ -583,7 +592,9 @@ fn refresh<T>(
     let empty = BTreeMap::new();
     let busy = busy.map_or(&empty, |b| &*b);
     // A listed file may be gone by now, and a subdirectory may be called `x.yaml`.
-    paths.retain(|_, path| fs::metadata(path).map_or_else(|e| e.kind() != io::ErrorKind::NotFound, |m| !m.is_dir()));
+    paths.retain(|_, path| {
+        fs::metadata(path).map_or_else(|e| e.kind() != io::ErrorKind::NotFound, |m| !m.is_dir())
+    });
     let before = states.len();
     states.retain(|name, _| paths.contains_key(name));
     let mut changed = states.len() != before;
@@ -618,7 +629,8 @@ fn refresh<T>(
             Ok(content) => (Some(content), None),
             Err(error) => (states.remove(&name).and_then(|s| s.content), Some(error)),
         };
-        let stamp = stamp.unwrap_or(Stamp { device: 0, inode: 0, length: 0, modified: (0, 0), changed: (0, 0) });
+        let stamp =
+            stamp.unwrap_or(Stamp { device: 0, inode: 0, length: 0, modified: (0, 0), changed: (0, 0) });
         states.insert(name, FileState { stamp, read: now, content, error });
         changed = true;
     }
@@ -725,7 +737,8 @@ fn is_silent(line: &str) -> bool {
 /// a document marker, even within a block scalar (YAML 1.2, 9.1.2), so lines are enough to tell.
 fn split_yaml(text: &str) -> Vec<(usize, &str)> {
     let marker = |line: &str, mark: &str| {
-        line.strip_prefix(mark).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+        line.strip_prefix(mark)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
     };
     let mut parts = Vec::new();
     let (mut start, mut start_line, mut at) = (0, 1, 0);

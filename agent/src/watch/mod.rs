@@ -65,6 +65,12 @@ pub trait Source {
     /// Names of allocations that exist and cannot be read: nobody may write over them.
     fn unreadable_allocations(&self) -> &BTreeSet<String>;
 
+    /// Where an object stands, by what [`crate::objects::ObjectName`] prints: for people who look for it.
+    fn place(&self, object: &str) -> Option<&str>;
+
+    /// Whether all objects are known. If not, one that is missing need not be gone.
+    fn complete(&self) -> bool;
+
     /// What is wrong with the source itself.
     fn problems(&self) -> &BTreeSet<Problem>;
 
