@@ -32,6 +32,7 @@ const fn need(what: &'static str, packages: &'static [&'static str], reason: &'s
 
 const NEEDS: &[Need] = &[
     need("cc", &["gcc"], "linking host programs"),
+    need("git", &["git"], "lint's list of files"),
     need("ip", &["iproute2"], "the lab's namespaces and links"),
     need("sysctl", &["procps"], "the lab's kernel settings"),
     need("nsenter", &["util-linux"], "entering the lab's namespaces"),
@@ -72,17 +73,17 @@ enum Report {
 
 /// `cargo xtask setup`.
 pub(crate) fn run() -> Result<()> {
-    setup(Report::Everything, &[test_tools, bpf_toolchain, kernel])
+    setup(Report::Everything, &[test_tools, rust_components, bpf_toolchain, kernel])
 }
 
 /// The same for `demo` and `test`: silent about what is there.
 pub(crate) fn ensure() -> Result<()> {
-    setup(Report::Changes, &[test_tools, bpf_toolchain, kernel])
+    setup(Report::Changes, &[test_tools, rust_components, bpf_toolchain, kernel])
 }
 
 /// Only what a build needs, for what is done without root.
 pub(crate) fn ensure_build() -> Result<()> {
-    setup(Report::Changes, &[bpf_toolchain])
+    setup(Report::Changes, &[rust_components, bpf_toolchain])
 }
 
 /// One part of the setup; gives whether it changed the machine.
@@ -155,6 +156,25 @@ fn test_tools(report: Report, apt: &mut Apt) -> Result<bool> {
         bail!("{} is still missing after installing {}", need.what, packages.join(" "));
     }
     Ok(true)
+}
+
+/// What lint needs of the host's Rust.
+fn rust_components(report: Report, _: &mut Apt) -> Result<bool> {
+    let mut changed = false;
+    for (command, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        let look = || process::capture(process::cargo().args([command, "--version"]));
+        if look().is_err() {
+            let Some(rustup) = machine::find_program("rustup") else {
+                bail!("`cargo {command}` does not work: install Rust's component {component}");
+            };
+            let step = ui::Step::begin("install", component);
+            process::run(Command::new(rustup).args(["component", "add", component]))?;
+            step.done(component);
+            changed = true;
+        }
+        ok(report, look()?.trim());
+    }
+    Ok(changed)
 }
 
 /// A compiler that can build `core` for the BPF target, and a linker that fits it.

@@ -14,7 +14,9 @@ const TEXT: [&str; 10] = ["rs", "toml", "md", "sh", "yaml", "yml", "json", "txt"
 /// Reads every file that git knows or would add.
 pub(crate) fn run() -> Result<()> {
     let mut git = Command::new("git");
-    git.current_dir(machine::root()).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
+    // The checkout may belong to another user than root, who runs the tests.
+    git.current_dir(machine::root()).args(["-c", "safe.directory=*"]);
+    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     let listing = process::capture(&mut git).context("tidy reads the list of files from git")?;
     let mut problems = Vec::new();
     for path in listing.split('\0').filter(|path| is_text(path)) {
