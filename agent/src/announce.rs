@@ -1,7 +1,7 @@
 //! Announces the egress IPs that this node holds, so that switches and neighbours learn a move at once:
 //! ARP announcements (RFC 5227, 3), a burst when the address is taken over and once more later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::Duration;
@@ -28,23 +28,23 @@ impl Announcer {
     /// image is applied: an announcement calls in traffic.
     pub fn update(&mut self, image: &MapImage) {
         let node = image.settings.node;
-        let claims: BTreeMap<_, ()> = image
+        let claims: BTreeSet<_> = image
             .egress_ips
             .values()
             .filter(|egress| node != 0 && egress.holder == node && egress.ip.is_v4())
             .filter_map(|egress| {
                 let uplink = image.interfaces.get(&egress.uplink)?;
-                Some(((egress.ip, egress.uplink, uplink.mac), ()))
+                Some((egress.ip, egress.uplink, uplink.mac))
             })
             .collect();
         self.claims.retain(|claim, task| {
-            let kept = claims.contains_key(claim);
+            let kept = claims.contains(claim);
             if !kept {
                 task.abort();
             }
             kept
         });
-        for (claim, ()) in claims {
+        for claim in claims {
             self.claims.entry(claim).or_insert_with(|| tokio::spawn(burst(claim)));
         }
     }
@@ -64,7 +64,9 @@ async fn burst((ip, ifindex, mac): (Ip, IfIndex, [u8; 6])) {
         match send(ifindex, &arp_announcement(ip, mac)) {
             Ok(()) => debug!(%ip, ifindex, "announced"),
             Err(error) => {
-                warn!("cannot announce egress IP {ip} on interface {ifindex}: {error}; neighbours learn it when they ask");
+                warn!(
+                    "cannot announce egress IP {ip} on interface {ifindex}: {error}; neighbours learn it when they ask"
+                );
                 return;
             }
         }

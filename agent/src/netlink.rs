@@ -1,5 +1,7 @@
 //! The node's network as netlink tells it, and the tunnel's device.
 
+#![expect(clippy::wildcard_enum_match_arm, reason = "netlink's attributes are many, and more with every kernel")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -46,8 +48,10 @@ pub enum Error {
     #[error("no interface {0} (given by --uplink) on this node")]
     NoUplink(String),
     /// The port of the tunnel is taken.
-    #[error("cannot create {TUNNEL} with UDP port {port}: {source}; is the port another VXLAN's? \
-             Set `tunnel.port` in EgressConfig")]
+    #[error(
+        "cannot create {TUNNEL} with UDP port {port}: {source}; is the port another VXLAN's? \
+             Set `tunnel.port` in EgressConfig"
+    )]
     Tunnel {
         /// The port.
         port: u16,
@@ -235,7 +239,8 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         };
         facts.pod_interfaces.insert(*index, interface);
     }
-    let bridges: BTreeSet<IfIndex> = facts.pod_interfaces.values().map(|i| i.bridge).filter(|b| *b != 0).collect();
+    let bridges: BTreeSet<IfIndex> =
+        facts.pod_interfaces.values().map(|i| i.bridge).filter(|b| *b != 0).collect();
     let by_gateway: BTreeSet<IfIndex> =
         routes.iter().filter(|r| r.by_gateway).flat_map(|r| r.interfaces.iter().copied()).collect();
     for link in &links {
@@ -332,11 +337,14 @@ async fn routes(handle: &Handle) -> Result<Vec<Route>, Error> {
     for query in queries {
         let v4 = query.header.address_family == AddressFamily::Inet;
         let mut messages = handle.route().get(query).execute();
-        while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+        while let Some(message) =
+            messages.try_next().await.map_err(|source| Error::Request { what, source })?
+        {
             if message.header.kind != RouteType::Unicast {
                 continue;
             }
-            let mut address = if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+            let mut address =
+                if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
             let mut by_gateway = false;
             let mut interfaces = Vec::new();
             for attribute in &message.attributes {
@@ -396,7 +404,9 @@ async fn bridge_ports(
     let what = "list neighbours";
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut neighbours = handle.neighbours().get().set_address_family(family).execute();
-        while let Some(entry) = neighbours.try_next().await.map_err(|source| Error::Request { what, source })? {
+        while let Some(entry) =
+            neighbours.try_next().await.map_err(|source| Error::Request { what, source })?
+        {
             if !bridges.contains(&entry.header.ifindex) {
                 continue;
             }

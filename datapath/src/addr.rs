@@ -57,12 +57,8 @@ impl Ip {
     #[inline(always)]
     #[must_use]
     pub const fn stays_on_link(&self) -> bool {
-        let [a, b, c, d] = self.v4_octets();
         if self.is_v4() {
-            a == 0
-                || (a == 169 && b == 254)
-                || (a & 0xf0) == 0xe0
-                || (a == 255 && b == 255 && c == 255 && d == 255)
+            matches!(self.v4_octets(), [0 | 224..=239, ..] | [169, 254, ..] | [255, 255, 255, 255])
         } else {
             let o = &self.octets;
             o[0] == 0xff || (o[0] == 0xfe && (o[1] & 0xc0) == 0x80) || matches!(self.halves(), (0, 0))

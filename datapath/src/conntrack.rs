@@ -1,7 +1,7 @@
 //! Flow states and idle times: RFC 5382 (TCP), RFC 4787 (UDP), RFC 5508 (ICMP), RFC 7857 (updates).
 
 use crate::keys::{Flow, Settings};
-use crate::packet::{ACK, FIN, ICMP, RST, SYN, TCP, UDP};
+use crate::packet::{ACK, FIN, ICMP, RST, SYN, TCP};
 
 /// Time since boot in units of 2^24 ns (16.8 ms), in 32 bits: wraps after 834 days, so times are compared by
 /// their difference.
@@ -106,7 +106,6 @@ pub const fn idle_time(settings: &Settings, state: u8, protocol: u8) -> Ticks {
         (TCP, ESTABLISHED) => settings.tcp_established,
         (TCP, CLOSED) => settings.rest,
         (TCP, _) => settings.tcp_transitory,
-        (UDP, _) => settings.udp,
         (ICMP, _) => settings.icmp,
         _ => settings.udp,
     })
@@ -118,7 +117,7 @@ pub const fn idle_time(settings: &Settings, state: u8, protocol: u8) -> Ticks {
 #[must_use]
 pub const fn older_than(now: Ticks, seen: Ticks, idle: Ticks) -> bool {
     let age = now.wrapping_sub(seen);
-    (age as i32) >= 0 && age > idle
+    age.cast_signed() >= 0 && age > idle
 }
 
 /// Whether a flow is past its time and counts as absent.
@@ -131,6 +130,7 @@ pub const fn expired(settings: &Settings, now: Ticks, flow: &Flow, protocol: u8)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packet::UDP;
 
     fn walk(steps: &[(Sender, u8)]) -> Option<FlowState> {
         let state = steps.iter().fold(OPENING, |s, (who, flags)| next_state(s, *who, TCP, *flags));

@@ -86,7 +86,7 @@ fn along_flow<T: Tables>(
         flow.state = state;
         flow.seen = now;
         flow.packets = flow.packets.wrapping_add(1);
-        flow.bytes = flow.bytes.wrapping_add(packet.len as u64);
+        flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
         Some((flow.egress, flow.egress_port))
     })??;
     // The address left the object: the flow is void.

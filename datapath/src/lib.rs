@@ -7,6 +7,10 @@
 //! [`from_uplink`], and [`to_pod`] for connections that come in.
 
 #![no_std]
+#![expect(
+    clippy::inline_always,
+    reason = "the kernel programs are one function each: 512 bytes of stack in all"
+)]
 
 #[cfg(any(test, feature = "memory"))]
 extern crate std;

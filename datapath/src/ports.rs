@@ -17,17 +17,17 @@ pub const fn granule_of(port: u16) -> Option<u16> {
 #[inline(always)]
 #[must_use]
 pub fn nth_port(lease: &Lease, nth: u32) -> Option<u16> {
-    let mut granules_left = nth / GRANULE_PORTS as u32;
-    let offset = nth % GRANULE_PORTS as u32;
+    let per_granule = u32::from(GRANULE_PORTS);
+    let (mut granules_left, offset) = (nth / per_granule, nth % per_granule);
     let mut i = 0;
     while i < LEASE_RANGES {
         let range = &lease.ranges[i];
-        if granules_left < range.count as u32 {
-            let granule = range.first as u32 + granules_left;
-            let port = FIRST_PORT as u32 + granule * GRANULE_PORTS as u32 + offset;
-            return if port <= u16::MAX as u32 { Some(port as u16) } else { None };
+        let count = u32::from(range.count);
+        if granules_left < count {
+            let granule = u32::from(range.first) + granules_left;
+            return u16::try_from(u32::from(FIRST_PORT) + granule * per_granule + offset).ok();
         }
-        granules_left -= range.count as u32;
+        granules_left -= count;
         i += 1;
     }
     None
@@ -47,7 +47,7 @@ pub fn claim_port<T: Tables>(
     reply: &Reply,
 ) -> Result<u16, DropReason> {
     let Some(lease) = t.lease(key.egress) else { return Err(DropReason::NoPortRange) };
-    let ports = lease.granules * GRANULE_PORTS as u32;
+    let ports = lease.granules * u32::from(GRANULE_PORTS);
     if ports == 0 {
         return Err(DropReason::NoPortRange);
     }

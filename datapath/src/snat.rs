@@ -40,8 +40,9 @@ pub struct Choice {
 pub fn choose_egress_ip<T: Tables>(t: &T, settings: &Settings, policy: &Policy, tuple: &Tuple) -> Choice {
     let mut seed = mix_ip(0, &tuple.source);
     if settings.spread == SPREAD_CONNECTION {
-        let ports =
-            (tuple.source_port as u64) << 24 | (tuple.destination_port as u64) << 8 | tuple.protocol as u64;
+        let ports = u64::from(tuple.source_port) << 24
+            | u64::from(tuple.destination_port) << 8
+            | u64::from(tuple.protocol);
         seed = mix_ip(seed ^ ports, &tuple.destination);
     }
     let mut choice = Choice::default();

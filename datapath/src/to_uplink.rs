@@ -139,7 +139,7 @@ fn known_flow<'t, T: Tables>(
             flow.state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
             flow.seen = now;
             flow.packets = flow.packets.wrapping_add(1);
-            flow.bytes = flow.bytes.wrapping_add(packet.len as u64);
+            flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
         }
         (flow.egress, flow.egress_port, alive)
     })?;
@@ -183,7 +183,7 @@ fn new_flow<'t, T: Tables>(
         pad: 0,
         seen: now,
         packets: 1,
-        bytes: packet.len as u64,
+        bytes: u64::from(packet.len),
     };
     flow.egress_port = claim_port(t, settings, now, reply_key(egress_id, 0, key), &reply)?;
     match t.insert_flow(key, &flow) {

@@ -156,7 +156,7 @@ pub enum FromOutside<'t> {
 ///
 /// Verdicts are handed over rather than returned: a returned one is merged over all the places it comes from,
 /// LLVM fills in what a variant does not have with undefined registers, and the verifier refuses to see those
-/// spilled ("R1 !read_ok", LLVM 22, kernel 6.18).
+/// spilled ("R1 !`read_ok`", LLVM 22, kernel 6.18).
 pub trait Act<V> {
     /// What acting gives: a TC action in the kernel, the verdict itself in tests.
     type Done;

@@ -128,8 +128,8 @@ impl Programs {
     fn replace(&mut self, (program, _): Attachment, path: &Path) -> Result<bool, Error> {
         let failed = |source| Error::Program { name: program.name(), source };
         let pinned = PinnedLink::from_pin(path).map_err(|error| failed(link_error(error)))?;
-        let link = SchedClassifierLink::try_from(FdLink::from(pinned))
-            .map_err(|error| failed(link_error(error)))?;
+        let link =
+            SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(|error| failed(link_error(error)))?;
         let classifier = classifier(&mut self.ebpf, program)?;
         match classifier.attach_to_link(link) {
             Ok(id) => {
@@ -194,6 +194,7 @@ fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier,
 }
 
 /// Whether an error says that the interface, or a link's interface, is gone.
+#[expect(clippy::wildcard_enum_match_arm, reason = "aya's errors are many")]
 fn is_no_device(error: &ProgramError) -> bool {
     const ENODEV: i32 = 19;
     const ENOLINK: i32 = 67;
@@ -209,6 +210,6 @@ fn link_error(error: LinkError) -> ProgramError {
     match error {
         LinkError::SyscallError(error) => ProgramError::SyscallError(error),
         LinkError::InvalidLink => ProgramError::IOError(std::io::Error::other("not a tcx link")),
-        error => ProgramError::IOError(std::io::Error::other(error)),
+        error @ LinkError::UnknownLinkType(_) => ProgramError::IOError(std::io::Error::other(error)),
     }
 }

@@ -245,7 +245,7 @@ impl Maps {
     fn read(&self) -> Result<MapImage, Error> {
         let of = |source| Error::Map { name: "NETWORKS", source };
         let mut networks = BTreeMap::new();
-        for entry in self.networks.iter() {
+        for entry in &self.networks {
             let (key, value) = entry.map_err(of)?;
             networks.insert(NetworkKey { prefix_len: key.prefix_len(), ip: key.data().0 }, value.0);
         }

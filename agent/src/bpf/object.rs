@@ -41,7 +41,8 @@ pub(super) fn load(dir: &Path) -> Result<Ebpf, Error> {
         std::fs::create_dir_all(&path).map_err(|source| Error::Pin { what: "create", path, source })?;
     }
     maps::check_pinned(dir)?;
-    let paths: Vec<_> = maps::SPECS.iter().map(|spec| (spec.name, dir.join("maps").join(spec.name))).collect();
+    let paths: Vec<_> =
+        maps::SPECS.iter().map(|spec| (spec.name, dir.join("maps").join(spec.name))).collect();
     let mut loader = EbpfLoader::new();
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
