@@ -4,6 +4,7 @@ pub mod attach;
 pub mod maps;
 mod object;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::facts::Facts;
@@ -107,6 +108,56 @@ pub enum Error {
 #[must_use]
 pub fn pin_dir(bpffs: &Path) -> PathBuf {
     bpffs.join(format!("v{LAYOUT}"))
+}
+
+/// Removes every link, map and directory that any version pinned under `bpffs`: nothing of Outgate acts on
+/// packets afterwards. Returns what was removed; nothing there is not an error.
+pub fn cleanup(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut removed = Vec::new();
+    for version in entries(bpffs)? {
+        let name = version.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !name.strip_prefix('v').is_some_and(|n| n.parse::<u32>().is_ok()) {
+            continue;
+        }
+        // Links first: a program without its maps' pins is still whole, a map without programs is only memory.
+        for dir in ["links", "maps"].map(|sub| version.join(sub)) {
+            for path in entries(&dir)? {
+                let remove = std::fs::remove_file(&path);
+                remove.map_err(|source| Error::Pin { what: "remove", path: path.clone(), source })?;
+                removed.push(path);
+            }
+            remove_dir(&dir)?;
+        }
+        remove_dir(&version)?;
+    }
+    // The file system's own root stays, as do directories that hold something else.
+    let is_root = std::fs::metadata(bpffs).and_then(|m| Ok((m.dev(), std::fs::metadata(bpffs.join(".."))?.dev())));
+    if !matches!(is_root, Ok((own, above)) if own != above) && entries(bpffs)?.is_empty() {
+        remove_dir(bpffs)?;
+    }
+    Ok(removed)
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let failed = |source| Error::Pin { what: "read", path: dir.to_path_buf(), source };
+    match std::fs::read_dir(dir) {
+        Ok(entries) => {
+            let mut paths = entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+            paths.sort();
+            Ok(paths)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(failed(source)),
+    }
+}
+
+fn remove_dir(dir: &Path) -> Result<(), Error> {
+    match std::fs::remove_dir(dir) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::Pin { what: "remove", path: dir.to_path_buf(), source })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The loaded programs and their maps.
