@@ -9,6 +9,8 @@ pub mod selector;
 
 pub mod assign;
 pub mod lease;
+pub mod leader;
+pub mod status;
 
 pub mod compile;
 pub mod ids;
@@ -16,6 +18,12 @@ pub mod ids;
 pub mod facts;
 pub mod image;
 
+pub mod agent;
 pub mod announce;
 pub mod bpf;
+pub mod metrics;
 pub mod netlink;
+
+pub mod cli;
+pub mod commands;
+pub mod print;

@@ -1,0 +1,245 @@
+//! The command line.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::builder::styling::Styles;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// Where programs, links and maps are pinned unless told otherwise.
+const BPFFS: &str = "/sys/fs/bpf/outgate";
+
+/// Outgate: fixed addresses for Kubernetes pods on their way out of the cluster.
+#[derive(Parser, Debug)]
+#[command(name = "outgate", version, max_term_width = 100, styles = Styles::plain())]
+#[command(after_help = "Every option can also be given as an environment variable, as its help says.\n\
+    Exit codes: 0 done, 1 failed, 2 wrong usage.")]
+#[command(propagate_version = true, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run this node's agent, in the current network namespace
+    ///
+    /// It loads the eBPF programs, attaches them to the pods' interfaces and the uplinks, and keeps their maps
+    /// equal to what the objects ask for. When it ends, everything stays in the kernel and traffic goes on:
+    /// `outgate cleanup` removes it.
+    Agent(AgentArgs),
+    /// Show egress IPs with their owners and ports, and nodes
+    Status(StatusArgs),
+    /// Show this node's flows
+    Flows(FlowsArgs),
+    /// Remove every program, link, pin and device that outgate has made on this node
+    ///
+    /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
+    Cleanup(CleanupArgs),
+    /// Print the version
+    Version,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// Options of `outgate agent`.
+#[derive(Args, Debug)]
+pub struct AgentArgs {
+    /// Name of this node's Node object
+    #[arg(long, env = "OUTGATE_NODE", value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub node: String,
+    /// Where the objects come from: dir:PATH, a directory of Kubernetes YAML and JSON
+    #[arg(long, env = "OUTGATE_SOURCE", value_name = "dir:PATH")]
+    pub source: SourceArg,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub bpffs: BpffsArg,
+    /// Interface that leads out of the node; may be given several times [default: every interface with a route
+    /// by a gateway that is not pod-facing]
+    #[arg(long = "uplink", env = "OUTGATE_UPLINK", value_name = "IFACE", value_delimiter = ',')]
+    pub uplinks: Vec<String>,
+    /// Pattern of the names of interfaces that lead to pods; may be given several times
+    #[arg(
+        long = "pod-interface",
+        env = "OUTGATE_POD_INTERFACE",
+        value_name = "GLOB",
+        value_delimiter = ',',
+        default_values = ["veth*", "cali*", "lxc*", "cni*", "tap*"]
+    )]
+    pub pod_interfaces: Vec<String>,
+    /// Serve /metrics, /healthz and /readyz on this address
+    #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
+    /// What to log: error, warn, info, debug or trace, also by module (outgate::netlink=debug)
+    #[arg(long, env = "OUTGATE_LOG", value_name = "FILTER", default_value = "info", value_parser = filter)]
+    pub log: String,
+}
+
+/// The option that several commands share.
+#[derive(Args, Debug)]
+pub struct BpffsArg {
+    /// Directory on a bpf file system where programs, links and maps are pinned
+    #[arg(long, env = "OUTGATE_BPFFS", value_name = "DIR", default_value = BPFFS)]
+    pub bpffs: PathBuf,
+}
+
+/// Options of `outgate status`.
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// Where the objects come from: dir:PATH, a directory of Kubernetes YAML and JSON
+    #[arg(long, env = "OUTGATE_SOURCE", value_name = "dir:PATH")]
+    pub source: SourceArg,
+    /// How to print
+    #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// Options of `outgate flows`.
+#[derive(Args, Debug)]
+pub struct FlowsArgs {
+    /// Only flows of this pod
+    #[arg(long, env = "OUTGATE_POD", value_name = "NS/NAME")]
+    pub pod: Option<PodArg>,
+    /// Only flows that leave by this egress IP
+    #[arg(long, env = "OUTGATE_EGRESS_IP", value_name = "IP")]
+    pub egress_ip: Option<IpAddr>,
+    /// Print again every second until interrupted
+    #[arg(long, short, env = "OUTGATE_WATCH")]
+    pub watch: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub bpffs: BpffsArg,
+    /// How to print
+    #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// Options of `outgate cleanup`.
+#[derive(Args, Debug)]
+pub struct CleanupArgs {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub bpffs: BpffsArg,
+}
+
+/// How to print.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Output {
+    /// Aligned tables
+    #[default]
+    Table,
+    /// JSON
+    Json,
+    /// YAML
+    Yaml,
+}
+
+/// Where objects come from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceArg {
+    /// A directory.
+    Dir(PathBuf),
+}
+
+impl SourceArg {
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        let Self::Dir(path) = self;
+        path
+    }
+}
+
+impl FromStr for SourceArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.split_once(':') {
+            Some(("dir", path)) if !path.is_empty() => Ok(Self::Dir(path.into())),
+            _ => Err("a source is dir:PATH".to_owned()),
+        }
+    }
+}
+
+/// A pod's namespace and name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PodArg {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl FromStr for PodArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
+            }
+            _ => Err("a pod is NAMESPACE/NAME".to_owned()),
+        }
+    }
+}
+
+fn filter(s: &str) -> Result<String, String> {
+    tracing_subscriber::EnvFilter::try_new(s).map(|_| s.to_owned()).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definition_is_sound_and_every_option_has_help_and_an_environment_variable() {
+        let mut command = Cli::command();
+        command.build();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands().filter(|s| s.get_name() != "help") {
+            assert!(sub.get_about().is_some(), "{}", sub.get_name());
+            for arg in sub.get_arguments().filter(|a| !["help", "version", "shell"].contains(&a.get_id().as_str())) {
+                assert!(arg.get_help().is_some(), "{} {}", sub.get_name(), arg.get_id());
+                let env = arg.get_env().map(|e| e.to_string_lossy().into_owned());
+                let wanted = format!("OUTGATE_{}", arg.get_long().unwrap().to_uppercase().replace('-', "_"));
+                assert_eq!(env.as_deref(), Some(wanted.as_str()));
+            }
+        }
+    }
+
+    #[test]
+    fn the_documented_command_line() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        let cli = parse("outgate agent --node a --source dir:/x --uplink eth0 --uplink eth1 --pod-interface v* --metrics 127.0.0.1:9090 --log debug").unwrap();
+        let Command::Agent(a) = cli.command else { panic!() };
+        assert_eq!((a.source.dir(), a.uplinks.len(), a.pod_interfaces.len()), (Path::new("/x"), 2, 1));
+        assert_eq!(a.bpffs.bpffs, Path::new(BPFFS));
+        let Command::Flows(f) = parse("outgate flows --pod n/p --egress-ip 192.0.2.1 --watch").unwrap().command else {
+            panic!()
+        };
+        assert_eq!(f.pod.unwrap().name, "p");
+        for wrong in [
+            "outgate",
+            "outgate agent",
+            "outgate agent --node a",
+            "outgate agent --node a --source etcd:x",
+            "outgate agent --node a --source kube",
+            "outgate agent --node a --source dir:",
+            "outgate agent --node a --source dir:x --log =5=",
+            "outgate flows --pod p",
+            "outgate flows --egress-ip x",
+            "outgate status --source dir:x -o xml",
+        ] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{wrong}");
+        }
+    }
+}

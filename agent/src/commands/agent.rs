@@ -1,0 +1,100 @@
+//! `outgate agent`.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+
+use crate::agent::{Agent, Identity, Kernel};
+use crate::announce::Announcer;
+use crate::bpf::{self, Datapath};
+use crate::cli::AgentArgs;
+use crate::facts::Facts;
+use crate::image::MapImage;
+use crate::netlink;
+use crate::watch::dir::DirSource;
+use crate::{metrics, watch};
+
+pub(super) fn run(args: AgentArgs) -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_env_filter(tracing_subscriber::EnvFilter::try_new(&args.log)?)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    runtime.block_on(tokio::task::LocalSet::new().run_until(agent(args)))
+}
+
+/// Nothing is logged before all that can fail at the start has not: a failure is one line.
+async fn agent(args: AgentArgs) -> anyhow::Result<()> {
+    // The signals first, so that one that comes early is not lost.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let source = DirSource::open(args.source.dir())?;
+    let selection =
+        netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
+    let facts = netlink::watch(selection).await?;
+    let state = Rc::new(RefCell::new(metrics::State::default()));
+    if let Some(address) = args.metrics {
+        let listener = metrics::listen(address).await.map_err(anyhow::Error::msg)?;
+        let dir = bpf::pin_dir(&args.bpffs.bpffs);
+        let drops = Rc::new(move || bpf::maps::drops(&dir).map_err(|e| e.to_string()));
+        tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), drops));
+    }
+    info!("outgate {} on node {}, objects from {}", env!("CARGO_PKG_VERSION"), args.node, args.source.dir().display());
+    let kernel = NodeKernel { datapath, announcer: Announcer::default() };
+    let identity = Identity { node: args.node, boot_id: boot_id()? };
+    let mut agent = Agent::new(identity, source, kernel, facts, state);
+    let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
+        ended = agent.run() => ended,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    };
+    if ended.is_ok() {
+        info!("the agent ends; programs and maps stay, traffic goes on");
+    }
+    Ok(ended?)
+}
+
+fn boot_id() -> anyhow::Result<String> {
+    let path = PathBuf::from("/proc/sys/kernel/random/boot_id");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text.trim().to_owned())
+}
+
+/// The kernel of this node.
+struct NodeKernel {
+    datapath: Datapath,
+    announcer: Announcer,
+}
+
+impl Kernel for NodeKernel {
+    type Error = bpf::Error;
+
+    fn recovered(&self) -> &MapImage {
+        self.datapath.recovered()
+    }
+
+    async fn ensure_tunnel(&mut self, port: u16) -> Result<(), String> {
+        netlink::ensure_tunnel(port).await.map(drop).map_err(|e| e.to_string())
+    }
+
+    fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<(), bpf::Error> {
+        self.datapath.apply(image, facts)?;
+        self.announcer.update(image);
+        Ok(())
+    }
+
+    fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {
+        let removed = self.datapath.sweep()?;
+        Ok((removed, self.datapath.flows()?))
+    }
+}

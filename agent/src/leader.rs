@@ -1,0 +1,394 @@
+//! The leader's work: from the objects to what it writes about them. A pure function; time and chance come in
+//! as arguments.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
+
+use crate::assign::{self, Assignment};
+use crate::lease;
+use crate::model::{Allocation, Desired, Lease, TUNNEL_PORT};
+use crate::objects::{
+    Cluster, EgressAllocation, EgressAllocationSpec, EgressIpReport, Granules, Meta, PortLease, Tunnel,
+};
+use crate::status;
+use crate::watch::Write;
+
+/// What the leader knows besides the objects.
+pub struct Surroundings<'a> {
+    /// EgressIP statuses as they are.
+    pub statuses: &'a BTreeMap<String, EgressIpReport>,
+    /// Allocations that exist and cannot be read: left alone, their addresses with nobody.
+    pub unreadable: &'a BTreeSet<String>,
+    /// Whether all objects are known. While one may be missing, nothing is given up.
+    pub complete: bool,
+    /// The time, as objects have it.
+    pub now: &'a str,
+    /// Whether other nodes reach a node.
+    pub reachable: &'a dyn Fn(&str) -> bool,
+}
+
+/// What the leader does about the objects.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Plan {
+    /// To be written, in this order.
+    pub writes: Vec<Write>,
+    /// What an operator may want to read later.
+    pub log: Vec<String>,
+}
+
+/// Decides what to write. `random` gives 64 random bits a call.
+#[must_use]
+pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut() -> u64) -> Plan {
+    let mut plan = Plan::default();
+    tunnel(desired, random, &mut plan);
+    let (requests, candidates) = assign::inputs(desired, around.reachable);
+    let requests: Vec<_> = requests
+        .into_iter()
+        .map(|mut r| {
+            r.addresses.retain(|ip| !around.unreadable.contains(&ip.to_string()));
+            r
+        })
+        .collect();
+    let current = desired
+        .allocations
+        .iter()
+        .filter_map(|(ip, a)| Some((*ip, a.owner.clone()?)))
+        .collect();
+    let assignment = assign::assign(&requests, &candidates, &current);
+    let refused = allocations(desired, around, &assignment, random, &mut plan);
+    for e in desired.by_age() {
+        let previous = around.statuses.get(&e.name);
+        let status = status::egress_ip(
+            e,
+            &assignment,
+            &refused,
+            around.unreadable,
+            previous.map(|p| p.status.conditions.as_slice()).unwrap_or_default(),
+            around.now,
+        );
+        if previous.is_none_or(|p| p.status != status) {
+            plan.writes.push(Write::Status(EgressIpReport {
+                api_version: crate::objects::OVN_API.to_owned(),
+                kind: "EgressIP".to_owned(),
+                metadata: Meta { name: e.name.clone(), ..Meta::default() },
+                status,
+            }));
+        }
+    }
+    if around.complete {
+        for name in around.statuses.keys().filter(|name| !desired.egress_ips.contains_key(*name)) {
+            plan.writes.push(Write::RemoveStatus(name.clone()));
+        }
+    }
+    plan
+}
+
+/// Port and identifier are chosen once: nodes that differ in them cannot hear each other.
+fn tunnel(desired: &Desired, random: &mut dyn FnMut() -> u64, plan: &mut Plan) {
+    let config = &desired.config;
+    let tunnel = Tunnel {
+        port: config.tunnel_port.or(desired.tunnel.map(|t| t.port)).unwrap_or(TUNNEL_PORT),
+        vni: config.tunnel_vni.or(desired.tunnel.map(|t| t.vni)).unwrap_or_else(|| {
+            // 24 bits, not 0.
+            u32::try_from(random() % ((1 << 24) - 1)).unwrap_or(0) + 1
+        }),
+    };
+    if desired.tunnel != Some(tunnel) {
+        plan.log.push(format!("the nodes' tunnel uses UDP port {} and VNI {}", tunnel.port, tunnel.vni));
+        plan.writes.push(Write::Cluster(Cluster { tunnel }));
+    }
+}
+
+/// Returns the nodes that got no ports, by address.
+fn allocations(
+    desired: &Desired,
+    around: &Surroundings<'_>,
+    assignment: &Assignment,
+    random: &mut dyn FnMut() -> u64,
+    plan: &mut Plan,
+) -> BTreeMap<IpAddr, Vec<String>> {
+    let demands = lease::demands(desired);
+    let cluster_nodes = desired.nodes.len();
+    let mut refused = BTreeMap::new();
+    for (ip, e) in desired.addresses() {
+        let name = ip.to_string();
+        if around.unreadable.contains(&name) {
+            continue;
+        }
+        let old = desired.allocations.get(&ip);
+        let owner = assignment.owners.get(&ip).cloned();
+        let generation = old.map_or(0, |a| a.generation) + 1;
+        let nobody = BTreeSet::new();
+        let outcome = lease::lease(
+            old.map(|a| a.leases.as_slice()).unwrap_or_default(),
+            demands.get(&ip).unwrap_or(&nobody),
+            cluster_nodes,
+            generation,
+        );
+        if !outcome.refused.is_empty() {
+            refused.insert(ip, outcome.refused);
+        }
+        if old.is_some_and(|a| a.owner == owner && a.leases == outcome.leases) {
+            continue;
+        }
+        let uid = old.map_or_else(|| format!("{:016x}", random()), |a| a.uid.clone());
+        let new = Allocation { uid, generation, owner, leases: outcome.leases };
+        describe(&e.name, ip, old, &new, desired, assignment, &mut plan.log);
+        plan.writes.push(Write::Allocation(object(ip, &new)));
+    }
+    if around.complete {
+        let named: BTreeSet<_> = desired.egress_ips.values().flat_map(|e| &e.named).collect();
+        for ip in desired.allocations.keys().filter(|ip| !named.contains(ip)) {
+            plan.log.push(format!("egress IP {ip}: in no EgressIP any more, its port leases end"));
+            plan.writes.push(Write::RemoveAllocation(ip.to_string()));
+        }
+    }
+    refused
+}
+
+fn describe(
+    object: &str,
+    ip: IpAddr,
+    old: Option<&Allocation>,
+    new: &Allocation,
+    desired: &Desired,
+    assignment: &Assignment,
+    log: &mut Vec<String>,
+) {
+    let before = old.and_then(|a| a.owner.as_deref());
+    if old.is_none() || before != new.owner.as_deref() {
+        let came = before.map(|node| {
+            let why = match desired.nodes.get(node) {
+                None => "is gone",
+                Some(n) if !n.exists => "has no Node object any more",
+                Some(n) if !n.assignable => "is not labelled k8s.ovn.org/egress-assignable any more",
+                Some(n) if !n.ready => "is not ready",
+                Some(_) => "has no working uplink for it, no room, or another address of the object",
+            };
+            format!(" (was on {node}, which {why})")
+        });
+        let came = came.unwrap_or_default();
+        log.push(match (&new.owner, assignment.unassigned.get(&ip)) {
+            (Some(node), _) => format!("egress IP {ip} of EgressIP {object}: assigned to node {node}{came}"),
+            (None, Some(why)) => format!("egress IP {ip} of EgressIP {object}: held by no node, {why}{came}"),
+            (None, None) => format!("egress IP {ip} of EgressIP {object}: held by no node{came}"),
+        });
+    }
+    for lease in &new.leases {
+        if old.is_none_or(|a| !a.leases.contains(lease)) {
+            log.push(format!("egress IP {ip}: node {} leases ports {}", lease.node, ports(lease)));
+        }
+    }
+}
+
+/// A lease's ports as text: `1024-17151, 20000-20063`.
+#[must_use]
+pub fn ports(lease: &Lease) -> String {
+    let port = |granule: u16| u32::from(FIRST_PORT) + u32::from(granule) * u32::from(GRANULE_PORTS);
+    let ranges: Vec<_> =
+        lease.ranges.iter().map(|r| format!("{}-{}", port(r.first), port(r.first + r.count) - 1)).collect();
+    ranges.join(", ")
+}
+
+fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
+    let leases = a
+        .leases
+        .iter()
+        .map(|l| PortLease {
+            node: l.node.clone(),
+            node_uid: l.node_uid.clone(),
+            boot_id: l.boot_id.clone(),
+            generation: l.generation,
+            ranges: l.ranges.iter().map(|r| Granules { first: r.first, count: r.count }).collect(),
+        })
+        .collect();
+    EgressAllocation {
+        metadata: Meta {
+            name: ip.to_string(),
+            uid: a.uid.clone(),
+            generation: a.generation,
+            ..Meta::default()
+        },
+        spec: EgressAllocationSpec {
+            egress_ip: ip.to_string(),
+            owner: a.owner.clone().unwrap_or_default(),
+            leases,
+        },
+        ..EgressAllocation::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{desired, tests::objects};
+    use crate::objects::Objects;
+
+    const CLUSTER: &str = "kind: Node
+metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
+---
+kind: Node
+metadata: {name: b, uid: ub, labels: {k8s.ovn.org/egress-assignable: ''}}
+---
+kind: EgressNode
+metadata: {name: a}
+status: {nodeUID: ua, tunnelAddress: 192.0.2.5, demand: [192.0.2.100], uplinks: [{name: eth0, up: true, networks: [192.0.2.5/24]}]}
+---
+kind: EgressNode
+metadata: {name: b}
+status: {nodeUID: ub, tunnelAddress: 192.0.2.6, uplinks: [{name: eth0, up: true, networks: [192.0.2.6/24]}]}
+---
+kind: EgressIP
+metadata: {name: e, uid: ue}
+spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namespaceSelector: {}}";
+
+    struct World {
+        objects: Objects,
+        statuses: BTreeMap<String, EgressIpReport>,
+        unreadable: BTreeSet<String>,
+        complete: bool,
+        seed: u64,
+    }
+
+    impl World {
+        fn new(yaml: &str) -> Self {
+            Self {
+                objects: objects(yaml),
+                statuses: BTreeMap::new(),
+                unreadable: BTreeSet::new(),
+                complete: true,
+                seed: 41,
+            }
+        }
+
+        /// Plans, and does what was planned.
+        fn step(&mut self) -> Plan {
+            let d = desired(&self.objects, "a");
+            let around = Surroundings {
+                statuses: &self.statuses,
+                unreadable: &self.unreadable,
+                complete: self.complete,
+                now: "2026-01-01T00:00:00Z",
+                reachable: &|_| true,
+            };
+            let seed = &mut self.seed;
+            let p = plan(&d, &around, &mut || {
+                *seed += 1;
+                *seed
+            });
+            for w in p.writes.clone() {
+                match w {
+                    Write::Cluster(c) => self.objects.cluster = Some(c),
+                    Write::Allocation(a) => {
+                        self.objects.egress_allocations.insert(a.metadata.name.clone(), a);
+                    }
+                    Write::RemoveAllocation(n) => drop(self.objects.egress_allocations.remove(&n)),
+                    Write::Status(s) => drop(self.statuses.insert(s.metadata.name.clone(), s)),
+                    Write::RemoveStatus(n) => drop(self.statuses.remove(&n)),
+                    Write::EgressNode(_) => panic!("not the leader's"),
+                }
+            }
+            p
+        }
+
+        fn items(&self) -> Vec<(&str, &str)> {
+            self.statuses["e"].status.items.iter().map(|i| (i.egress_ip.as_str(), i.node.as_str())).collect()
+        }
+    }
+
+    #[test]
+    fn everything_is_written_once() {
+        let mut w = World::new(CLUSTER);
+        let first = w.step();
+        assert_eq!(w.objects.cluster, Some(Cluster { tunnel: Tunnel { port: 4790, vni: 43 } }));
+        assert_eq!(w.items(), [("192.0.2.100", "a"), ("192.0.2.101", "b")]);
+        let a = &w.objects.egress_allocations["192.0.2.100"];
+        assert_eq!((a.metadata.generation, a.spec.leases.len()), (1, 1));
+        assert_eq!(a.spec.leases[0].ranges, [Granules { first: 0, count: 378 }]);
+        assert!(first.log.contains(&"egress IP 192.0.2.100: node a leases ports 1024-25215".to_owned()), "{:?}", first.log);
+        assert!(first.log.iter().any(|l| l.starts_with("egress IP 192.0.2.101 of EgressIP e: assigned to node b")));
+        assert_eq!(w.step(), Plan::default(), "nothing more to do");
+    }
+
+    #[test]
+    fn conditions_say_why_each_address_is_not_in_force() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        let c = &w.statuses["e"].status.conditions;
+        let of = |ip: &str| c.iter().find(|c| c.egress_ip == ip).map(|c| (c.status.as_str(), c.reason.as_str()));
+        assert_eq!(of("192.0.2.100"), None);
+        assert_eq!(of("192.0.2.102"), Some(("False", "NodeTaken")));
+        assert_eq!(of("2001:db8::1"), Some(("False", "NotSupported")));
+        assert_eq!((c[0].kind.as_str(), c[0].status.as_str(), c[0].reason.as_str()), ("Assigned", "False", "PartlyAssigned"));
+    }
+
+    #[test]
+    fn demand_adds_a_lease_under_a_new_generation_and_a_move_keeps_them() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        w.objects.egress_nodes.get_mut("b").unwrap().status.demand = vec!["192.0.2.100".into()];
+        let p = w.step();
+        assert_eq!(p.writes.len(), 1);
+        let a = w.objects.egress_allocations["192.0.2.100"].clone();
+        assert_eq!(a.spec.leases.iter().map(|l| l.generation).collect::<Vec<_>>(), [1, 2]);
+        w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
+        let p = w.step();
+        let moved = &w.objects.egress_allocations["192.0.2.100"];
+        assert_eq!((moved.spec.owner.as_str(), &moved.spec.leases), ("", &a.spec.leases), "b holds another");
+        assert!(p.log[0].contains("was on a, which is not labelled"), "{:?}", p.log);
+    }
+
+    #[test]
+    fn leases_end_when_the_address_leaves_all_objects_and_not_before() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        let uid = w.objects.egress_allocations["192.0.2.100"].metadata.uid.clone();
+        let spec = w.objects.egress_ips.clone();
+        // A slip in another address: the object is refused, its allocations stay.
+        w.objects.egress_ips.get_mut("e").unwrap().spec.egress_ips[1] = "192.0.2".into();
+        w.step();
+        assert!(w.objects.egress_allocations.contains_key("192.0.2.100"));
+        assert!(!w.objects.egress_allocations.contains_key("192.0.2.101"));
+        assert_eq!(w.statuses["e"].status.conditions[0].reason, "Refused");
+        assert!(w.items().is_empty());
+        // A file that cannot be read may have it.
+        w.objects.egress_ips.clear();
+        w.complete = false;
+        assert_eq!(w.step(), Plan::default());
+        w.complete = true;
+        w.step();
+        assert!(w.objects.egress_allocations.is_empty() && w.statuses.is_empty());
+        // Taken again, it is another allocation: old confirmations do not count.
+        w.objects.egress_ips = spec;
+        w.objects.cluster = None;
+        w.step();
+        assert_ne!(w.objects.egress_allocations["192.0.2.100"].metadata.uid, uid);
+    }
+
+    #[test]
+    fn an_unreadable_allocation_is_not_written_over() {
+        let mut w = World::new(CLUSTER);
+        w.unreadable.insert("192.0.2.100".into());
+        w.step();
+        assert!(!w.objects.egress_allocations.contains_key("192.0.2.100"));
+        let c = &w.statuses["e"].status.conditions;
+        assert!(c.iter().any(|c| c.egress_ip == "192.0.2.100" && c.reason == "AllocationUnreadable"));
+    }
+
+    #[test]
+    fn the_config_decides_on_the_tunnel() {
+        let mut w = World::new("kind: EgressConfig
+metadata: {name: default}
+spec: {tunnel: {port: 5000}}");
+        w.step();
+        let chosen = w.objects.cluster.unwrap().tunnel;
+        assert_eq!((chosen.port, chosen.vni), (5000, 43));
+        w.objects.egress_configs.get_mut("default").unwrap().spec.tunnel.vni = Some(7);
+        w.step();
+        assert_eq!(w.objects.cluster.unwrap().tunnel, Tunnel { port: 5000, vni: 7 });
+        w.objects.egress_configs.clear();
+        assert_eq!(w.step(), Plan::default(), "chosen once");
+    }
+}

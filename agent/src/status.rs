@@ -1,0 +1,141 @@
+//! What is said about an EgressIP: who holds its addresses, and why one is not in force. A pure function.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::assign::Assignment;
+use crate::model::EgressIp;
+use crate::objects::{Condition, EgressIpItem, EgressIpStatus};
+
+/// The condition of the whole object: every address of it is held.
+pub const ASSIGNED: &str = "Assigned";
+/// The condition of one address that is not in force.
+pub const ADDRESS_ASSIGNED: &str = "AddressAssigned";
+/// The condition of an address whose ports are all leased.
+pub const PORTS_AVAILABLE: &str = "PortsAvailable";
+
+/// The status of an object. `no_ports` names the nodes that got none, by address; conditions of `previous`
+/// that still hold keep the time since when they do.
+#[must_use]
+pub fn egress_ip(
+    e: &EgressIp,
+    assignment: &Assignment,
+    no_ports: &BTreeMap<IpAddr, Vec<String>>,
+    unreadable: &BTreeSet<String>,
+    previous: &[Condition],
+    now: &str,
+) -> EgressIpStatus {
+    let mut items = Vec::new();
+    let mut conditions = Vec::new();
+    let condition = |kind: &str, ip: String, ok: bool, reason: &str, message: String| Condition {
+        kind: kind.to_owned(),
+        egress_ip: ip,
+        status: if ok { "True" } else { "False" }.to_owned(),
+        reason: reason.to_owned(),
+        message,
+        last_transition_time: String::new(),
+    };
+    for ip in &e.addresses {
+        let text = ip.to_string();
+        if let Some(node) = assignment.owners.get(ip) {
+            items.push(EgressIpItem { node: node.clone(), egress_ip: text.clone() });
+        } else if unreadable.contains(&text) {
+            let message = "its EgressAllocation cannot be read, so who leases its ports is not known".to_owned();
+            conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, "AllocationUnreadable", message));
+        } else if let Some(why) = assignment.unassigned.get(ip) {
+            conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, why.reason(), why.to_string()));
+        }
+        if let Some(nodes) = no_ports.get(ip) {
+            let message = format!("all ports are leased; none for node {}", nodes.join(", "));
+            conditions.push(condition(PORTS_AVAILABLE, text, false, "AllLeased", message));
+        }
+    }
+    for (text, refusal) in &e.refused {
+        conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, refusal.reason(), refusal.to_string()));
+    }
+    let missing = e.addresses.len() + e.refused.len() - items.len();
+    let overall = if let Some(message) = &e.rejected {
+        condition(ASSIGNED, String::new(), false, "Refused", message.clone())
+    } else if missing == 0 {
+        condition(ASSIGNED, String::new(), true, "AllAssigned", "every address is held".to_owned())
+    } else {
+        let reason = if items.is_empty() { "NotAssigned" } else { "PartlyAssigned" };
+        let message = format!("{} of {} addresses are held", items.len(), items.len() + missing);
+        condition(ASSIGNED, String::new(), false, reason, message)
+    };
+    conditions.insert(0, overall);
+    for c in &mut conditions {
+        let same = |p: &&Condition| p.kind == c.kind && p.egress_ip == c.egress_ip && p.status == c.status;
+        c.last_transition_time =
+            previous.iter().find(same).map_or_else(|| now.to_owned(), |p| p.last_transition_time.clone());
+    }
+    EgressIpStatus { items, conditions }
+}
+
+/// A time as objects have it: RFC 3339, UTC, whole seconds.
+#[must_use]
+pub fn rfc3339(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days to date in the proleptic Gregorian calendar, years beginning in March so that the leap day is last:
+    // https://howardhinnant.github.io/date_algorithms.html#civil_from_days
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn times() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_199, "2024-02-29T23:59:59Z"),
+            (1_735_689_599, "2024-12-31T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+
+    #[test]
+    fn a_condition_keeps_its_time_while_its_status_stays() {
+        let e = EgressIp {
+            name: "e".into(),
+            uid: String::new(),
+            age: 0,
+            generation: 0,
+            addresses: vec!["192.0.2.1".parse().unwrap()],
+            named: BTreeSet::new(),
+            refused: Vec::new(),
+            rejected: None,
+            selectors: None,
+        };
+        let of = |a: &Assignment, previous: &[Condition], now: &str| {
+            egress_ip(&e, a, &BTreeMap::new(), &BTreeSet::new(), previous, now).conditions
+        };
+        let mut a = Assignment::default();
+        a.unassigned.insert(e.addresses[0], crate::assign::Unassigned::NoNode);
+        let first = of(&a, &[], "1");
+        assert_eq!(first.iter().map(|c| c.last_transition_time.as_str()).collect::<Vec<_>>(), ["1", "1"]);
+        a.unassigned.insert(e.addresses[0], crate::assign::Unassigned::NotReady);
+        let second = of(&a, &first, "2");
+        assert_eq!((second[1].reason.as_str(), second[1].last_transition_time.as_str()), ("NoReadyNode", "1"));
+        a.owners.insert(e.addresses[0], "a".into());
+        let third = of(&a, &second, "3");
+        assert_eq!(third.len(), 1);
+        assert_eq!((third[0].status.as_str(), third[0].last_transition_time.as_str()), ("True", "3"));
+    }
+}
