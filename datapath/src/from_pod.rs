@@ -1,14 +1,15 @@
 //! A packet leaves a pod (TC ingress of the pod's interface): known flows are translated at once, the first
 //! packet of a flow is given a token and goes up the host's stack.
 
+use crate::addr::Ip;
 use crate::conntrack::{Sender, Ticks, expired, idle_time, next_state, older_than};
 use crate::keys::{
-    FlowKey, FlowPath, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token, Tuple,
+    EgressIp, FlowKey, FlowPath, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token, Tuple,
 };
 use crate::packet::{Kind, Packet, UDP};
 use crate::snat::way_out;
 use crate::tables::{InsertError, Tables};
-use crate::verdict::{DropReason, FromPod, Snat};
+use crate::verdict::{Act, DropReason, FromPod, Snat};
 
 /// Tries to find an unused token number before the packet is dropped: with a full table of 65,536 tokens one
 /// try in 65,536 fails.
@@ -31,54 +32,58 @@ pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
 
 /// Decides on a packet that came in by the pod-facing interface `ifindex`.
 #[inline(always)]
-pub fn from_pod<T: Tables>(t: &T, ifindex: IfIndex, packet: &Packet) -> FromPod {
-    let Some(settings) = t.settings() else { return FromPod::NotOurs };
+pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Packet, to: &A) -> A::Done {
+    let Some(settings) = t.settings() else { return to.act(FromPod::NotOurs) };
     let tuple = &packet.tuple;
-    let Some(pod) = t.pod(&tuple.source) else { return from_unknown(t, settings, ifindex, tuple) };
+    let Some(pod) = t.pod(&tuple.source) else { return from_unknown(t, settings, ifindex, tuple, to) };
     if pod.policy == 0 {
-        return not_selected(t, ifindex);
+        return not_selected(t, ifindex, to);
     }
     if pod.ifindex != ifindex && !is_port_of(t, ifindex, pod.ifindex) {
-        return FromPod::Drop(DropReason::SpoofedSource);
+        return to.act(FromPod::Drop(DropReason::SpoofedSource));
     }
+    let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
     match packet.kind {
         Kind::Tcp | Kind::Udp | Kind::EchoRequest => {}
-        Kind::EchoReply => return untranslatable(t, settings, &pod, tuple, DropReason::NoFlow),
-        Kind::OtherIcmp => return untranslatable(t, settings, &pod, tuple, DropReason::IcmpType),
-        Kind::Fragment => return untranslatable(t, settings, &pod, tuple, DropReason::Fragment),
-        Kind::Other => return untranslatable(t, settings, &pod, tuple, DropReason::Protocol),
-        Kind::Malformed => return FromPod::Drop(DropReason::Malformed),
+        Kind::EchoReply => return untranslatable(t, settings, &key, DropReason::NoFlow, to),
+        Kind::OtherIcmp => return untranslatable(t, settings, &key, DropReason::IcmpType, to),
+        Kind::Fragment => return untranslatable(t, settings, &key, DropReason::Fragment, to),
+        Kind::Other => return untranslatable(t, settings, &key, DropReason::Protocol, to),
+        Kind::Malformed => return to.act(FromPod::Drop(DropReason::Malformed)),
     }
     let now = t.now();
-    let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
-    if let Some(verdict) = along_flow(t, settings, now, &pod, &key, packet) {
-        return verdict;
+    if let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
+        return match way_out(t, settings, egress, 0) {
+            Ok(way) => to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way })),
+            Err(reason) => to.act(FromPod::Drop(reason)),
+        };
     }
     let network = t.network(&tuple.destination);
     if tuple.destination.stays_on_link() || network == NetworkKind::Pods as u32 {
-        return FromPod::Unmarked;
+        return to.act(FromPod::Unmarked);
     }
     // A node's address may stand for a client that netfilter masqueraded, or lead outside by a NodePort.
     if network != NetworkKind::Services as u32 && answers(t, settings, now, &key, packet) {
-        return FromPod::Pass;
+        return to.act(FromPod::Pass);
     }
-    identify(t, &pod, tuple)
+    identify(t, &pod, tuple, to)
 }
 
-/// Follows an offloaded flow; `None` if there is none, or if it has to walk the host's stack again.
+/// The translation of the offloaded flow that a packet belongs to; `None` if there is none in force, or if it
+/// has to walk the host's stack again.
 #[inline(always)]
-fn along_flow<T: Tables>(
-    t: &T,
+fn offloaded_flow<'t, T: Tables>(
+    t: &'t T,
     settings: &Settings,
     now: Ticks,
     pod: &Pod,
     key: &FlowKey,
     packet: &Packet,
-) -> Option<FromPod> {
-    let (egress_id, egress_port) = t.flow(key, |flow| {
+) -> Option<(&'t EgressIp, u16)> {
+    let (egress, port) = t.flow(key, |flow| {
         let state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
         // A flow of an old policy is void. A new SYN on a flow that had got further opens a connection anew:
-        // the node's netfilter must see it (invariant 5).
+        // the node's netfilter must see it (invariant 4).
         let reopens = packet.kind == Kind::Tcp && packet.opens() && flow.state != state;
         if flow.policy != pod.policy || reopens || expired(settings, now, flow, key.protocol) {
             return None;
@@ -89,67 +94,69 @@ fn along_flow<T: Tables>(
         flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
         Some((flow.egress, flow.egress_port))
     })??;
-    // The address left the object: the flow is void.
-    let egress = t.egress_ip(egress_id).filter(|e| e.policy == pod.policy)?;
-    Some(match way_out(t, settings, egress, 0) {
-        Ok(way) => FromPod::Translate(Snat { source: egress.ip, source_port: egress_port, way }),
-        Err(reason) => FromPod::Drop(reason),
-    })
+    // An address that left the object makes the flow void, too.
+    let egress = t.egress_ip(egress).filter(|e| e.policy == pod.policy)?;
+    Some((egress, port))
 }
 
 /// A packet whose source is no pod that we know.
 #[inline(always)]
-fn from_unknown<T: Tables>(t: &T, settings: &Settings, ifindex: IfIndex, tuple: &Tuple) -> FromPod {
+fn from_unknown<T: Tables, A: Act<FromPod>>(
+    t: &T,
+    settings: &Settings,
+    ifindex: IfIndex,
+    tuple: &Tuple,
+    to: &A,
+) -> A::Done {
     let interface = t.interface(ifindex).unwrap_or_default();
     let own_of_selected = interface.guarded != 0 && interface.bridge == 0;
     if t.egress_id(&tuple.source).is_some() || (own_of_selected && !tuple.destination.stays_on_link()) {
-        return FromPod::Drop(DropReason::SpoofedSource);
+        return to.act(FromPod::Drop(DropReason::SpoofedSource));
     }
     if settings.hold_unknown != 0
         && t.network(&tuple.source) == NetworkKind::Pods as u32
-        && !stays_inside(t, tuple)
+        && !stays_inside(t, &tuple.destination)
     {
-        return FromPod::Drop(DropReason::UnknownPod);
+        return to.act(FromPod::Drop(DropReason::UnknownPod));
     }
-    not_selected(t, ifindex)
+    not_selected(t, ifindex, to)
 }
 
 /// A packet that is none of our business: untouched, unless the uplink wants a mark from all of a bridge.
 #[inline(always)]
-fn not_selected<T: Tables>(t: &T, ifindex: IfIndex) -> FromPod {
+fn not_selected<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, to: &A) -> A::Done {
     match t.interface(ifindex) {
-        Some(interface) if interface.guarded != 0 => FromPod::Pass,
-        _ => FromPod::NotOurs,
+        Some(interface) if interface.guarded != 0 => to.act(FromPod::Pass),
+        _ => to.act(FromPod::NotOurs),
     }
 }
 
 /// A selected pod's packet that cannot be translated: let go inside the cluster, dropped towards outside.
 #[inline(always)]
-fn untranslatable<T: Tables>(
+fn untranslatable<T: Tables, A: Act<FromPod>>(
     t: &T,
     settings: &Settings,
-    pod: &Pod,
-    tuple: &Tuple,
+    key: &FlowKey,
     reason: DropReason,
-) -> FromPod {
-    let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
-    if opened_by_remote(t, settings, t.now(), &key) {
-        FromPod::Pass
-    } else if stays_inside(t, tuple) {
-        FromPod::Unmarked
+    to: &A,
+) -> A::Done {
+    if opened_by_remote(t, settings, t.now(), key) {
+        to.act(FromPod::Pass)
+    } else if stays_inside(t, &key.remote) {
+        to.act(FromPod::Unmarked)
     } else {
-        FromPod::Drop(reason)
+        to.act(FromPod::Drop(reason))
     }
 }
 
-/// Whether a packet's destination is a pod or a node, or stays on the link. A service address does not tell:
-/// the host's DNAT decides.
+/// Whether a destination is a pod or a node, or stays on the link. A service address does not tell: the
+/// host's DNAT decides.
 #[inline(always)]
-fn stays_inside<T: Tables>(t: &T, tuple: &Tuple) -> bool {
-    if tuple.destination.stays_on_link() {
+fn stays_inside<T: Tables>(t: &T, destination: &Ip) -> bool {
+    if destination.stays_on_link() {
         return true;
     }
-    let network = t.network(&tuple.destination);
+    let network = t.network(destination);
     network == NetworkKind::Pods as u32 || network == NetworkKind::Node as u32
 }
 
@@ -186,23 +193,17 @@ fn opened_by_remote<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &Flo
 
 /// Keeps the packet's tuple under a fresh token.
 #[inline(always)]
-fn identify<T: Tables>(t: &T, pod: &Pod, tuple: &Tuple) -> FromPod {
+fn identify<T: Tables, A: Act<FromPod>>(t: &T, pod: &Pod, tuple: &Tuple, to: &A) -> A::Done {
     let token = Token { pod: pod.id, policy: pod.policy, tuple: *tuple };
-    let mut verdict = FromPod::Drop(DropReason::TokenTableFull);
-    let mut tries = 0;
-    while tries < TOKEN_TRIES {
-        tries += 1;
+    for _ in 0..TOKEN_TRIES {
         let hash = t.random() | 1; // an skb hash of 0 means "none"
         match t.insert_token(hash, &token) {
-            Ok(()) => {
-                verdict = FromPod::Identify(hash);
-                break;
-            }
+            Ok(()) => return to.act(FromPod::Identify(hash)),
             Err(InsertError::Exists) => {}
             Err(InsertError::Full) => break,
         }
     }
-    verdict
+    to.act(FromPod::Drop(DropReason::TokenTableFull))
 }
 
 #[inline(always)]

@@ -359,6 +359,10 @@ pub struct Settings {
     pub tunnel_vni: u32,
     /// The tunnel's device.
     pub tunnel_ifindex: IfIndex,
+    /// The largest TCP segment that the tunnel carries whole over IPv4, in bytes; 0: not known, no clamping.
+    pub tunnel_mss: u16,
+    /// Zero.
+    pub pad_mss: u16,
     /// The skb hash by which `from_pod` says "seen, let pass"; random, never 0.
     pub pass_token: u32,
     /// An [`Unassigned`].
@@ -406,7 +410,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 72, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 52,
+    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 56,
     u32 = 4,
 }
 

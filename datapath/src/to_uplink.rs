@@ -11,67 +11,68 @@ use crate::packet::{Kind, Packet};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
 use crate::tables::{InsertError, Tables};
-use crate::verdict::{DropReason, Snat, ToUplink};
+use crate::verdict::{Act, DropReason, Snat, ToUplink};
 
 /// Decides on a packet about to leave by `uplink`, which came into the node by `ingress` (0: the node sends
 /// it itself) and carries `hash` as its skb hash.
 #[inline(always)]
-pub fn to_uplink<T: Tables>(
+pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
     t: &T,
     uplink: IfIndex,
     ingress: IfIndex,
     hash: u32,
     packet: &Packet,
-) -> ToUplink {
+    to: &A,
+) -> A::Done {
     // The node's own: its host processes, and the outer packets of tunnels, which lose their ingress
     // interface in encapsulation (skb_scrub_packet, net/core/skbuff.c).
     if ingress == 0 {
-        return ToUplink::NotOurs;
+        return to.act(ToUplink::NotOurs);
     }
-    let Some(settings) = t.settings() else { return ToUplink::NotOurs };
+    let Some(settings) = t.settings() else { return to.act(ToUplink::NotOurs) };
     let tuple = &packet.tuple;
     // Translated already: a program redirected it here. No pod may send from an egress address (`from_pod`).
     if t.egress_id(&tuple.source).is_some() {
-        return ToUplink::NotOurs;
+        return to.act(ToUplink::NotOurs);
     }
     if packet.kind == Kind::Udp
         && tuple.destination_port == settings.tunnel_port
         && t.network(&tuple.destination) == NetworkKind::Node as u32
     {
-        return ToUplink::Drop(DropReason::TunnelForged);
+        return to.act(ToUplink::Drop(DropReason::TunnelForged));
     }
     // A token is believed from pods only: other packets chance upon hashes.
-    let Some(interface) = t.interface(ingress) else { return ToUplink::NotOurs };
+    let Some(interface) = t.interface(ingress) else { return to.act(ToUplink::NotOurs) };
     if interface.kind != InterfaceKind::Pod as u8 && interface.kind != InterfaceKind::Bridge as u8 {
-        return ToUplink::NotOurs;
+        return to.act(ToUplink::NotOurs);
     }
     if hash == settings.pass_token {
-        return ToUplink::Pass;
+        return to.act(ToUplink::Pass);
     }
     if let Some(token) = t.take_token(hash) {
-        return decide(t, settings, uplink, token, packet);
+        return decide(t, settings, uplink, token, packet, to);
     }
     let selected = interface.guarded != 0 || t.pod(&tuple.source).is_some_and(|pod| pod.policy != 0);
     if selected && is_outside(t, tuple) {
-        return ToUplink::Drop(DropReason::TokenLost);
+        return to.act(ToUplink::Drop(DropReason::TokenLost));
     }
-    ToUplink::NotOurs
+    to.act(ToUplink::NotOurs)
 }
 
 /// Decides on a packet whose pod and original tuple are known, on its destination after the host's DNAT.
 #[inline(always)]
-fn decide<T: Tables>(
+fn decide<T: Tables, A: Act<ToUplink>>(
     t: &T,
     settings: &Settings,
     uplink: IfIndex,
     token: &Token,
     packet: &Packet,
-) -> ToUplink {
+    to: &A,
+) -> A::Done {
     let tuple = &packet.tuple;
     if !is_outside(t, tuple) {
-        return ToUplink::Pass;
+        return to.act(ToUplink::Pass);
     }
-    let Some(policy) = t.policy(token.policy) else { return ToUplink::Drop(DropReason::NoOwner) };
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;
     let key = if undisturbed {
@@ -79,46 +80,67 @@ fn decide<T: Tables>(
     } else {
         flow_key(token.pod, tuple, FlowPath::Host)
     };
-    if let Some((egress, port)) = known_flow(t, settings, token, &key, packet) {
-        return translate(t, settings, uplink, egress, port);
+    let found = match known_flow(t, settings, token, &key, packet) {
+        Some(known) => Ok(known),
+        None => first_packet(t, settings, token, &key, packet),
+    };
+    let translated = match found {
+        Ok((egress, port)) => way_out(t, settings, egress, uplink).map(|way| (egress, port, way)),
+        Err(New::Refused(reason)) => Err(reason),
+        Err(New::NodeIp) => return to.act(ToUplink::Pass),
+    };
+    match translated {
+        Ok((egress, source_port, way)) => {
+            to.act(ToUplink::Translate(Snat { source: egress.ip, source_port, way }))
+        }
+        Err(reason) => to.act(ToUplink::Drop(reason)),
     }
+}
+
+/// Why a packet of no known flow is not translated.
+enum New {
+    /// Nobody holds an address, and the configuration lets it leave with the node's.
+    NodeIp,
+    /// Dropped.
+    Refused(DropReason),
+}
+
+impl From<DropReason> for New {
+    #[inline(always)]
+    fn from(reason: DropReason) -> Self {
+        Self::Refused(reason)
+    }
+}
+
+/// Chooses an address and makes a flow, if the packet may open one.
+#[inline(always)]
+fn first_packet<'t, T: Tables>(
+    t: &'t T,
+    settings: &Settings,
+    token: &Token,
+    key: &FlowKey,
+    packet: &Packet,
+) -> Result<(&'t EgressIp, u16), New> {
+    let policy = t.policy(token.policy).ok_or(DropReason::NoOwner)?;
     let choice = choose_egress_ip(t, settings, policy, &token.tuple);
     if choice.best == 0 {
-        return if settings.unassigned == Unassigned::NodeIp as u8 {
-            ToUplink::Pass
-        } else {
-            ToUplink::Drop(DropReason::NoOwner)
-        };
+        let node_ip = settings.unassigned == Unassigned::NodeIp as u8;
+        return Err(if node_ip { New::NodeIp } else { New::Refused(DropReason::NoOwner) });
     }
     if !packet.opens() {
-        return ToUplink::Drop(DropReason::NoFlow);
+        return Err(New::Refused(DropReason::NoFlow));
     }
     let mut id = choice.best;
     loop {
-        match new_flow(t, settings, token, &key, packet, id) {
-            Ok((egress, port)) => return translate(t, settings, uplink, egress, port),
+        match new_flow(t, settings, token, key, packet, id) {
             // Another address of the object, when this one has no port for us.
             Err(DropReason::NoPortFree | DropReason::NoPortRange)
                 if id != choice.second && choice.second != 0 =>
             {
                 id = choice.second;
             }
-            Err(reason) => return ToUplink::Drop(reason),
+            made => return Ok(made?),
         }
-    }
-}
-
-#[inline(always)]
-fn translate<T: Tables>(
-    t: &T,
-    settings: &Settings,
-    uplink: IfIndex,
-    egress: &EgressIp,
-    source_port: u16,
-) -> ToUplink {
-    match way_out(t, settings, egress, uplink) {
-        Ok(way) => ToUplink::Translate(Snat { source: egress.ip, source_port, way }),
-        Err(reason) => ToUplink::Drop(reason),
     }
 }
 

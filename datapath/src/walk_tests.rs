@@ -7,7 +7,6 @@ use std::vec::Vec;
 
 use crate::addr::Ip;
 use crate::conntrack::seconds;
-use crate::from_pod::from_pod;
 use crate::from_tunnel::from_tunnel;
 use crate::from_uplink::{claims, from_uplink};
 use crate::keys::{
@@ -19,7 +18,6 @@ use crate::memory::Memory;
 use crate::packet::{ACK, FIN, ICMP, Kind, Packet, RST, SYN, TCP, UDP};
 use crate::tables::Tables as _;
 use crate::to_pod::to_pod;
-use crate::to_uplink::to_uplink;
 use crate::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, Snat, ToUplink, Way};
 
 const POD: Ip = Ip::v4([10, 244, 1, 10]);
@@ -41,6 +39,14 @@ const POLICY: u32 = 1;
 const EGRESS_ID: u32 = 1;
 const A: u16 = 1;
 const B: u16 = 2;
+
+fn from_pod(t: &Memory, ifindex: u32, packet: &Packet) -> FromPod {
+    crate::from_pod::from_pod(t, ifindex, packet, &Keep)
+}
+
+fn to_uplink(t: &Memory, uplink: u32, ingress: u32, hash: u32, packet: &Packet) -> ToUplink {
+    crate::to_uplink::to_uplink(t, uplink, ingress, hash, packet, &Keep)
+}
 
 /// A node: `POD` is selected, `OTHER_POD` is not; the egress IP is held by `holder`; A leases granules 0-9,
 /// B 10-19.

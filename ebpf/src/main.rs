@@ -33,22 +33,38 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 pub fn from_pod(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let Parsed::Ip(parsed) = packet::parse(&skb) else { return NEXT };
-    match datapath::from_pod::from_pod(&Maps, skb.ifindex(), &parsed.packet) {
-        FromPod::NotOurs => NEXT,
-        FromPod::Pass => {
-            skb.set_hash(tables::pass_token());
-            NEXT
+    let at = AfterPod { skb: &skb, headers: &parsed };
+    datapath::from_pod::from_pod(&Maps, skb.ifindex(), &parsed.packet, &at)
+}
+
+/// A packet at `from_pod`.
+struct AfterPod<'a> {
+    skb: &'a Skb,
+    headers: &'a Headers,
+}
+
+impl Act<FromPod> for AfterPod<'_> {
+    type Done = i32;
+    #[inline(always)]
+    fn act(&self, verdict: FromPod) -> i32 {
+        let Self { skb, headers } = self;
+        match verdict {
+            FromPod::NotOurs => NEXT,
+            FromPod::Pass => {
+                skb.set_hash(tables::pass_token());
+                NEXT
+            }
+            FromPod::Unmarked => {
+                skb.clear_hash();
+                NEXT
+            }
+            FromPod::Identify(token) => {
+                skb.set_hash(token);
+                NEXT
+            }
+            FromPod::Translate(snat) => send::translated(skb, headers, &snat),
+            FromPod::Drop(reason) => drop(skb, reason),
         }
-        FromPod::Unmarked => {
-            skb.clear_hash();
-            NEXT
-        }
-        FromPod::Identify(token) => {
-            skb.set_hash(token);
-            NEXT
-        }
-        FromPod::Translate(snat) => send::translated(&skb, &parsed, &snat),
-        FromPod::Drop(reason) => drop(&skb, reason),
     }
 }
 
@@ -72,18 +88,34 @@ pub fn to_uplink(ctx: TcContext) -> i32 {
         return NEXT;
     }
     let Parsed::Ip(parsed) = packet::parse(&skb) else { return NEXT };
-    match datapath::to_uplink::to_uplink(&Maps, skb.ifindex(), ingress, skb.hash(), &parsed.packet) {
-        ToUplink::NotOurs => NEXT,
-        ToUplink::Pass => {
-            skb.clear_hash();
-            NEXT
+    let at = BeforeUplink { skb: &skb, headers: &parsed };
+    datapath::to_uplink::to_uplink(&Maps, skb.ifindex(), ingress, skb.hash(), &parsed.packet, &at)
+}
+
+/// A packet at `to_uplink`.
+struct BeforeUplink<'a> {
+    skb: &'a Skb,
+    headers: &'a Headers,
+}
+
+impl Act<ToUplink> for BeforeUplink<'_> {
+    type Done = i32;
+    #[inline(always)]
+    fn act(&self, verdict: ToUplink) -> i32 {
+        let Self { skb, headers } = self;
+        match verdict {
+            ToUplink::NotOurs => NEXT,
+            ToUplink::Pass => {
+                skb.clear_hash();
+                NEXT
+            }
+            ToUplink::Translate(snat) => {
+                // Without this the tunnel's outer packet would inherit the token.
+                skb.clear_hash();
+                send::translated(skb, headers, &snat)
+            }
+            ToUplink::Drop(reason) => drop(skb, reason),
         }
-        ToUplink::Translate(snat) => {
-            // Without this the tunnel's outer packet would inherit the token.
-            skb.clear_hash();
-            send::translated(&skb, &parsed, &snat)
-        }
-        ToUplink::Drop(reason) => drop(&skb, reason),
     }
 }
 
@@ -96,7 +128,7 @@ pub fn from_uplink(ctx: TcContext) -> i32 {
         Parsed::Arp => return arp::answer(&skb),
         Parsed::Other => return NEXT,
     };
-    datapath::from_uplink::from_uplink(&Maps, &parsed.packet, &AtUplink { skb: &skb, headers: &parsed })
+    datapath::from_uplink::from_uplink(&Maps, &parsed.packet, &AfterUplink { skb: &skb, headers: &parsed })
 }
 
 /// TC ingress of the tunnel's device.
@@ -105,17 +137,17 @@ pub fn from_tunnel(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let Parsed::Ip(parsed) = packet::parse(&skb) else { return drop(&skb, DropReason::TunnelNotAllowed) };
     let Ok((sender, vni)) = skb.tunnel_sender() else { return drop(&skb, DropReason::UnknownTunnelPeer) };
-    let at = AtTunnel { skb: &skb, headers: &parsed };
+    let at = AfterTunnel { skb: &skb, headers: &parsed };
     datapath::from_tunnel::from_tunnel(&Maps, &sender, vni, &parsed.packet, &at)
 }
 
 /// A packet at `from_uplink`.
-struct AtUplink<'a> {
+struct AfterUplink<'a> {
     skb: &'a Skb,
     headers: &'a Headers,
 }
 
-impl Act<FromOutside<'_>> for AtUplink<'_> {
+impl Act<FromOutside<'_>> for AfterUplink<'_> {
     type Done = i32;
     #[inline(always)]
     fn act(&self, verdict: FromOutside<'_>) -> i32 {
@@ -132,12 +164,12 @@ impl Act<FromOutside<'_>> for AtUplink<'_> {
 }
 
 /// A packet at `from_tunnel`.
-struct AtTunnel<'a> {
+struct AfterTunnel<'a> {
     skb: &'a Skb,
     headers: &'a Headers,
 }
 
-impl Act<FromOutside<'_>> for AtTunnel<'_> {
+impl Act<FromOutside<'_>> for AfterTunnel<'_> {
     type Done = i32;
     #[inline(always)]
     fn act(&self, verdict: FromOutside<'_>) -> i32 {

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use datapath::addr::Ip;
-use datapath::packet::Kind;
+use datapath::packet::{Kind, SYN};
 use datapath::verdict::ReverseSnat;
 
 use crate::ctx::{Refused, Skb};
@@ -11,6 +11,57 @@ use crate::packet::{ETHERNET_LEN, Headers};
 const IP_CHECKSUM: usize = ETHERNET_LEN + 10;
 const IP_SOURCE: usize = ETHERNET_LEN + 12;
 const IP_DESTINATION: usize = ETHERNET_LEN + 16;
+
+/// Bytes of a TCP header that options may take (RFC 9293, 3.1).
+const MAX_OPTIONS: u32 = 40;
+const OPTION_END: u8 = 0;
+const OPTION_NOP: u8 = 1;
+const OPTION_MSS: u8 = 2;
+
+/// Lowers the MSS option of a SYN or SYN-ACK to what the tunnel carries whole: both ends would else send
+/// segments that must be fragmented. Other packets, and SYNs without the option, are left as they are.
+#[inline(always)]
+pub fn clamp_mss(skb: &Skb, headers: &Headers, mss: u16) -> Result<(), Refused> {
+    if headers.packet.kind != Kind::Tcp || headers.packet.tcp_flags & SYN == 0 || mss == 0 {
+        return Ok(());
+    }
+    lower_mss(skb, headers.l4, mss)
+}
+
+/// A function of its own: it needs stack that its callers do not have to spare.
+#[inline(never)]
+fn lower_mss(skb: &Skb, l4: usize, mss: u16) -> Result<(), Refused> {
+    let options_end = l4 + usize::from(skb.load::<[u8; 1]>(l4 + 12)?[0] >> 4) * 4;
+    let mut at = l4 + 20;
+    for _ in 0..MAX_OPTIONS {
+        if at + 4 > options_end {
+            break;
+        }
+        let [kind, len, high, low] = skb.load::<[u8; 4]>(at)?;
+        match (kind, len) {
+            (OPTION_END, _) => break,
+            (OPTION_NOP, _) => at += 1,
+            (OPTION_MSS, 4) => {
+                let offered = u16::from_be_bytes([high, low]);
+                if offered > mss {
+                    set_mss(skb, l4, at + 2, offered, mss)?;
+                }
+                break;
+            }
+            (_, 0 | 1) => break, // malformed: the receiver's to judge
+            _ => at += usize::from(len),
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn set_mss(skb: &Skb, l4: usize, at: usize, from: u16, to: u16) -> Result<(), Refused> {
+    // At an odd offset the two bytes belong to neighbouring words of the sum: the same as swapped in one.
+    let swap = |value: u16| if (at - l4) % 2 == 1 { value.swap_bytes() } else { value };
+    skb.fix_l4_checksum(l4 + 16, u32::from(swap(from).to_be()), u32::from(swap(to).to_be()), 2)?;
+    skb.store(at, &to.to_be_bytes())
+}
 
 /// The end of the tuple that is rewritten.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use datapath::tables::Tables as _;
 use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
 
 use crate::NEXT;
-use crate::ctx::Skb;
+use crate::ctx::{Refused, Skb};
 use crate::packet::Headers;
 use crate::report::drop;
 use crate::rewrite;
@@ -23,7 +23,7 @@ const AF_INET6: u8 = 10;
 /// Translates an egress packet and sends it on its way.
 #[inline(always)]
 pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
-    if rewrite::snat(skb, headers, &snat.source, snat.source_port).is_err() {
+    if rewrite::snat(skb, headers, &snat.source, snat.source_port).is_err() || clamp_mss(skb, headers).is_err() {
         return drop(skb, DropReason::Rewrite);
     }
     match snat.way {
@@ -68,7 +68,7 @@ pub fn out_of(skb: &Skb, tuple: &Tuple, uplink: u32) -> i32 {
 /// Delivers a reply to a pod of this node, past the host's stack.
 #[inline(always)]
 pub fn to_pod(skb: &Skb, headers: &Headers, reverse: &ReverseSnat, delivery: &Delivery) -> i32 {
-    if rewrite::reverse_snat(skb, headers, reverse).is_err() {
+    if reverse_snat(skb, headers, reverse).is_err() {
         return drop(skb, DropReason::Rewrite);
     }
     skb.clear_mark();
@@ -88,7 +88,7 @@ pub fn to_pod(skb: &Skb, headers: &Headers, reverse: &ReverseSnat, delivery: &De
 /// Lets a reply go on up the host's stack from the uplink that it came by.
 #[inline(always)]
 pub fn up(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
-    match rewrite::reverse_snat(skb, headers, reverse) {
+    match reverse_snat(skb, headers, reverse) {
         Ok(()) => NEXT,
         Err(_) => drop(skb, DropReason::Rewrite),
     }
@@ -98,7 +98,7 @@ pub fn up(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
 /// the server leads out of: reverse-path filters drop it on any other.
 #[inline(always)]
 pub fn into_uplink(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
-    if rewrite::reverse_snat(skb, headers, reverse).is_err() {
+    if reverse_snat(skb, headers, reverse).is_err() {
         return drop(skb, DropReason::Rewrite);
     }
     let tuple = &headers.packet.tuple;
@@ -114,6 +114,18 @@ pub fn into_uplink(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
     skb.clear_mark();
     // SAFETY: plain integers.
     unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+#[inline(always)]
+fn reverse_snat(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> Result<(), Refused> {
+    rewrite::reverse_snat(skb, headers, reverse)?;
+    clamp_mss(skb, headers)
+}
+
+/// Every SYN and SYN-ACK is clamped, through the tunnel or not: the holder may move while the flow lives.
+#[inline(always)]
+fn clamp_mss(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
+    rewrite::clamp_mss(skb, headers, Maps.settings().map_or(0, |s| s.tunnel_mss))
 }
 
 /// Asks the node's routes, all tables and rules, for interface and next hop. `ifindex` is the interface to
