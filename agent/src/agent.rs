@@ -308,8 +308,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             desired.pods.iter().map(|(name, pod)| (name.clone(), pod.egress_ip.clone())).collect();
         for ((namespace, name), egress_ip) in &pods {
             match (self.said.pods.get(&(namespace.clone(), name.clone())), egress_ip) {
-                (old, Some(e)) if old != Some(egress_ip) => info!("pod {namespace}/{name} leaves by EgressIP {e}"),
-                (Some(Some(e)), None) => info!("pod {namespace}/{name} is not selected by EgressIP {e} any more"),
+                (old, Some(e)) if old != Some(egress_ip) => {
+                    info!("pod {namespace}/{name} leaves by EgressIP {e}")
+                }
+                (Some(Some(e)), None) => {
+                    info!("pod {namespace}/{name} is not selected by EgressIP {e} any more")
+                }
                 _ => {}
             }
         }
@@ -321,7 +325,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let held: BTreeSet<_> = desired
             .addresses()
             .into_keys()
-            .filter(|ip| desired.allocations.get(ip).is_some_and(|a| a.owner.as_ref() == Some(&self.identity.node)))
+            .filter(|ip| {
+                desired.allocations.get(ip).is_some_and(|a| a.owner.as_ref() == Some(&self.identity.node))
+            })
             .collect();
         for ip in held.difference(&self.said.held) {
             info!("this node holds egress IP {ip}");

@@ -53,7 +53,9 @@ pub enum Unassigned {
     #[error("no node with the label k8s.ovn.org/egress-assignable is ready and reachable")]
     NotReady,
     /// No healthy node has an uplink in the address's network.
-    #[error("no ready egress node has an uplink whose network contains it; is the agent running there, and is the address right?")]
+    #[error(
+        "no ready egress node has an uplink whose network contains it; is the agent running there, and is the address right?"
+    )]
     NoUplink,
     /// All that could are full.
     #[error("every ready egress node with an uplink for it is at its capacity")]
@@ -88,9 +90,11 @@ pub struct Assignment {
 
 /// Requests and candidates as the objects have them. `reachable` says whether a node is.
 #[must_use]
-pub fn inputs(desired: &Desired, reachable: impl Fn(&str) -> bool) -> (Vec<Request>, BTreeMap<String, Candidate>) {
-    let requests =
-        desired.by_age().into_iter().map(|e| Request { addresses: e.addresses.clone() }).collect();
+pub fn inputs(
+    desired: &Desired,
+    reachable: impl Fn(&str) -> bool,
+) -> (Vec<Request>, BTreeMap<String, Candidate>) {
+    let requests = desired.by_age().into_iter().map(|e| Request { addresses: e.addresses.clone() }).collect();
     let candidates = desired
         .nodes
         .iter()
@@ -222,7 +226,13 @@ impl Matching {
     /// Finds a node for an address, if need be by moving another *new* address of the object (an augmenting
     /// path, as in Kuhn's algorithm): first come, first served would leave an address that fits one node
     /// only without it.
-    fn place(&mut self, state: &State<'_>, siblings: &BTreeSet<String>, ip: IpAddr, seen: &mut BTreeSet<String>) -> bool {
+    fn place(
+        &mut self,
+        state: &State<'_>,
+        siblings: &BTreeSet<String>,
+        ip: IpAddr,
+        seen: &mut BTreeSet<String>,
+    ) -> bool {
         let mut nodes: Vec<_> = state
             .candidates
             .iter()
@@ -230,7 +240,9 @@ impl Matching {
             .map(|(node, _)| node)
             .collect();
         // Free nodes first, the least burdened first among them; the name decides between equals.
-        nodes.sort_by_key(|node| (self.placed.contains_key(*node), state.held(node).iter().sum::<u32>(), *node));
+        nodes.sort_by_key(|node| {
+            (self.placed.contains_key(*node), state.held(node).iter().sum::<u32>(), *node)
+        });
         for node in nodes {
             if !seen.insert(node.clone()) {
                 continue;
@@ -341,7 +353,8 @@ mod tests {
     }
 
     /// Up to 12 objects of up to 4 addresses, up to 6 nodes in any state.
-    fn worlds() -> impl Strategy<Value = (Vec<Request>, BTreeMap<String, Candidate>, BTreeMap<IpAddr, String>)> {
+    fn worlds() -> impl Strategy<Value = (Vec<Request>, BTreeMap<String, Candidate>, BTreeMap<IpAddr, String>)>
+    {
         let node = (any::<[bool; 3]>(), proptest::option::of(0_u32..6), any::<bool>());
         let nodes = proptest::collection::vec(node, 0..6).prop_map(|nodes| {
             let mut all = BTreeMap::new();
@@ -366,9 +379,16 @@ mod tests {
                 // Both networks in turn.
                 ip(next.wrapping_mul(67))
             };
-            sizes.into_iter().map(|n| Request { addresses: (0..n).map(|_| address()).collect() }).collect::<Vec<_>>()
+            sizes
+                .into_iter()
+                .map(|n| Request { addresses: (0..n).map(|_| address()).collect() })
+                .collect::<Vec<_>>()
         });
-        let current = proptest::collection::btree_map((0_u8..255).prop_map(ip), (0..7).prop_map(|n| format!("n{n}")), 0..40);
+        let current = proptest::collection::btree_map(
+            (0_u8..255).prop_map(ip),
+            (0..7).prop_map(|n| format!("n{n}")),
+            0..40,
+        );
         (sizes, nodes, current)
     }
 

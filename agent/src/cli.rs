@@ -206,7 +206,9 @@ mod tests {
         command.clone().debug_assert();
         for sub in command.get_subcommands().filter(|s| s.get_name() != "help") {
             assert!(sub.get_about().is_some(), "{}", sub.get_name());
-            for arg in sub.get_arguments().filter(|a| !["help", "version", "shell"].contains(&a.get_id().as_str())) {
+            for arg in
+                sub.get_arguments().filter(|a| !["help", "version", "shell"].contains(&a.get_id().as_str()))
+            {
                 assert!(arg.get_help().is_some(), "{} {}", sub.get_name(), arg.get_id());
                 let env = arg.get_env().map(|e| e.to_string_lossy().into_owned());
                 let wanted = format!("OUTGATE_{}", arg.get_long().unwrap().to_uppercase().replace('-', "_"));
@@ -222,7 +224,9 @@ mod tests {
         let Command::Agent(a) = cli.command else { panic!() };
         assert_eq!((a.source.dir(), a.uplinks.len(), a.pod_interfaces.len()), (Path::new("/x"), 2, 1));
         assert_eq!(a.bpffs.bpffs, Path::new(BPFFS));
-        let Command::Flows(f) = parse("outgate flows --pod n/p --egress-ip 192.0.2.1 --watch").unwrap().command else {
+        let Command::Flows(f) =
+            parse("outgate flows --pod n/p --egress-ip 192.0.2.1 --watch").unwrap().command
+        else {
             panic!()
         };
         assert_eq!(f.pod.unwrap().name, "p");

@@ -51,11 +51,7 @@ pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut
             r
         })
         .collect();
-    let current = desired
-        .allocations
-        .iter()
-        .filter_map(|(ip, a)| Some((*ip, a.owner.clone()?)))
-        .collect();
+    let current = desired.allocations.iter().filter_map(|(ip, a)| Some((*ip, a.owner.clone()?))).collect();
     let assignment = assign::assign(&requests, &candidates, &current);
     let refused = allocations(desired, around, &assignment, random, &mut plan);
     for e in desired.by_age() {
@@ -307,8 +303,17 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
         let a = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!((a.metadata.generation, a.spec.leases.len()), (1, 1));
         assert_eq!(a.spec.leases[0].ranges, [Granules { first: 0, count: 378 }]);
-        assert!(first.log.contains(&"egress IP 192.0.2.100: node a leases ports 1024-25215".to_owned()), "{:?}", first.log);
-        assert!(first.log.iter().any(|l| l.starts_with("egress IP 192.0.2.101 of EgressIP e: assigned to node b")));
+        assert!(
+            first.log.contains(&"egress IP 192.0.2.100: node a leases ports 1024-25215".to_owned()),
+            "{:?}",
+            first.log
+        );
+        assert!(
+            first
+                .log
+                .iter()
+                .any(|l| l.starts_with("egress IP 192.0.2.101 of EgressIP e: assigned to node b"))
+        );
         assert_eq!(w.step(), Plan::default(), "nothing more to do");
     }
 
@@ -317,11 +322,15 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
         let mut w = World::new(CLUSTER);
         w.step();
         let c = &w.statuses["e"].status.conditions;
-        let of = |ip: &str| c.iter().find(|c| c.egress_ip == ip).map(|c| (c.status.as_str(), c.reason.as_str()));
+        let of =
+            |ip: &str| c.iter().find(|c| c.egress_ip == ip).map(|c| (c.status.as_str(), c.reason.as_str()));
         assert_eq!(of("192.0.2.100"), None);
         assert_eq!(of("192.0.2.102"), Some(("False", "NodeTaken")));
         assert_eq!(of("2001:db8::1"), Some(("False", "NotSupported")));
-        assert_eq!((c[0].kind.as_str(), c[0].status.as_str(), c[0].reason.as_str()), ("Assigned", "False", "PartlyAssigned"));
+        assert_eq!(
+            (c[0].kind.as_str(), c[0].status.as_str(), c[0].reason.as_str()),
+            ("Assigned", "False", "PartlyAssigned")
+        );
     }
 
     #[test]
@@ -379,9 +388,11 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
 
     #[test]
     fn the_config_decides_on_the_tunnel() {
-        let mut w = World::new("kind: EgressConfig
+        let mut w = World::new(
+            "kind: EgressConfig
 metadata: {name: default}
-spec: {tunnel: {port: 5000}}");
+spec: {tunnel: {port: 5000}}",
+        );
         w.step();
         let chosen = w.objects.cluster.unwrap().tunnel;
         assert_eq!((chosen.port, chosen.vni), (5000, 43));

@@ -98,7 +98,9 @@ fn respond(method: &Method, path: &str, state: &State, drops: &Drops) -> Respons
             None => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
             Some(why) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("{why}\n")),
         },
-        (&Method::GET, _) => (StatusCode::NOT_FOUND, "text/plain", "there are /metrics, /healthz, /readyz\n".to_owned()),
+        (&Method::GET, _) => {
+            (StatusCode::NOT_FOUND, "text/plain", "there are /metrics, /healthz, /readyz\n".to_owned())
+        }
         _ => (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned()),
     };
     let mut response = Response::new(Full::new(Bytes::from(text)));
@@ -126,9 +128,19 @@ fn text(state: &State, drops: &[(DropReason, DropCount)]) -> String {
     family("leader", "gauge", "Whether this agent leads.", &one(u64::from(state.leading)));
     family("egress_ips_held", "gauge", "Egress IPs that this node holds.", &count(state.egress_ips_held));
     family("pods", "gauge", "This node's pods that are programmed.", &count(state.pods));
-    family("pods_selected", "gauge", "This node's pods that an EgressIP selects.", &count(state.pods_selected));
+    family(
+        "pods_selected",
+        "gauge",
+        "This node's pods that an EgressIP selects.",
+        &count(state.pods_selected),
+    );
     family("nodes", "gauge", "Nodes with a tunnel, this one included.", &count(state.nodes));
-    family("ports_leased", "gauge", "Ports that this node may use, over all egress IPs.", &one(state.ports_leased));
+    family(
+        "ports_leased",
+        "gauge",
+        "Ports that this node may use, over all egress IPs.",
+        &one(state.ports_leased),
+    );
     family("flows", "gauge", "Flows in the table, as last counted.", &count(state.flows));
     family("flows_expired_total", "counter", "Flows removed after their time.", &one(state.flows_swept));
     family("applies_total", "counter", "Map images applied.", &one(state.applies));
@@ -153,8 +165,13 @@ mod tests {
 
     #[test]
     fn the_text_format() {
-        let text = text(&State { flows: 3, ..State::default() }, &[(DropReason::NoOwner, DropCount { packets: 12, bytes: 1 })]);
-        assert!(text.contains("# TYPE outgate_drops_total counter\noutgate_drops_total{reason=\"NoOwner\"} 12\n"));
+        let text = text(
+            &State { flows: 3, ..State::default() },
+            &[(DropReason::NoOwner, DropCount { packets: 12, bytes: 1 })],
+        );
+        assert!(
+            text.contains("# TYPE outgate_drops_total counter\noutgate_drops_total{reason=\"NoOwner\"} 12\n")
+        );
         assert!(text.contains("\noutgate_flows 3\n"));
     }
 }

@@ -438,7 +438,9 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
                         node.internal_addresses.push(ip);
                     }
                 }
-                Err(_) => complain(format!("status.addresses: {:?} is not an address; ignored", address.address)),
+                Err(_) => {
+                    complain(format!("status.addresses: {:?} is not an address; ignored", address.address))
+                }
             }
         }
         let cidrs: BTreeSet<_> =
@@ -540,7 +542,8 @@ fn egress_ips(
                     }
                 }
                 Err(_) => {
-                    e.rejected.get_or_insert(format!("spec.egressIPs[{index}]: {text:?} is not an IP address"));
+                    e.rejected
+                        .get_or_insert(format!("spec.egressIPs[{index}]: {text:?} is not an IP address"));
                 }
             }
         }
@@ -631,10 +634,14 @@ fn pods(
     by_age.sort_by_key(|e| e.age);
     // Pods that are going away last, and the youngest first: an address that two have belongs to the one
     // that came later, the other is on its way out.
-    let mut local: Vec<_> = objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
+    let mut local: Vec<_> =
+        objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
     local.sort_by(|(_, a), (_, b)| {
         let (a, b) = (&a.metadata, &b.metadata);
-        a.deletion_timestamp.is_some().cmp(&b.deletion_timestamp.is_some()).then_with(|| b.age().cmp(&a.age()))
+        a.deletion_timestamp
+            .is_some()
+            .cmp(&b.deletion_timestamp.is_some())
+            .then_with(|| b.age().cmp(&a.age()))
     });
     let mut owners: BTreeMap<IpAddr, String> = BTreeMap::new();
     let mut overlaps: BTreeMap<String, Problem> = BTreeMap::new();
@@ -642,10 +649,14 @@ fn pods(
     for ((namespace, name), o) in local {
         let about = format!("Pod {namespace}/{name}");
         let mut addresses = Vec::new();
-        for text in o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]).filter(|t| !t.is_empty()) {
+        for text in o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]).filter(|t| !t.is_empty())
+        {
             match text.parse::<IpAddr>() {
                 Err(_) => {
-                    problems.insert(Problem::new(&about, format_args!("status.podIPs: {text:?} is not an address; ignored")));
+                    problems.insert(Problem::new(
+                        &about,
+                        format_args!("status.podIPs: {text:?} is not an address; ignored"),
+                    ));
                 }
                 Ok(ip) if addresses.contains(&ip) => {}
                 Ok(ip) => match owners.get(&ip) {
@@ -669,7 +680,9 @@ fn pods(
         let mut chosen: Option<&EgressIp> = None;
         let mut uncertain = None;
         for e in &by_age {
-            let Some(s) = e.selectors.as_ref().filter(|s| s.pods.matches(&o.metadata.labels)) else { continue };
+            let Some(s) = e.selectors.as_ref().filter(|s| s.pods.matches(&o.metadata.labels)) else {
+                continue;
+            };
             match (s.namespaces.matches_namespace(namespace, labels), chosen) {
                 (Match::No, _) => {}
                 (Match::Unknown, None) => {
@@ -892,13 +905,9 @@ spec: {serviceCIDRs: [10.96.0.0/12]}",
 
     #[test]
     fn the_older_of_two_objects_serves_a_pod() {
-        let d = of(&[
-            SHOP,
-            &egress_ip("b", "2", "192.0.2.2"),
-            &egress_ip("c", "1", "192.0.2.1"),
-            &pod("p", ""),
-        ]
-        .join("\n---\n"));
+        let d =
+            of(&[SHOP, &egress_ip("b", "2", "192.0.2.2"), &egress_ip("c", "1", "192.0.2.1"), &pod("p", "")]
+                .join("\n---\n"));
         assert_eq!(d.pods[&("shop".into(), "p".into())].egress_ip.as_deref(), Some("c"));
         said(&d, "EgressIP b", "also selected by EgressIP c");
         assert_eq!(d.demand(), BTreeSet::from(["192.0.2.1".parse().unwrap()]));
@@ -1012,7 +1021,12 @@ spec: {{egressIP: 192.0.2.1, leases: [{{node: a, ranges: [{{first: 0, count: 10}
             ))
         };
         assert_eq!(of("{first: 10, count: 998}").allocations.len(), 1);
-        for bad in ["{first: 9, count: 1}", "{first: 10, count: 999}", "{first: 2000, count: 1}", "{first: 20, count: 0}"] {
+        for bad in [
+            "{first: 9, count: 1}",
+            "{first: 10, count: 999}",
+            "{first: 2000, count: 1}",
+            "{first: 20, count: 0}",
+        ] {
             let d = of(bad);
             assert!(d.allocations.is_empty(), "{bad}");
             said(&d, "EgressAllocation 192.0.2.1", "ignored");

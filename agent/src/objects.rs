@@ -653,8 +653,11 @@ status: {phase: Running, podIP: 10.1.0.5, podIPs: [{ip: 10.1.0.5}, {ip: 'fd00::5
             creation_timestamp: at.map(Into::into),
             ..Meta::default()
         };
-        let mut all =
-            [meta("a", None), meta("c", Some("2026-01-02T00:00:00Z")), meta("b", Some("2026-01-02T00:00:00Z"))];
+        let mut all = [
+            meta("a", None),
+            meta("c", Some("2026-01-02T00:00:00Z")),
+            meta("b", Some("2026-01-02T00:00:00Z")),
+        ];
         all.sort_by(|x, y| x.age().cmp(&y.age()));
         assert_eq!(all.map(|m| m.name), ["b", "c", "a"]);
     }

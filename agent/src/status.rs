@@ -41,8 +41,15 @@ pub fn egress_ip(
         if let Some(node) = assignment.owners.get(ip) {
             items.push(EgressIpItem { node: node.clone(), egress_ip: text.clone() });
         } else if unreadable.contains(&text) {
-            let message = "its EgressAllocation cannot be read, so who leases its ports is not known".to_owned();
-            conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, "AllocationUnreadable", message));
+            let message =
+                "its EgressAllocation cannot be read, so who leases its ports is not known".to_owned();
+            conditions.push(condition(
+                ADDRESS_ASSIGNED,
+                text.clone(),
+                false,
+                "AllocationUnreadable",
+                message,
+            ));
         } else if let Some(why) = assignment.unassigned.get(ip) {
             conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, why.reason(), why.to_string()));
         }
@@ -52,7 +59,13 @@ pub fn egress_ip(
         }
     }
     for (text, refusal) in &e.refused {
-        conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, refusal.reason(), refusal.to_string()));
+        conditions.push(condition(
+            ADDRESS_ASSIGNED,
+            text.clone(),
+            false,
+            refusal.reason(),
+            refusal.to_string(),
+        ));
     }
     let missing = e.addresses.len() + e.refused.len() - items.len();
     let overall = if let Some(message) = &e.rejected {
@@ -132,7 +145,10 @@ mod tests {
         assert_eq!(first.iter().map(|c| c.last_transition_time.as_str()).collect::<Vec<_>>(), ["1", "1"]);
         a.unassigned.insert(e.addresses[0], crate::assign::Unassigned::NotReady);
         let second = of(&a, &first, "2");
-        assert_eq!((second[1].reason.as_str(), second[1].last_transition_time.as_str()), ("NoReadyNode", "1"));
+        assert_eq!(
+            (second[1].reason.as_str(), second[1].last_transition_time.as_str()),
+            ("NoReadyNode", "1")
+        );
         a.owners.insert(e.addresses[0], "a".into());
         let third = of(&a, &second, "3");
         assert_eq!(third.len(), 1);

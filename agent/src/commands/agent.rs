@@ -49,7 +49,12 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         let drops = Rc::new(move || bpf::maps::drops(&dir).map_err(|e| e.to_string()));
         tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), drops));
     }
-    info!("outgate {} on node {}, objects from {}", env!("CARGO_PKG_VERSION"), args.node, args.source.dir().display());
+    info!(
+        "outgate {} on node {}, objects from {}",
+        env!("CARGO_PKG_VERSION"),
+        args.node,
+        args.source.dir().display()
+    );
     let kernel = NodeKernel { datapath, announcer: Announcer::default() };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
     let mut agent = Agent::new(identity, source, kernel, facts, state);

@@ -92,7 +92,8 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
             destination: end(Some(key.remote.into()), key.remote_port),
             egress_ip: egress.map(|ip| ip.to_string()).unwrap_or_default(),
             egress_port: flow.egress_port,
-            state: FlowState::from_u8(flow.state).map_or_else(|| flow.state.to_string(), |s| state(s).to_owned()),
+            state: FlowState::from_u8(flow.state)
+                .map_or_else(|| flow.state.to_string(), |s| state(s).to_owned()),
             path: if key.path == FlowPath::Host as u8 { "host" } else { "offloaded" }.to_owned(),
             // One tick is 2^24 ns; the counter may have wrapped.
             idle_seconds: (u64::from(idle(picture.now, flow.seen)) << 24) / 1_000_000_000,
@@ -101,7 +102,14 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
             pod,
         });
     }
-    rows.sort_by(|a, b| (&a.pod, &a.protocol, &a.destination, &a.source).cmp(&(&b.pod, &b.protocol, &b.destination, &b.source)));
+    rows.sort_by(|a, b| {
+        (&a.pod, &a.protocol, &a.destination, &a.source).cmp(&(
+            &b.pod,
+            &b.protocol,
+            &b.destination,
+            &b.source,
+        ))
+    });
     rows
 }
 
@@ -140,7 +148,16 @@ const fn state(state: FlowState) -> &'static str {
 
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new(&[
-        "PROTOCOL", "POD", "SOURCE", "DESTINATION", "EGRESS IP:PORT", "STATE", "PATH", "IDLE", "PACKETS", "BYTES",
+        "PROTOCOL",
+        "POD",
+        "SOURCE",
+        "DESTINATION",
+        "EGRESS IP:PORT",
+        "STATE",
+        "PATH",
+        "IDLE",
+        "PACKETS",
+        "BYTES",
     ]);
     for r in rows {
         table.row([
@@ -177,7 +194,15 @@ mod tests {
             protocol: packet::TCP,
             ..FlowKey::default()
         };
-        let flow = Flow { egress: 3, egress_port: 2000, state: 2, seen: 100, packets: 5, bytes: 600, ..Flow::default() };
+        let flow = Flow {
+            egress: 3,
+            egress_port: 2000,
+            state: 2,
+            seen: 100,
+            packets: 5,
+            bytes: 600,
+            ..Flow::default()
+        };
         let icmp = FlowKey { protocol: packet::ICMP, remote_port: 0, pod: 8, ..key };
         Picture {
             flows: BTreeMap::from([(key, flow), (icmp, flow)]),
@@ -189,7 +214,8 @@ mod tests {
     }
 
     fn shown(arguments: &str) -> Vec<String> {
-        let cli = crate::cli::Cli::try_parse_from(format!("outgate flows {arguments}").split_whitespace()).unwrap();
+        let cli =
+            crate::cli::Cli::try_parse_from(format!("outgate flows {arguments}").split_whitespace()).unwrap();
         let crate::cli::Command::Flows(args) = cli.command else { panic!() };
         let mut out = Vec::new();
         table(&rows(&picture(), &args)).print_into(&mut out).unwrap();
@@ -199,7 +225,8 @@ mod tests {
 
     #[test]
     fn flows_are_shown_by_name_and_filtered() {
-        let web = "tcp shop/web 10.1.0.1:4000 203.0.113.1:443 192.0.2.1:2000 established offloaded 12 s 5 600";
+        let web =
+            "tcp shop/web 10.1.0.1:4000 203.0.113.1:443 192.0.2.1:2000 established offloaded 12 s 5 600";
         assert_eq!(
             shown(""),
             ["icmp gone (8) - 203.0.113.1 192.0.2.1:2000 established offloaded 12 s 5 600", web]

@@ -31,8 +31,5 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
 /// Whether an error only says that nobody reads the output any more (`outgate flows | head`).
 #[must_use]
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|e| e.downcast_ref::<io::Error>())
-        .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    error.chain().filter_map(|e| e.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }

@@ -200,8 +200,16 @@ impl Status {
         writeln!(out)?;
         let yes = |b: bool| if b { "yes" } else { "no" }.to_owned();
         let list = |items: Vec<String>| items.join(",");
-        let mut table =
-            Table::new(&["NODE", "READY", "EGRESS", "AGENT", "TUNNEL", "EGRESS IPS", "ADDRESSES", "UPLINK NETWORKS"]);
+        let mut table = Table::new(&[
+            "NODE",
+            "READY",
+            "EGRESS",
+            "AGENT",
+            "TUNNEL",
+            "EGRESS IPS",
+            "ADDRESSES",
+            "UPLINK NETWORKS",
+        ]);
         for n in &self.nodes {
             table.row([
                 n.name.clone(),
