@@ -411,3 +411,392 @@ fn tunnel_address(node: Option<&model::Node>, facts: &Facts) -> Option<IpAddr> {
         .chain(uplinks.iter().copied())
         .find(IpAddr::is_ipv4)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Uplink;
+    use crate::watch::dir::DirSource;
+    use datapath::addr::Ip;
+    use std::fs;
+    use std::path::PathBuf;
+    use tokio::sync::watch::{Sender, channel};
+    use tokio::task::{JoinHandle, LocalSet, spawn_local};
+
+    /// A kernel that keeps its image, and every image it ever had.
+    #[derive(Clone, Default)]
+    struct Memory {
+        image: MapImage,
+        history: Rc<RefCell<Vec<MapImage>>>,
+        failing: Rc<RefCell<bool>>,
+    }
+
+    impl Kernel for Memory {
+        type Error = std::io::Error;
+
+        fn recovered(&self) -> &MapImage {
+            &self.image
+        }
+        async fn ensure_tunnel(&mut self, _: u16) -> Result<(), String> {
+            Ok(())
+        }
+        fn apply(&mut self, image: &MapImage, _: &Facts) -> Result<(), std::io::Error> {
+            if *self.failing.borrow() {
+                return Err(std::io::Error::other("no memory"));
+            }
+            self.image = image.clone();
+            self.history.borrow_mut().push(image.clone());
+            Ok(())
+        }
+        fn sweep(&mut self) -> Result<(usize, usize), std::io::Error> {
+            Ok((0, 0))
+        }
+    }
+
+    struct Node {
+        name: &'static str,
+        kernel: Memory,
+        state: Rc<RefCell<metrics::State>>,
+        facts: Sender<Facts>,
+        task: JoinHandle<()>,
+    }
+
+    impl Node {
+        fn image(&self) -> MapImage {
+            self.kernel.history.borrow().last().cloned().unwrap_or_default()
+        }
+        fn egress(&self, ip: &str) -> u32 {
+            self.image().egress_addrs.get(&key(ip)).copied().unwrap_or(0)
+        }
+    }
+
+    struct World {
+        dir: PathBuf,
+        nodes: Vec<Node>,
+    }
+
+    impl Drop for World {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+
+    fn key(ip: &str) -> Ip {
+        ip.parse::<IpAddr>().unwrap().into()
+    }
+
+    impl World {
+        fn new(test: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("outgate-agent-{test}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&dir);
+            fs::create_dir_all(&dir).unwrap();
+            Self { dir, nodes: Vec::new() }
+        }
+
+        fn put(&self, file: &str, text: &str) {
+            fs::write(self.dir.join(".writing"), text).unwrap();
+            fs::rename(self.dir.join(".writing"), self.dir.join(file)).unwrap();
+        }
+
+        fn node(&self, name: &str, labels: &str) {
+            self.put(
+                &format!("node-{name}.yaml"),
+                &format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}, uid: u{name}, labels: {{{labels}}}}}\n"),
+            );
+        }
+
+        fn pod(&self, node: &str, namespace: &str, ip: &str) {
+            self.put(
+                &format!("pod-{ip}.yaml"),
+                &format!(
+                    "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{0}, namespace: {namespace}}}\nspec: {{nodeName: {node}}}\nstatus: {{podIP: {ip}}}\n",
+                    ip.replace('.', "-")
+                ),
+            );
+        }
+
+        /// Three nodes of which b and c may own egress IPs, one selected pod on a.
+        fn usual(test: &str) -> Self {
+            let world = Self::new(test);
+            world.node("a", "");
+            for name in ["b", "c"] {
+                world.node(name, "k8s.ovn.org/egress-assignable: ''");
+            }
+            world.put(
+                "cluster.yaml",
+                "apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {env: prod}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: dev}
+---
+apiVersion: outgate.dev/v1alpha1
+kind: EgressConfig
+metadata: {name: default}
+spec: {clusterCIDRs: [10.0.0.0/8]}
+",
+            );
+            world.egress_ip("192.0.2.100");
+            world.pod("a", "shop", "10.1.0.1");
+            world
+        }
+
+        fn egress_ip(&self, addresses: &str) {
+            self.put(
+                "egressip.yaml",
+                &format!(
+                    "apiVersion: k8s.ovn.org/v1
+kind: EgressIP
+metadata: {{name: e}}
+spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}}}}}}
+"
+                ),
+            );
+        }
+
+        fn start(&mut self, name: &'static str, kernel: Memory) {
+            let address = format!("192.0.2.{}", name.as_bytes()[0]);
+            let uplink = Uplink {
+                name: "eth0".into(),
+                mac: [name.as_bytes()[0]; 6],
+                networks: vec![format!("{address}/24").parse().unwrap()],
+                mtu: 1500,
+                up: true,
+            };
+            let (sender, facts) = channel(Facts {
+                uplinks: BTreeMap::from([(2, uplink)]),
+                addresses: vec![address.parse().unwrap()],
+                tunnel_ifindex: 9,
+                ..Facts::default()
+            });
+            let state = Rc::default();
+            let identity = Identity { node: name.into(), boot_id: "boot".into() };
+            let source = DirSource::open(&self.dir).unwrap();
+            let mut agent = Agent::new(identity, source, kernel.clone(), facts, Rc::clone(&state));
+            let task = spawn_local(async move { agent.run().await.unwrap() });
+            self.nodes.push(Node { name, kernel, state, facts: sender, task });
+        }
+
+        fn start_all(&mut self) {
+            for name in ["a", "b", "c"] {
+                self.start(name, Memory::default());
+            }
+        }
+
+        fn get(&self, name: &str) -> &Node {
+            self.nodes.iter().find(|n| n.name == name).unwrap()
+        }
+
+        /// The node that everybody takes for the holder.
+        fn holder(&self, ip: &str) -> Option<String> {
+            let mut holders: Vec<_> = self
+                .nodes
+                .iter()
+                .filter_map(|n| {
+                    let image = n.image();
+                    let e = image.egress_ips.get(&n.egress(ip))?;
+                    let tunnel = image.nodes.get(&e.holder)?.tunnel_ip;
+                    Some(char::from(tunnel.v4_octets()[3]).to_string())
+                })
+                .collect();
+            holders.dedup();
+            if holders.len() == 1 { holders.pop() } else { None }
+        }
+
+        /// Whether pods of a node may leave by an address: the node has ports of it, and the holder knows.
+        fn works(&self, node: &str, ip: &str) -> bool {
+            let source = self.get(node);
+            let image = source.image();
+            let Some(lease) = image.leases.get(&source.egress(ip)) else { return false };
+            let Some(holder) = self.holder(ip) else { return false };
+            let gateway = self.get(&holder);
+            let id = gateway.image().node_addrs[&key(&format!("192.0.2.{}", node.as_bytes()[0]))];
+            let table = gateway.image().granules[&gateway.egress(ip)];
+            lease.ranges[..lease.len as usize]
+                .iter()
+                .all(|r| table.node[usize::from(r.first)..][..usize::from(r.count)].iter().all(|n| *n == id))
+        }
+
+        async fn eventually(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+            let start = Instant::now();
+            while !holds(self) {
+                assert!(start.elapsed() < Duration::from_secs(1), "{what} takes longer than a second");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+
+    fn in_a_world(test: impl AsyncFnOnce()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, test());
+    }
+
+    #[test]
+    fn a_pod_gets_an_egress_ip_and_ports_that_the_holder_knows() {
+        in_a_world(async || {
+            let mut w = World::usual("path");
+            w.start_all();
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            let a = w.get("a").image();
+            assert!(a.pods[&key("10.1.0.1")].policy != 0);
+            assert!(a.granules.is_empty(), "a may not own it");
+            assert!(w.get("c").image().granules.len() == 1, "c is ready to take over");
+            assert_eq!(w.get("a").state.borrow().not_ready, None);
+            assert_eq!(w.nodes.iter().filter(|n| n.state.borrow().leading).count(), 1);
+            // In every image that the source ever had, the holder had the ports first.
+            for image in w.get("a").kernel.history.borrow().iter() {
+                if image.leases.is_empty() {
+                    continue;
+                }
+                let holder = w.get("b").kernel.history.borrow();
+                assert!(holder.iter().any(|h| h.granules.values().any(|t| t.node.iter().any(|n| *n != 0))));
+            }
+        });
+    }
+
+    #[test]
+    fn changes_take_effect_within_a_second() {
+        in_a_world(async || {
+            let mut w = World::usual("changes");
+            w.start_all();
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            let before = w.get("a").image().pods[&key("10.1.0.1")];
+            // Another pod at the address, unselected.
+            w.pod("a", "dev", "10.1.0.1");
+            w.eventually("reuse of an address", |w| w.get("a").image().pods[&key("10.1.0.1")].policy == 0)
+                .await;
+            assert!(
+                w.get("a").image().pods[&key("10.1.0.1")].id > before.id,
+                "no flow of the old one is its"
+            );
+            fs::remove_file(w.dir.join("pod-10.1.0.1.yaml")).unwrap();
+            w.eventually("a pod's end", |w| w.get("a").image().pods.is_empty()).await;
+            w.pod("b", "shop", "10.2.0.1");
+            w.eventually("a pod on the holder", |w| w.works("b", "192.0.2.100")).await;
+            // Another address.
+            w.egress_ip("192.0.2.101");
+            w.eventually("another address", |w| w.works("b", "192.0.2.101")).await;
+            assert_eq!(w.get("b").egress("192.0.2.100"), 0);
+            w.eventually("the end of the old allocation", |w| {
+                !w.dir.join(".outgate/egressallocations/192.0.2.100.yaml").exists()
+            })
+            .await;
+        });
+    }
+
+    #[test]
+    fn an_address_moves_with_its_leases_when_its_node_is_unlabelled() {
+        in_a_world(async || {
+            let mut w = World::usual("move");
+            w.start_all();
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            let lease = w.get("a").image().leases.clone();
+            let (old, new) =
+                if w.holder("192.0.2.100").as_deref() == Some("b") { ("b", "c") } else { ("c", "b") };
+            w.node(old, "");
+            w.eventually("a move", |w| {
+                w.holder("192.0.2.100").as_deref() == Some(new) && w.works("a", "192.0.2.100")
+            })
+            .await;
+            assert_eq!(w.get("a").image().leases, lease, "the ports stay");
+        });
+    }
+
+    #[test]
+    fn another_leads_when_the_leader_ends_and_a_restart_changes_nothing() {
+        in_a_world(async || {
+            let mut w = World::usual("restart");
+            w.start_all();
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            let leader = w.nodes.iter().position(|n| n.state.borrow().leading).unwrap();
+            let mut gone = w.nodes.remove(leader);
+            gone.task.abort();
+            assert!((&mut gone.task).await.is_err(), "cancelled");
+            w.eventually("another leader", |w| w.nodes.iter().any(|n| n.state.borrow().leading)).await;
+            let before = gone.image();
+            let kernel = Memory { image: before.clone(), ..Memory::default() };
+            w.start(gone.name, kernel);
+            w.eventually("a restart", |w| w.get(gone.name).state.borrow().not_ready.is_none()).await;
+            assert_eq!(*w.get(gone.name).kernel.history.borrow(), [before], "one image, the same");
+        });
+    }
+
+    #[test]
+    fn a_failed_apply_is_not_confirmed_and_tried_again() {
+        in_a_world(async || {
+            let mut w = World::usual("failure");
+            let kernel = Memory::default();
+            *kernel.failing.borrow_mut() = true;
+            w.start("b", kernel.clone());
+            w.eventually("an attempt", |w| w.get("b").state.borrow().apply_failures > 0).await;
+            w.eventually("an assignment", |w| {
+                w.dir.join(".outgate/egressallocations/192.0.2.100.yaml").exists()
+            })
+            .await;
+            let own = fs::read_to_string(w.dir.join(".outgate/egressnodes/b.yaml")).unwrap();
+            assert!(own.contains("loaded: []"), "{own}");
+            assert!(w.get("b").state.borrow().not_ready.is_some());
+            *kernel.failing.borrow_mut() = false;
+            tokio::time::sleep(RETRY).await;
+            w.eventually("another attempt", |w| w.get("b").state.borrow().not_ready.is_none()).await;
+            w.eventually("the confirmation", |w| {
+                fs::read_to_string(w.dir.join(".outgate/egressnodes/b.yaml"))
+                    .unwrap()
+                    .contains("generation: 1")
+            })
+            .await;
+        });
+    }
+
+    #[test]
+    fn facts_reach_the_maps() {
+        in_a_world(async || {
+            let mut w = World::usual("facts");
+            w.start("a", Memory::default());
+            w.eventually("the pod", |w| w.get("a").image().pods.contains_key(&key("10.1.0.1"))).await;
+            assert_eq!(w.get("a").image().pods[&key("10.1.0.1")].ifindex, 0);
+            w.get("a").facts.send_modify(|f| {
+                f.host_routes.insert("10.1.0.1".parse().unwrap(), 10);
+            });
+            w.eventually("its interface", |w| w.get("a").image().pods[&key("10.1.0.1")].ifindex == 10).await;
+        });
+    }
+
+    #[test]
+    fn the_tunnel_ends_at_the_internal_address() {
+        let facts = Facts {
+            uplinks: BTreeMap::from([(
+                2,
+                Uplink {
+                    name: "eth0".into(),
+                    mac: [0; 6],
+                    networks: vec![
+                        "fd00::1/64".parse().unwrap(),
+                        "192.0.2.5/24".parse().unwrap(),
+                        "192.0.2.6/24".parse().unwrap(),
+                    ],
+                    mtu: 1500,
+                    up: true,
+                },
+            )]),
+            addresses: vec!["192.0.2.5".parse().unwrap(), "10.9.0.1".parse().unwrap()],
+            ..Facts::default()
+        };
+        let node = |internal: &[&str], before: Option<&str>| model::Node {
+            internal_addresses: internal.iter().map(|a| a.parse().unwrap()).collect(),
+            agent: Some(model::NodeAgent {
+                tunnel_address: before.map(|a| a.parse().unwrap()),
+                ..model::NodeAgent::default()
+            }),
+            ..model::Node::default()
+        };
+        let of = |n: &model::Node| tunnel_address(Some(n), &facts).unwrap().to_string();
+        assert_eq!(of(&node(&["fd00::1", "10.9.0.1"], None)), "10.9.0.1");
+        assert_eq!(of(&node(&["203.0.113.1"], None)), "192.0.2.5", "another's view of the node");
+        assert_eq!(of(&node(&[], Some("192.0.2.6"))), "192.0.2.6");
+        assert_eq!(of(&node(&[], Some("192.0.2.9"))), "192.0.2.5");
+        assert_eq!(tunnel_address(None, &Facts::default()), None);
+    }
+}
