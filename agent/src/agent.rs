@@ -294,9 +294,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .cloned()
             .collect();
         for problem in problems.difference(&self.said.problems) {
-            match self.source.place(&problem.about) {
-                Some(place) => warn!("{place}: {problem}"),
-                None => warn!("{problem}"),
+            if let Some(place) = self.source.place(&problem.about) {
+                warn!("{place}: {problem}");
+            } else {
+                warn!("{problem}");
             }
         }
         for problem in self.said.problems.difference(&problems) {
@@ -309,10 +310,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         for ((namespace, name), egress_ip) in &pods {
             match (self.said.pods.get(&(namespace.clone(), name.clone())), egress_ip) {
                 (old, Some(e)) if old != Some(egress_ip) => {
-                    info!("pod {namespace}/{name} leaves by EgressIP {e}")
+                    info!("pod {namespace}/{name} leaves by EgressIP {e}");
                 }
                 (Some(Some(e)), None) => {
-                    info!("pod {namespace}/{name} is not selected by EgressIP {e} any more")
+                    info!("pod {namespace}/{name} is not selected by EgressIP {e} any more");
                 }
                 _ => {}
             }

@@ -77,7 +77,7 @@ pub struct AgentArgs {
     /// Serve /metrics, /healthz and /readyz on this address
     #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,
-    /// What to log: error, warn, info, debug or trace, also by module (outgate::netlink=debug)
+    /// What to log: error, warn, info, debug or trace, also by module (as in info,outgate=debug)
     #[arg(long, env = "OUTGATE_LOG", value_name = "FILTER", default_value = "info", value_parser = filter)]
     pub log: String,
 }

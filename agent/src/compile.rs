@@ -276,20 +276,18 @@ impl Compiler<'_> {
         let mut pods: Vec<_> = self.desired.pods.iter().collect();
         pods.sort_by_key(|(_, p)| p.egress_ip.is_none());
         for ((namespace, name), pod) in pods {
-            let policy = match &pod.egress_ip {
-                None => 0,
-                // An object that there was no room for: its pods are held, as unknown ones are.
-                Some(e) => match self.policies.get(e) {
-                    Some(id) => *id,
-                    None => {
-                        self.problem(
-                            format_args!("Pod {namespace}/{name}"),
-                            format_args!("held: its EgressIP {e} is not in force on this node"),
-                        );
-                        continue;
-                    }
-                },
-            };
+            let mut policy = 0;
+            if let Some(e) = &pod.egress_ip {
+                let Some(id) = self.policies.get(e) else {
+                    // There was no room for the object: its pods are held, as unknown ones are.
+                    self.problem(
+                        format_args!("Pod {namespace}/{name}"),
+                        format_args!("held: its EgressIP {e} is not in force on this node"),
+                    );
+                    continue;
+                };
+                policy = *id;
+            }
             let identity = identity(&[namespace, name, &pod.uid]);
             for ip in &pod.addresses {
                 if self.out.image.pods.len() >= capacity(limits::PODS) {
@@ -382,6 +380,7 @@ impl Compiler<'_> {
             tunnel_port: tunnel.port,
             tunnel_vni: tunnel.vni,
             tunnel_ifindex: self.facts.tunnel_ifindex,
+            tunnel_mss: tunnel_mss(self.facts),
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
             hold_unknown: u8::from(config.hold_unknown),
@@ -397,6 +396,17 @@ impl Compiler<'_> {
             ..Settings::default()
         };
     }
+}
+
+/// What the tunnel takes of a packet over IPv4: Ethernet, VXLAN, UDP and IPv4 headers (RFC 7348, 5).
+const TUNNEL_OVERHEAD: u32 = 14 + 8 + 8 + 20;
+/// IPv4 and TCP headers without options.
+const TCP_OVERHEAD: u32 = 20 + 20;
+
+/// The largest TCP segment that fits the tunnel out of any uplink; 0 without one.
+fn tunnel_mss(facts: &Facts) -> u16 {
+    let mtu = facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0);
+    u16::try_from(mtu.saturating_sub(TUNNEL_OVERHEAD + TCP_OVERHEAD)).unwrap_or(u16::MAX)
 }
 
 fn capacity(limit: u32) -> usize {

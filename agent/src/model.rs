@@ -99,7 +99,7 @@ pub struct Timeouts {
     pub udp: u32,
     /// ICMP echo (RFC 5508: not less than 60 s).
     pub icmp: u32,
-    /// A port after its connection was closed: a server's TIME_WAIT of 60 s and a margin.
+    /// A port after its connection was closed: a server's TIME-WAIT state of 60 s and a margin.
     pub rest: u32,
 }
 
@@ -439,7 +439,7 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
                     }
                 }
                 Err(_) => {
-                    complain(format!("status.addresses: {:?} is not an address; ignored", address.address))
+                    complain(format!("status.addresses: {:?} is not an address; ignored", address.address));
                 }
             }
         }
@@ -486,7 +486,7 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
     nodes
 }
 
-/// The annotation that OpenShift's cloud network configuration sets:
+/// The annotation that `OpenShift`'s cloud network configuration sets:
 /// `[{"interface": "eni-0", "ifaddr": {…}, "capacity": {"ipv4": 14, "ipv6": 15}}]` or `{"ip": 10}`.
 fn capacity(text: &str) -> Result<Capacity, String> {
     #[derive(serde::Deserialize)]
@@ -659,18 +659,17 @@ fn pods(
                     ));
                 }
                 Ok(ip) if addresses.contains(&ip) => {}
-                Ok(ip) => match owners.get(&ip) {
-                    Some(other) => {
+                Ok(ip) => {
+                    if let Some(other) = owners.get(&ip) {
                         problems.insert(Problem::new(
                             &about,
                             format_args!("its address {ip} is also {other}'s, which is younger and counts"),
                         ));
-                    }
-                    None => {
+                    } else {
                         owners.insert(ip, about.clone());
                         addresses.push(ip);
                     }
-                },
+                }
             }
         }
         if addresses.is_empty() {

@@ -570,13 +570,13 @@ pub struct Objects {
     pub pods: BTreeMap<(String, String), Pod>,
     /// EgressIPs.
     pub egress_ips: BTreeMap<String, EgressIp>,
-    /// EgressFirewalls.
+    /// `EgressFirewall` objects.
     pub egress_firewalls: BTreeMap<(String, String), EgressFirewall>,
-    /// EgressConfigs; only the one named `default` counts.
+    /// `EgressConfig` objects; only the one named `default` counts.
     pub egress_configs: BTreeMap<String, EgressConfig>,
-    /// EgressNodes.
+    /// `EgressNode` objects.
     pub egress_nodes: BTreeMap<String, EgressNode>,
-    /// EgressAllocations, by name.
+    /// `EgressAllocation` objects, by name.
     pub egress_allocations: BTreeMap<String, EgressAllocation>,
     /// What the leader has chosen for all; none until it has.
     pub cluster: Option<Cluster>,

@@ -1,5 +1,6 @@
 //! Output for people and programs.
 
+use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -34,7 +35,8 @@ impl Table {
         for row in &self.rows {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(&widths) {
-                line.push_str(&format!("{cell:width$}   "));
+                // Writing to a String does not fail.
+                let _ = write!(line, "{cell:width$}   ");
             }
             writeln!(out, "{}", line.trim_end())?;
         }

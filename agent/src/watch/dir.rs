@@ -620,7 +620,7 @@ fn refresh<T>(
             Ok(bytes) => match std::str::from_utf8(&bytes) {
                 Ok(text) => parse(&name, text.trim_start_matches('\u{feff}')),
                 Err(e) => {
-                    let line = 1 + bytes[..e.valid_up_to()].iter().filter(|b| **b == b'\n').count();
+                    let line = bytes[..=e.valid_up_to()].split(|b| *b == b'\n').count();
                     Err(format!("line {line}: not UTF-8 text"))
                 }
             },
