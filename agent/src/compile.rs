@@ -197,16 +197,20 @@ impl Compiler<'_> {
         let holder = owner.and_then(|n| self.node_ids.get(n)).copied().unwrap_or(0);
         self.out.image.egress_ips.insert(id, EgressIp { ip: key, policy, uplink, holder, pad: [0; 3] });
         self.out.image.egress_addrs.insert(key, id);
-        if uplink != 0 {
+        if uplink != 0 || used {
             let mut table = GranuleTable::default();
             if let Some(a) = self.desired.allocations.get(&ip) {
-                for lease in &a.leases {
+                // A gateway has to know every node's ports, others tell their own replies from what is not theirs.
+                let gateway = uplink != 0;
+                for lease in a.leases.iter().filter(|l| gateway || l.node == self.desired.node) {
                     let node = self.lessee(lease);
                     for range in &lease.ranges {
                         table.node[usize::from(range.first)..][..usize::from(range.count)].fill(node);
                     }
                 }
-                self.out.loaded.insert(ip, (a.uid.clone(), a.generation));
+                if gateway {
+                    self.out.loaded.insert(ip, (a.uid.clone(), a.generation));
+                }
             }
             self.out.image.granules.insert(id, table);
         }
@@ -646,12 +650,15 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
     }
 
     #[test]
-    fn a_node_that_only_sends_has_no_uplink_and_no_port_table() {
+    fn a_node_that_only_sends_has_no_uplink_and_only_its_own_ports() {
         let yaml = cluster(&[]).replace(", labels: {k8s.ovn.org/egress-assignable: ''}", "");
         let c = of(&yaml);
         let e = c.image.egress_ips[&egress(&c, "192.0.2.100")];
         assert_eq!(e.uplink, 0);
-        assert!(c.image.granules.is_empty() && c.loaded.is_empty());
+        let table = &c.image.granules[&egress(&c, "192.0.2.100")].node;
+        let own = c.image.settings.node;
+        assert_eq!([table[0], table[9], table[20], table[40]], [own, own, own, 0]);
+        assert!(c.loaded.is_empty(), "it confirms nothing");
         // The holder carries on although it is no candidate any more.
         let c = of(&yaml.replace("owner: b", "owner: a"));
         assert_eq!(c.image.egress_ips[&egress(&c, "192.0.2.100")].uplink, 2);
