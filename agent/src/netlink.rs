@@ -216,7 +216,9 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         .iter()
         .filter(|link| {
             let name = link_name(link);
-            !selection.uplinks.iter().any(|uplink| uplink == name)
+            // A bridge is not pod-facing, its ports are: `cni*` matches `cni0` all the same.
+            !is_kind(link, &InfoKind::Bridge)
+                && !selection.uplinks.iter().any(|uplink| uplink == name)
                 && selection.pod_interfaces.iter().any(|pattern| matches(pattern, name))
         })
         .map(|link| (link.header.index, link))
