@@ -30,9 +30,13 @@ pub(crate) fn bpf_object() -> Result<PathBuf> {
     Ok(target_dir()?.join("bpf/outgate.o"))
 }
 
-/// Where `setup` puts tools that only this checkout uses.
+/// Where `setup` puts tools: the user's cache, so that another checkout or `cargo clean` does not build them again.
 pub(crate) fn tools_dir() -> Result<PathBuf> {
-    Ok(target_dir()?.join("tools"))
+    let variable = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    match variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))) {
+        Some(cache) => Ok(cache.join("outgate/tools")),
+        None => Ok(target_dir()?.join("tools")),
+    }
 }
 
 /// The first executable of that name, also in the `sbin` directories that users' `PATH` often lacks.

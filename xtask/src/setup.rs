@@ -225,7 +225,7 @@ fn install_rustc(apt: &mut Apt) -> Result<()> {
     Ok(())
 }
 
-/// `bpf-linker` from source, against the distribution's LLVM, into this checkout's own tools.
+/// `bpf-linker` from source, against the distribution's LLVM, into [`machine::tools_dir`].
 fn install_linker(apt: &mut Apt, llvm: u32) -> Result<()> {
     let prefix = PathBuf::from(format!("/usr/lib/llvm-{llvm}"));
     let by_hand = format!(
