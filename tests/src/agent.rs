@@ -1,9 +1,12 @@
 //! Outgate's agents and command line in the lab.
 
+use std::collections::BTreeMap;
 use std::env;
+use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use datapath::verdict::DropReason;
 use serde_json::Value;
 
 use crate::command::{Output, Process, eventually, eventually_ok};
@@ -76,6 +79,66 @@ impl Lab {
     #[must_use]
     pub fn bpffs(&self, node: &str) -> PathBuf {
         self.dir().join("bpf").join(node)
+    }
+
+    /// A node's attached programs, as its pinned links say: by the link's name, the program's id and name.
+    #[track_caller]
+    #[must_use]
+    pub fn programs(&self, node: &str) -> BTreeMap<String, (u64, String)> {
+        let netns = &self.node(node).netns;
+        let show = |words: &[&str]| -> Value {
+            let text = netns.exec(&[&["bpftool", "-j"], words].concat());
+            serde_json::from_str(&text).unwrap_or_else(|error| panic!("bpftool: {error}: {text}"))
+        };
+        let links = self.pins(node).unwrap_or_else(|| panic!("{node} has no pins")).join("links");
+        let entries = fs::read_dir(&links).unwrap_or_else(|error| panic!("{}: {error}", links.display()));
+        entries
+            .flatten()
+            .map(|entry| {
+                let link = show(&["link", "show", "pinned", utf8(&entry.path())]);
+                let id = link["prog_id"].as_u64().expect("a link has a program");
+                let program = show(&["prog", "show", "id", &id.to_string()]);
+                let name = program["name"].as_str().unwrap_or_default().to_owned();
+                (entry.file_name().to_string_lossy().into_owned(), (id, name))
+            })
+            .collect()
+    }
+
+    /// The entries of a node's pinned map as `bpftool` shows them, with the fields' names.
+    #[track_caller]
+    #[must_use]
+    pub fn map(&self, node: &str, map: &str) -> Vec<Value> {
+        self.try_map(node, map).unwrap_or_else(|| panic!("{node} has no map {map}"))
+    }
+
+    fn try_map(&self, node: &str, map: &str) -> Option<Vec<Value>> {
+        let path = self.pins(node)?.join("maps").join(map);
+        let output = self.node(node).netns.try_exec(&["bpftool", "-j", "map", "dump", "pinned", utf8(&path)]);
+        let entries: Vec<Value> = serde_json::from_str(&output.stdout).ok()?;
+        Some(entries.iter().map(|entry| entry["formatted"].clone()).collect())
+    }
+
+    /// How many packets a node's programs dropped, by reason, from the map: it is there without an agent as well.
+    #[must_use]
+    pub fn drops(&self, node: &str) -> BTreeMap<&'static str, u64> {
+        let mut drops = BTreeMap::new();
+        let entries = self.try_map(node, "DROPS").unwrap_or_default();
+        for (entry, reason) in entries.iter().zip(DropReason::ALL) {
+            let cpus = entry["values"].as_array().into_iter().flatten();
+            let packets: u64 = cpus.filter_map(|cpu| cpu["value"]["packets"].as_u64()).sum();
+            if packets > 0 {
+                drops.insert(reason.name(), packets);
+            }
+        }
+        drops
+    }
+
+    /// The one versioned directory of a node's pins.
+    fn pins(&self, node: &str) -> Option<PathBuf> {
+        let entries = fs::read_dir(self.bpffs(node)).ok()?;
+        let versions: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        let [version] = &versions[..] else { return None };
+        Some(version.clone())
     }
 
     /// The agents' source of objects.

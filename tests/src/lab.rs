@@ -240,7 +240,7 @@ impl Lab {
     #[must_use]
     pub fn describe(&self) -> String {
         let mut text = String::new();
-        let mut look = |netns: &Netns, commands: &[&str]| {
+        let look = |text: &mut String, netns: &Netns, commands: &[&str]| {
             let _ = writeln!(text, "\n=== {}", netns.enter());
             for command in commands {
                 let output = netns.try_exec(&["sh", "-c", command]);
@@ -252,20 +252,22 @@ impl Lab {
         };
         for node in &self.nodes {
             look(
+                &mut text,
                 &node.netns,
                 &[
                     "ip -br addr",
                     "ip route",
                     "ip neigh",
-                    "bpftool net list",
                     "iptables-save -c | grep -v '^[#:]'",
                     "conntrack -L 2>/dev/null | head -12",
-                    "curl -s --max-time 1 http://127.0.0.1:9090/metrics | grep '^outgate_' | grep -v ' 0$'",
                 ],
             );
         }
+        for node in &self.nodes {
+            let _ = writeln!(text, "\n=== drops of {}: {:?}", node.name, self.drops(&node.name));
+        }
         for netns in [&self.router, &self.web.netns, &self.other.netns, &self.neighbour.netns] {
-            look(netns, &["ip -br addr", "ip route", "ip neigh", "nft list ruleset"]);
+            look(&mut text, netns, &["ip -br addr", "ip route", "ip neigh", "nft list ruleset"]);
         }
         text
     }

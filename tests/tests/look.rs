@@ -1,24 +1,10 @@
 //! What a person finds who looks: pins, programs, status, flows, metrics.
 
-use std::fs;
-
 use lab::servers::ECHO;
-use lab::{Lab, LabSpec, Node, PodSpec};
+use lab::{Lab, LabSpec, PodSpec};
 use serde_json::Value;
 
 const EGRESS: &str = "172.18.0.101";
-
-/// A map's entries as `bpftool` shows them, with field names.
-fn dump(lab: &Lab, node: &Node, map: &str) -> Vec<Value> {
-    let pins = lab.bpffs(&node.name);
-    let versions = fs::read_dir(&pins).expect("pins").flatten();
-    let version =
-        versions.map(|entry| entry.file_name()).find(|name| name.to_string_lossy().starts_with('v'));
-    let path = pins.join(version.expect("a versioned directory")).join("maps").join(map);
-    let text = node.netns.exec(&["bpftool", "-j", "map", "dump", "pinned", path.to_str().expect("UTF-8")]);
-    let entries: Vec<Value> = serde_json::from_str(&text).expect("bpftool writes JSON");
-    entries.iter().map(|entry| entry["formatted"].clone()).collect()
-}
 
 #[track_caller]
 fn has_fields(entry: &Value, part: &str, fields: &[&str]) {
@@ -39,23 +25,25 @@ fn a_flow_is_seen_in_maps_commands_and_metrics() {
     let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
     lab.wait_source(&pod.netns, &server, EGRESS);
     let stream = pod.netns.stream("tcp", &server, std::time::Duration::from_millis(10));
-    let a = lab.node("node-a");
 
-    let flows = dump(&lab, a, "FLOWS");
+    let flows = lab.map("node-a", "FLOWS");
     assert!(!flows.is_empty());
     for flow in &flows {
         has_fields(flow, "key", &["pod", "remote", "local_port", "remote_port", "protocol"]);
         has_fields(flow, "value", &["egress", "egress_port", "state", "packets"]);
     }
-    let policies = dump(&lab, a, "POLICIES");
+    let policies = lab.map("node-a", "POLICIES");
     assert!(!policies.is_empty());
     for policy in &policies {
         has_fields(policy, "value", &["egress", "len"]);
     }
 
-    let programs = a.netns.exec(&["bpftool", "net", "list"]);
+    let programs = lab.programs("node-a");
     for program in ["from_pod", "to_pod", "to_uplink", "from_uplink", "from_tunnel"] {
-        assert!(programs.contains(program), "{program} is missing:\n{programs}");
+        let named = |(link, (_, name)): (&String, &(u64, String))| {
+            link.starts_with(&format!("{program}@")) && name == program
+        };
+        assert!(programs.iter().any(named), "{program} is missing: {programs:?}");
     }
 
     let flows = lab.outgate("node-a", &["flows", "--bpffs", lab.bpffs("node-a").to_str().expect("UTF-8")]);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lab::record::Recorder;
 use lab::servers::ECHO;
-use lab::{Agent, Lab, Netns, Node, PodSpec};
+use lab::{Agent, Lab, Netns, PodSpec, eventually};
 
 const EGRESS: &str = "172.18.0.101";
 
@@ -121,16 +121,13 @@ fn cleanup_leaves_nothing_and_pods_are_as_before() {
     for pod in &pods {
         lab.wait_source(&pod.netns, &server, EGRESS);
     }
-    let attached = |node: &Node| {
-        let list = node.netns.exec(&["bpftool", "net", "list"]);
-        list.lines().filter(|line| line.contains("prog_id") || line.contains(" id ")).count()
-    };
-    for node in &lab.nodes {
-        assert!(attached(node) > 0, "{}", node.netns.exec(&["bpftool", "net", "list"]));
+    let programs: Vec<_> = lab.nodes.iter().map(|node| lab.programs(&node.name)).collect();
+    for (node, programs) in lab.nodes.iter().zip(&programs) {
+        assert!(programs.len() >= 3, "{programs:?}");
         assert!(node.netns.exec(&["ip", "-br", "link"]).contains("outgate0"));
     }
     agents.into_iter().for_each(Agent::stop);
-    for node in &lab.nodes {
+    for (node, programs) in lab.nodes.iter().zip(&programs) {
         let pins = lab.bpffs(&node.name);
         assert!(fs::read_dir(&pins).expect("pins").count() > 0, "the agent's end leaves its pins");
         // Twice: the second time there is nothing to do, and that is no failure.
@@ -138,7 +135,12 @@ fn cleanup_leaves_nothing_and_pods_are_as_before() {
             let output = lab.outgate(&node.name, &["cleanup", "--bpffs", pins.to_str().expect("UTF-8")]);
             let _ = output.expect_success();
         }
-        assert_eq!(attached(node), 0, "{}", node.netns.exec(&["bpftool", "net", "list"]));
+        for (link, (id, _)) in programs {
+            // The kernel frees a program some moments after its last use.
+            let show = || node.netns.try_exec(&["bpftool", "prog", "show", "id", &id.to_string()]);
+            let gone = eventually(Duration::from_secs(5), || (!show().success()).then_some(()));
+            assert!(gone.is_some(), "the program of {link} is still there: {}", show().stdout);
+        }
         let links = node.netns.exec(&["ip", "-br", "link"]);
         assert!(!links.contains("outgate"), "{links}");
         let filters = node.netns.exec(&["tc", "qdisc", "show"]);

@@ -64,8 +64,14 @@ enum Mode {
     },
     /// Wait for the end of a lab's owner and remove the lab.
     Reap { lab: String },
-    /// Remove labs that were kept; all of them if none is named.
-    Remove { labs: Vec<String> },
+    /// Remove labs that were kept.
+    Remove {
+        #[arg(required_unless_present = "all")]
+        labs: Vec<String>,
+        /// Every one of them on this machine, whoever kept it.
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -101,7 +107,7 @@ fn main() -> io::Result<()> {
             Ok(())
         }
         Mode::Reap { lab } => lab::lab::reap(&lab),
-        Mode::Remove { labs } => remove(labs),
+        Mode::Remove { labs, all } => remove(labs, all),
     }
 }
 
@@ -374,8 +380,8 @@ fn fresh(protocol: Protocol, destination: SocketAddr, interval: Duration) {
     tally.print();
 }
 
-fn remove(mut labs: Vec<String>) -> io::Result<()> {
-    if labs.is_empty() {
+fn remove(mut labs: Vec<String>, all: bool) -> io::Result<()> {
+    if all {
         labs = lab::lab::existing().into_iter().filter(|(_, kept)| *kept).map(|(id, _)| id).collect();
     }
     let mut failed = false;
