@@ -9,15 +9,18 @@
 //! | `egressnodes/NAME.yaml` | that node's agent |
 //! | `egressallocations/ADDRESS.yaml` | the leader |
 //! | `status/egressips/NAME.yaml` | the leader |
+//! | `last-good/FILE` | the leader: the user's files as they last parsed |
 //!
 //! **A file that is being written is not read.** Truncating and writing in place shows the file empty for a
 //! moment, and an EgressIP that is gone for a moment lets its pods out by the node's address. So a file that
 //! inotify has seen modified is left alone until its writer closes it, or has not touched it for half a second.
+//!
+//! **A file that does not parse keeps what it held**, also over a restart of the agent: hence the copies.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -79,6 +82,10 @@ pub struct DirSource {
     problems: BTreeSet<Problem>,
     /// Held while this process leads.
     lock: Option<File>,
+    /// Files that have a copy under `last-good`, as they were then. Only while this process leads.
+    copied: BTreeMap<String, Stamp>,
+    /// Why there is no copy of one.
+    copy_error: Option<String>,
     /// Absent for a source that is read once.
     watch: Option<Watch>,
 }
@@ -169,6 +176,14 @@ impl DirSource {
             let path = root.join(sub);
             fs::create_dir_all(&path).map_err(|error| Error::Unwritable { path, error })?;
         }
+        let copies = root.join(COPIES);
+        // Whoever may not read the user's files may not read the copies.
+        match fs::DirBuilder::new().mode(0o700).create(&copies) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::Unwritable { path: copies, error });
+            }
+            _ => {}
+        }
         let (sender, events) = mpsc::unbounded_channel();
         let watcher = notify::recommended_watcher(move |event| {
             for event in digest(event) {
@@ -211,6 +226,8 @@ impl DirSource {
             places: BTreeMap::new(),
             problems: BTreeSet::new(),
             lock: None,
+            copied: BTreeMap::new(),
+            copy_error: None,
             watch: None,
         })
     }
@@ -225,9 +242,14 @@ impl DirSource {
                 let busy = self.watch.as_mut().map(|w| &mut w.busy);
                 (changed, waiting) = merge_flags(
                     (changed, waiting),
-                    refresh(&mut self.files, paths, busy, |name, text| {
-                        parse_file(text, kind_of(name) == Some(Format::Json))
-                    }),
+                    refresh(
+                        &self.root,
+                        &mut self.files,
+                        paths,
+                        busy,
+                        |name, text| parse_file(text, kind_of(name) == Some(Format::Json)),
+                        |name| fs::read_to_string(self.root.join(COPIES).join(name)).ok(),
+                    ),
                 );
             }
             Err(error) => {
@@ -237,24 +259,63 @@ impl DirSource {
                 self.directory_error = Some(message);
             }
         }
-        let mut own = BTreeMap::new();
-        for sub in OWN_DIRECTORIES {
-            // Absent until an agent has been here.
-            for (name, path) in list(&self.root.join(sub), own_file).unwrap_or_default() {
-                own.insert(format!("{}/{name}", &sub[".outgate".len()..]), path);
+        if self.directory_error.is_none() {
+            let mut own = BTreeMap::new();
+            for sub in OWN_DIRECTORIES {
+                // Absent until an agent has been here.
+                for (name, path) in list(&self.root.join(sub), own_file).unwrap_or_default() {
+                    own.insert(format!("{}/{name}", &sub[".outgate".len()..]), path);
+                }
             }
+            let busy = self.watch.as_mut().map(|w| &mut w.busy);
+            let root = self.root.join(".outgate");
+            let found = refresh(&root, &mut self.own, own, busy, parse_own, |_| None);
+            (changed, waiting) = merge_flags((changed, waiting), found);
         }
-        let busy = self.watch.as_mut().map(|w| &mut w.busy);
-        (changed, waiting) = merge_flags((changed, waiting), refresh(&mut self.own, own, busy, parse_own));
         if let Some(watch) = &mut self.watch {
             let now = Instant::now();
             watch.busy.retain(|_, since| now.duration_since(*since) < WRITER_PATIENCE);
             watch.due = now + if waiting { WRITER_PATIENCE / 5 } else { RESCAN };
         }
         if changed {
+            self.copy();
             self.merge();
         }
         changed
+    }
+
+    /// Leader: keeps `last-good` as the files are, those that parse.
+    fn copy(&mut self) {
+        if self.lock.is_some() {
+            self.copy_error = self.try_copy().err().map(|error| error.to_string());
+        }
+    }
+
+    fn try_copy(&mut self) -> Result<(), Error> {
+        for (name, state) in &self.files {
+            // Of what concerns Outgate only: the directory may hold secrets too.
+            let ours = state.content.iter().flatten().any(|d| !matches!(d.object, Object::Foreign));
+            if state.error.is_some() || !ours || self.copied.get(name) == Some(&state.stamp) {
+                continue;
+            }
+            let path = self.root.join(name);
+            let Ok(bytes) = read_regular(&path) else { continue };
+            // It has changed since it was parsed: the next look decides.
+            if fs::metadata(&path).ok().as_ref().map(Stamp::of) != Some(state.stamp) {
+                continue;
+            }
+            put(&self.root.join(COPIES).join(name), &bytes, false)?;
+            self.copied.insert(name.clone(), state.stamp);
+        }
+        self.copied.retain(|name, _| self.files.contains_key(name));
+        for (name, path) in list(&self.root.join(COPIES), |_| true).unwrap_or_default() {
+            // A broken file's copy is what the copies are for.
+            let broken = self.files.get(&name).is_some_and(|s| s.error.is_some());
+            if !broken && !self.copied.contains_key(&name) {
+                fs::remove_file(&path).map_err(|error| Error::Unwritable { path, error })?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes objects and problems from the files' contents.
@@ -263,6 +324,9 @@ impl DirSource {
         let mut problems = BTreeSet::new();
         if let Some(message) = &self.directory_error {
             problems.insert(Problem::new(self.root.display(), message));
+        }
+        if let Some(message) = &self.copy_error {
+            problems.insert(Problem::new(self.root.join(COPIES).display(), message));
         }
         // Where each object was first seen.
         let mut seen: BTreeMap<ObjectName, String> = BTreeMap::new();
@@ -349,31 +413,11 @@ impl DirSource {
         self.problems = problems;
     }
 
-    /// Writes one of Outgate's own files, by rename, so that a reader sees the old or the new one.
-    fn put(&self, sub: &str, value: &impl Serialize, durable: bool) -> Result<(), Error> {
-        let path = self.root.join(format!(".outgate{sub}"));
+    /// Writes one of Outgate's own files.
+    fn write_own(&self, sub: &str, value: &impl Serialize, durable: bool) -> Result<(), Error> {
         let text = serde_saphyr::to_string(value)
             .map_err(|e| Error::Encode { name: sub.to_owned(), error: e.to_string() })?;
-        if fs::read(&path).is_ok_and(|old| old == text.as_bytes()) {
-            return Ok(());
-        }
-        // Agents of one directory may write at once, each its own file; the process id keeps them apart.
-        let temporary = path.with_extension(format!("tmp-{}", std::process::id()));
-        let written = (|| {
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            let mut file = File::create(&temporary)?;
-            file.write_all(text.as_bytes())?;
-            if durable {
-                file.sync_data()?;
-            }
-            fs::rename(&temporary, &path)
-        })();
-        written.map_err(|error| {
-            let _ = fs::remove_file(&temporary);
-            Error::Unwritable { path, error }
-        })
+        put(&self.root.join(format!(".outgate{sub}")), text.as_bytes(), durable)
     }
 
     fn remove(&self, sub: &str) -> Result<(), Error> {
@@ -449,7 +493,9 @@ impl Source for DirSource {
             Ok(()) => {
                 self.lock = Some(file);
                 // The leader before may have written since the last look: decide on what is there now.
-                self.scan();
+                if !self.scan() {
+                    self.copy();
+                }
                 Ok(true)
             }
             Err(fs::TryLockError::WouldBlock) => Ok(false),
@@ -460,11 +506,11 @@ impl Source for DirSource {
     async fn write(&mut self, write: Write) -> Result<(), Error> {
         match write {
             Write::EgressNode(o) => {
-                self.put(&format!("/egressnodes/{}.yaml", o.metadata.name), &o, false)?;
+                self.write_own(&format!("/egressnodes/{}.yaml", o.metadata.name), &o, false)?;
                 self.objects.egress_nodes.insert(o.metadata.name.clone(), o);
             }
             Write::Allocation(o) => {
-                self.put(&format!("/egressallocations/{}.yaml", o.metadata.name), &o, true)?;
+                self.write_own(&format!("/egressallocations/{}.yaml", o.metadata.name), &o, true)?;
                 self.objects.egress_allocations.insert(o.metadata.name.clone(), o);
             }
             Write::RemoveAllocation(name) => {
@@ -472,7 +518,7 @@ impl Source for DirSource {
                 self.objects.egress_allocations.remove(&name);
             }
             Write::Status(o) => {
-                self.put(&format!("/status/egressips/{}.yaml", o.metadata.name), &o, false)?;
+                self.write_own(&format!("/status/egressips/{}.yaml", o.metadata.name), &o, false)?;
                 self.statuses.insert(o.metadata.name.clone(), o);
             }
             Write::RemoveStatus(name) => {
@@ -480,13 +526,16 @@ impl Source for DirSource {
                 self.statuses.remove(&name);
             }
             Write::Cluster(o) => {
-                self.put("/cluster.yaml", &o, true)?;
+                self.write_own("/cluster.yaml", &o, true)?;
                 self.objects.cluster = Some(o);
             }
         }
         Ok(())
     }
 }
+
+/// Where copies of the user's files are.
+const COPIES: &str = ".outgate/last-good";
 
 /// Outgate's own directories, parents first.
 const OWN_DIRECTORIES: [&str; 4] =
@@ -581,16 +630,51 @@ fn merge_flags(a: (bool, bool), b: (bool, bool)) -> (bool, bool) {
     (a.0 | b.0, a.1 | b.1)
 }
 
+/// Writes a file by rename, so that a reader sees the old or the new one.
+fn put(path: &Path, bytes: &[u8], durable: bool) -> Result<(), Error> {
+    if fs::read(path).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    // Agents of one directory may write at once, each its own file; the process id keeps them apart.
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".tmp-{}", std::process::id()));
+    let temporary = PathBuf::from(temporary);
+    let written = (|| {
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        if durable {
+            file.sync_data()?;
+        }
+        fs::rename(&temporary, path)
+    })();
+    written.map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        Error::Unwritable { path: path.to_owned(), error }
+    })
+}
+
 /// Reads what differs from what was read before. Says whether anything did, and whether a writer is waited for.
+/// `copy` gives the text that a file had when it last parsed, for one that does not and has not since the start.
 fn refresh<T>(
+    root: &Path,
     states: &mut BTreeMap<String, FileState<T>>,
     mut paths: BTreeMap<String, PathBuf>,
     busy: Option<&mut BTreeMap<PathBuf, Instant>>,
     parse: impl Fn(&str, &str) -> Result<T, String>,
+    copy: impl Fn(&str) -> Option<String>,
 ) -> (bool, bool) {
     let now = Instant::now();
     let empty = BTreeMap::new();
     let busy = busy.map_or(&empty, |b| &*b);
+    // A list made while a file was replaced may lack it; an EgressIP must not be gone for that.
+    for name in states.keys() {
+        if !paths.contains_key(name) {
+            paths.insert(name.clone(), root.join(name.trim_start_matches('/')));
+        }
+    }
     // A listed file may be gone by now, and a subdirectory may be called `x.yaml`.
     paths.retain(|_, path| {
         fs::metadata(path).map_or_else(|e| e.kind() != io::ErrorKind::NotFound, |m| !m.is_dir())
@@ -627,7 +711,11 @@ fn refresh<T>(
         };
         let (content, error) = match result {
             Ok(content) => (Some(content), None),
-            Err(error) => (states.remove(&name).and_then(|s| s.content), Some(error)),
+            Err(error) => {
+                let before = states.remove(&name).and_then(|s| s.content);
+                let content = before.or_else(|| copy(&name).and_then(|text| parse(&name, &text).ok()));
+                (content, Some(error))
+            }
         };
         let stamp =
             stamp.unwrap_or(Stamp { device: 0, inode: 0, length: 0, modified: (0, 0), changed: (0, 0) });
@@ -1054,7 +1142,7 @@ mod tests {
         let mut b = DirSource::open(&temp.0).unwrap();
         assert!(a.lead().unwrap() && a.lead().unwrap());
         assert!(!b.lead().unwrap());
-        let cluster = Cluster { tunnel: crate::objects::Tunnel { port: 4790, vni: 7 } };
+        let cluster = Cluster { tunnel: crate::objects::Tunnel { port: 4795, vni: 7 } };
         a.write(Write::Cluster(cluster)).await.unwrap();
         changed(&mut b).await;
         assert_eq!(b.objects().cluster, Some(cluster));
@@ -1068,6 +1156,35 @@ mod tests {
         assert_eq!(a.objects().egress_nodes["x"], node);
         drop(a);
         assert!(b.lead().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_broken_file_keeps_what_it_held_over_a_restart() {
+        let temp = Temp::new("copies");
+        temp.put("a.yaml", &pod("a"));
+        temp.put("b.yaml", &pod("b"));
+        temp.put("secret.yaml", "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\n");
+        let mut source = DirSource::open(&temp.0).unwrap();
+        assert!(source.lead().unwrap());
+        temp.put("a.yaml", &format!("{}---\n{}", pod("a"), pod("c")));
+        changed(&mut source).await;
+        fs::remove_file(temp.0.join("b.yaml")).unwrap();
+        changed(&mut source).await;
+        temp.put("a.yaml", "kind: [");
+        changed(&mut source).await;
+        assert_eq!(source.objects().pods.len(), 2);
+        drop(source);
+        let copies: Vec<_> = list(&temp.0.join(COPIES), |_| true).unwrap().into_keys().collect();
+        assert_eq!(copies, ["a.yaml"]);
+        let mut source = DirSource::open(&temp.0).unwrap();
+        assert_eq!(source.objects().pods.len(), 2);
+        assert!(source.complete());
+        assert!(problems(&source)[0].contains("stays in force"), "{:?}", problems(&source));
+        assert!(source.lead().unwrap());
+        fs::remove_file(temp.0.join("a.yaml")).unwrap();
+        changed(&mut source).await;
+        assert!(source.objects().pods.is_empty());
+        assert!(list(&temp.0.join(COPIES), |_| true).unwrap().is_empty());
     }
 
     #[test]
