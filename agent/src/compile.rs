@@ -353,6 +353,10 @@ impl Compiler<'_> {
             .filter(|b| *b != 0)
             .collect();
         guarded.extend(bridges);
+        // A port that comes new to a bridge speaks with the bridge's index before it is known itself.
+        if self.desired.config.hold_unknown {
+            guarded.extend(f.bridges.keys());
+        }
         let pods = f.pod_interfaces.iter().map(|(index, i)| {
             let guarded = guarded.contains(index) || guarded.contains(&i.bridge);
             (*index, interface(InterfaceKind::Pod, guarded, i.mac, i.bridge))
@@ -363,8 +367,9 @@ impl Compiler<'_> {
             .map(|(index, mac)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), *mac, 0)));
         let uplinks =
             f.uplinks.iter().map(|(index, u)| (*index, interface(InterfaceKind::Uplink, false, u.mac, 0)));
+        let others = f.others.iter().map(|index| (*index, interface(InterfaceKind::Other, false, [0; 6], 0)));
         // Uplinks and bridges first: there are few, and without them nothing works.
-        for (index, value) in uplinks.chain(bridges).chain(pods).collect::<Vec<_>>() {
+        for (index, value) in uplinks.chain(bridges).chain(pods).chain(others).collect::<Vec<_>>() {
             if self.out.image.interfaces.len() >= capacity(limits::INTERFACES) {
                 self.problem(format_args!("interface {index}"), over("INTERFACES", limits::INTERFACES));
             } else {
@@ -479,6 +484,7 @@ mod tests {
             )]),
             pod_interfaces: BTreeMap::from([(10, pod(0, true)), (21, pod(20, true)), (22, pod(20, false))]),
             bridges: BTreeMap::from([(20, [3; 6])]),
+            others: std::collections::BTreeSet::from([1, 9]),
             host_routes: BTreeMap::from([("10.1.0.1".parse().unwrap(), 10)]),
             bridge_networks: BTreeMap::from([("10.1.2.0/24".parse().unwrap(), 20)]),
             bridge_ports: BTreeMap::from([
@@ -597,12 +603,21 @@ status: {{podIP: {ip}}}"
         let guarded =
             |c: &Compiled| c.image.interfaces.iter().map(|(n, i)| (*n, i.guarded)).collect::<Vec<_>>();
         let c = of(&cluster(&[]));
-        assert_eq!(guarded(&c), [(2, 0), (10, 1), (20, 1), (21, 1), (22, 1)]);
+        assert_eq!(guarded(&c), [(1, 0), (2, 0), (9, 0), (10, 1), (20, 1), (21, 1), (22, 1)]);
         let uplink = c.image.interfaces[&2];
         assert_eq!((uplink.kind, uplink.mac), (InterfaceKind::Uplink as u8, [1; 6]));
         assert_eq!(c.image.interfaces[&21].bridge, 20);
         let c = of(&format!("{CLUSTER}\n{}\n{}", pod("shop", "p", "10.1.0.1"), pod("dev", "q", "10.1.2.21")));
-        assert_eq!(guarded(&c), [(2, 0), (10, 1), (20, 0), (21, 0), (22, 0)]);
+        assert_eq!(
+            guarded(&c),
+            [(1, 0), (2, 0), (9, 0), (10, 1), (20, 1), (21, 1), (22, 1)],
+            "a bridge's next port"
+        );
+        let allow = format!(
+            "{CLUSTER}\n{}\n---\nkind: EgressConfig\nmetadata: {{name: default}}\nspec: {{unknownPods: Allow}}",
+            pod("shop", "p", "10.1.0.1")
+        );
+        assert_eq!(guarded(&of(&allow)), [(1, 0), (2, 0), (9, 0), (10, 1), (20, 0), (21, 0), (22, 0)]);
     }
 
     #[test]
@@ -759,11 +774,11 @@ spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {ud
             ),
             "a",
         );
-        desired.tunnel = Some(crate::objects::Tunnel { port: 4790, vni: 99 });
+        desired.tunnel = Some(crate::objects::Tunnel { port: 4795, vni: 99 });
         let mut ids = Ids::default();
         let s = compile(&desired, &facts(), &mut ids).image.settings;
         assert_eq!((s.unassigned, s.spread, s.hold_unknown), (1, 2, 0));
-        assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex), (4790, 99, 9));
+        assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex), (4795, 99, 9));
         assert_eq!((s.tcp_established, s.tcp_transitory, s.udp, s.icmp, s.rest), (7440, 240, 7, 60, 65));
         let s = of(&cluster(&[])).image.settings;
         assert_eq!((s.unassigned, s.spread, s.hold_unknown), (0, 1, 1));

@@ -1,6 +1,6 @@
 //! What the agent knows of its own node's network, read from netlink: an input of `compile`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use datapath::keys::IfIndex;
@@ -15,6 +15,8 @@ pub struct Facts {
     pub pod_interfaces: BTreeMap<IfIndex, PodInterface>,
     /// Bridges that have a pod interface as a port, with their hardware address.
     pub bridges: BTreeMap<IfIndex, [u8; 6]>,
+    /// All other interfaces. What is in none of these has not been looked at.
+    pub others: BTreeSet<IfIndex>,
     /// Host routes to single addresses (`10.1.2.3 dev vethX`), by address.
     pub host_routes: BTreeMap<IpAddr, IfIndex>,
     /// Connected networks on bridges of `bridges` (`10.1.2.0/24 dev cni0`).

@@ -298,7 +298,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
     fn everything_is_written_once() {
         let mut w = World::new(CLUSTER);
         let first = w.step();
-        assert_eq!(w.objects.cluster, Some(Cluster { tunnel: Tunnel { port: 4790, vni: 43 } }));
+        assert_eq!(w.objects.cluster, Some(Cluster { tunnel: Tunnel { port: 4795, vni: 43 } }));
         assert_eq!(w.items(), [("192.0.2.100", "a"), ("192.0.2.101", "b")]);
         let a = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!((a.metadata.generation, a.spec.leases.len()), (1, 1));

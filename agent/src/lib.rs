@@ -8,8 +8,8 @@ pub mod model;
 pub mod selector;
 
 pub mod assign;
-pub mod lease;
 pub mod leader;
+pub mod lease;
 pub mod status;
 
 pub mod compile;

@@ -19,8 +19,9 @@ use crate::objects::{
 use crate::selector::{Match, Selector};
 use crate::watch::Problem;
 
-/// UDP port of the tunnel unless the EgressConfig says otherwise: beside VXLAN's own, which the CNI may use.
-pub const TUNNEL_PORT: u16 = 4790;
+/// UDP port of the tunnel unless the EgressConfig says otherwise: near VXLAN's own 4789, which the CNI may use,
+/// and none of its assigned neighbours (4790 is VXLAN-GPE, 4791 RoCE).
+pub const TUNNEL_PORT: u16 = 4795;
 
 /// What the cluster's objects ask of one node.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -1,6 +1,9 @@
 //! The node's network as netlink tells it, and the tunnel's device.
 
-#![expect(clippy::wildcard_enum_match_arm, reason = "netlink's attributes are many, and more with every kernel")]
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "netlink's attributes are many, and more with every kernel"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -212,23 +215,32 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
     let addresses = addresses(handle).await?;
     let routes = routes(handle).await?;
 
-    let pod_facing: BTreeMap<IfIndex, &LinkMessage> = links
-        .iter()
-        .filter(|link| {
-            let name = link_name(link);
-            // A bridge is not pod-facing, its ports are: `cni*` matches `cni0` all the same.
-            !is_kind(link, &InfoKind::Bridge)
-                && !selection.uplinks.iter().any(|uplink| uplink == name)
-                && selection.pod_interfaces.iter().any(|pattern| matches(pattern, name))
-        })
-        .map(|link| (link.header.index, link))
-        .collect();
     let controller = |link: &LinkMessage| {
         link.attributes
             .iter()
             .find_map(|a| if let LinkAttribute::Controller(index) = a { Some(*index) } else { None })
             .unwrap_or(0)
     };
+    let matching = |link: &LinkMessage| {
+        let name = link_name(link);
+        // A bridge is not pod-facing, its ports are: `cni*` matches `cni0` all the same.
+        !is_kind(link, &InfoKind::Bridge)
+            && !selection.uplinks.iter().any(|uplink| uplink == name)
+            && selection.pod_interfaces.iter().any(|pattern| matches(pattern, name))
+    };
+    let bridges: BTreeSet<IfIndex> =
+        links.iter().filter(|link| matching(link)).map(controller).filter(|bridge| *bridge != 0).collect();
+    // The other virtual ports of a bridge with pods are covered too, whatever their names: the uplink wants a
+    // mark from all that such a bridge sends out.
+    let virtual_port = |link: &LinkMessage| {
+        bridges.contains(&controller(link))
+            && (is_kind(link, &InfoKind::Veth) || is_kind(link, &InfoKind::Tun))
+    };
+    let pod_facing: BTreeMap<IfIndex, &LinkMessage> = links
+        .iter()
+        .filter(|link| matching(link) || virtual_port(link))
+        .map(|link| (link.header.index, link))
+        .collect();
 
     let mut facts = Facts::default();
     for (index, link) in &pod_facing {
@@ -241,8 +253,6 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         };
         facts.pod_interfaces.insert(*index, interface);
     }
-    let bridges: BTreeSet<IfIndex> =
-        facts.pod_interfaces.values().map(|i| i.bridge).filter(|b| *b != 0).collect();
     let by_gateway: BTreeSet<IfIndex> =
         routes.iter().filter(|r| r.by_gateway).flat_map(|r| r.interfaces.iter().copied()).collect();
     for link in &links {
@@ -262,6 +272,8 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         // The programs expect Ethernet headers.
         if chosen && link.header.link_layer_type == LinkLayerType::Ether && !pod_facing.contains_key(&index) {
             facts.uplinks.insert(index, uplink(link, addresses.get(&index).map_or(&[][..], Vec::as_slice)));
+        } else if !pod_facing.contains_key(&index) && !bridges.contains(&index) {
+            facts.others.insert(index);
         }
     }
     for route in &routes {

@@ -145,6 +145,8 @@ pub enum InterfaceKind {
     Bridge = 2,
     /// Leads out of the node.
     Uplink = 3,
+    /// Known, and none of the above.
+    Other = 4,
 }
 
 /// `INTERFACES`, by index.
@@ -153,8 +155,8 @@ pub enum InterfaceKind {
 pub struct Interface {
     /// An [`InterfaceKind`].
     pub kind: u8,
-    /// 1: selected pods speak through it, so `to_uplink` wants a token or [`Settings::pass_token`] from all
-    /// that it sends outside.
+    /// 1: selected pods speak through it, or pods not known yet may, so `to_uplink` wants a token or
+    /// [`Settings::pass_token`] from all that it sends outside.
     pub guarded: u8,
     /// Hardware address.
     pub mac: [u8; 6],
@@ -369,7 +371,7 @@ pub struct Settings {
     pub unassigned: u8,
     /// 1: egress address by pod; 2: by connection.
     pub spread: u8,
-    /// 1: packets of unknown addresses of the cluster's pod networks are held.
+    /// 1: packets of unknown addresses of the cluster's pod networks, and of unknown interfaces, are held.
     pub hold_unknown: u8,
     /// Zero.
     pub pad: u8,

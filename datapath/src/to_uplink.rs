@@ -41,8 +41,12 @@ pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
     {
         return to.act(ToUplink::Drop(DropReason::TunnelForged));
     }
+    let Some(interface) = t.interface(ingress) else {
+        // A pod may speak before its interface is known; by then its address may be masqueraded.
+        let held = settings.hold_unknown != 0 && is_outside(t, tuple);
+        return to.act(if held { ToUplink::Drop(DropReason::UnknownInterface) } else { ToUplink::NotOurs });
+    };
     // A token is believed from pods only: other packets chance upon hashes.
-    let Some(interface) = t.interface(ingress) else { return to.act(ToUplink::NotOurs) };
     if interface.kind != InterfaceKind::Pod as u8 && interface.kind != InterfaceKind::Bridge as u8 {
         return to.act(ToUplink::NotOurs);
     }

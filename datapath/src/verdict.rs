@@ -71,6 +71,8 @@ drop_reasons! {
     Rewrite = 21,
     /// The agent has not written the settings yet.
     NotReady = 22,
+    /// The packet came into the node by an interface that the agent has not looked at yet: a new pod's.
+    UnknownInterface = 23,
 }
 
 /// Where a translated packet goes next.

@@ -54,7 +54,7 @@ fn node(me: u16, holder: u16) -> Memory {
     let mut t = Memory::new(1, 1000);
     t.settings = Settings {
         node: me,
-        tunnel_port: 4790,
+        tunnel_port: 4795,
         tunnel_vni: VNI,
         tunnel_ifindex: 3,
         pass_token: 0xfeed_f00d,
@@ -262,6 +262,21 @@ fn unselected_pods_are_left_alone() {
 }
 
 #[test]
+fn a_new_interface_is_held_until_it_is_known() {
+    let mut a = node(A, B);
+    let syn = masqueraded(&tcp((OTHER_POD, 40000), (SERVER, 80), SYN));
+    let new = POD_IF + 50;
+    assert_eq!(to_uplink(&a, UPLINK, new, 0, &syn), ToUplink::Drop(DropReason::UnknownInterface));
+    let inside = tcp((NODE_A, 61000), (REMOTE_POD, 80), SYN);
+    assert_eq!(to_uplink(&a, UPLINK, new, 0, &inside), ToUplink::NotOurs);
+    a.interfaces.insert(new, Interface { kind: InterfaceKind::Other as u8, ..Interface::default() });
+    assert_eq!(to_uplink(&a, UPLINK, new, 0, &syn), ToUplink::NotOurs);
+    a.interfaces.clear();
+    a.settings.hold_unknown = 0;
+    assert_eq!(to_uplink(&a, UPLINK, new, 0, &syn), ToUplink::NotOurs);
+}
+
+#[test]
 fn connections_that_came_in_are_answered_untranslated() {
     let a = node(A, B);
     for client in [SERVER, NODE_B] {
@@ -374,7 +389,7 @@ fn the_tunnel_accepts_only_what_its_sender_may_send() {
 #[test]
 fn a_pod_cannot_reach_a_tunnel_port() {
     let a = node(A, B);
-    let forged = udp((NODE_A, 61000), (NODE_B, 4790));
+    let forged = udp((NODE_A, 61000), (NODE_B, 4795));
     assert_eq!(to_uplink(&a, UPLINK, OTHER_IF, 0, &forged), ToUplink::Drop(DropReason::TunnelForged));
     assert_eq!(to_uplink(&a, UPLINK, 0, 0, &forged), ToUplink::NotOurs, "the node's own");
 }

@@ -63,8 +63,7 @@ impl Programs {
     /// gone are unpinned.
     pub(super) fn new(mut ebpf: Ebpf, dir: &Path) -> Result<Self, Error> {
         for program in Program::ALL {
-            let name = program.name();
-            classifier(&mut ebpf, program)?.load().map_err(|source| Error::Program { name, source })?;
+            classifier(&mut ebpf, program)?.load().map_err(|error| program_error(program, &error))?;
         }
         let mut programs = Self { ebpf, dir: dir.join("links"), attached: BTreeSet::new() };
         for (attachment, path) in pinned_links(&programs.dir)? {
@@ -126,7 +125,7 @@ impl Programs {
 
     /// Puts the loaded program into a pinned link. Returns false where the link's interface is gone.
     fn replace(&mut self, (program, _): Attachment, path: &Path) -> Result<bool, Error> {
-        let failed = |source| Error::Program { name: program.name(), source };
+        let failed = |error: ProgramError| program_error(program, &error);
         let pinned = PinnedLink::from_pin(path).map_err(|error| failed(link_error(error)))?;
         let link =
             SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(|error| failed(link_error(error)))?;
@@ -189,8 +188,13 @@ fn unpin(path: &Path) -> Result<(), Error> {
 
 fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier, Error> {
     let name = program.name();
-    let found = ebpf.program_mut(name).ok_or(Error::Program { name, source: ProgramError::NotLoaded })?;
-    found.try_into().map_err(|source| Error::Program { name, source })
+    let found =
+        ebpf.program_mut(name).ok_or_else(|| Error::Program { name, reason: "not in the object".into() })?;
+    found.try_into().map_err(|error: ProgramError| program_error(program, &error))
+}
+
+fn program_error(program: Program, error: &ProgramError) -> Error {
+    Error::Program { name: program.name(), reason: super::object::one_line(error) }
 }
 
 /// Whether an error says that the interface, or a link's interface, is gone.

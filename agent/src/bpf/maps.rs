@@ -284,6 +284,8 @@ impl Maps {
 
         remove_gone(&mut self.pods, &old.pods, &new.pods)?;
         remove_gone(&mut self.leases, &old.leases, &new.leases)?;
+        // Before the settings, which put the programs to work: an interface not in the map is held.
+        put_changed(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
         // Before ids are used or freed, so that an agent that stops half-way leaves no id to be given twice.
         if old.settings != new.settings {
             self.settings
@@ -299,7 +301,6 @@ impl Maps {
         put_changed(&mut self.egress_addrs, &old.egress_addrs, &new.egress_addrs)?;
         put_changed(&mut self.leases, &old.leases, &new.leases)?;
         put_changed(&mut self.policies, &old.policies, &new.policies)?;
-        put_changed(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
         put_changed(&mut self.pod_names, &old.pod_names, &new.pod_names)?;
         put_changed(&mut self.delivery, &old.delivery, &new.delivery)?;
         put_changed(&mut self.pods, &old.pods, &new.pods)?;

@@ -82,15 +82,15 @@ pub enum Error {
         entries: u32,
     },
     /// Loading the object.
-    #[error("the kernel refused the eBPF object: {0}")]
-    Load(#[from] aya::EbpfError),
+    #[error("the kernel refused the eBPF object: {0}; `--log debug` shows the verifier's log")]
+    Load(String),
     /// A program.
-    #[error("program {name}: {source}")]
+    #[error("program {name}: {reason}; `--log debug` shows the verifier's log")]
     Program {
         /// The program.
         name: &'static str,
-        /// Why.
-        source: aya::programs::ProgramError,
+        /// Why, on one line.
+        reason: String,
     },
     /// Attaching a program.
     #[error("cannot attach {program} to {interface}: {source}")]
@@ -131,7 +131,8 @@ pub fn cleanup(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
         remove_dir(&version)?;
     }
     // The file system's own root stays, as do directories that hold something else.
-    let is_root = std::fs::metadata(bpffs).and_then(|m| Ok((m.dev(), std::fs::metadata(bpffs.join(".."))?.dev())));
+    let is_root =
+        std::fs::metadata(bpffs).and_then(|m| Ok((m.dev(), std::fs::metadata(bpffs.join(".."))?.dev())));
     if !matches!(is_root, Ok((own, above)) if own != above) && entries(bpffs)?.is_empty() {
         remove_dir(bpffs)?;
     }
@@ -142,7 +143,8 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let failed = |source| Error::Pin { what: "read", path: dir.to_path_buf(), source };
     match std::fs::read_dir(dir) {
         Ok(entries) => {
-            let mut paths = entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+            let mut paths =
+                entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
             paths.sort();
             Ok(paths)
         }
@@ -183,11 +185,13 @@ impl Datapath {
         self.maps.image()
     }
 
-    /// Makes the policy maps equal to the image and the attachments fit the facts. Maps come first when
-    /// something is added, last when it goes: a program never meets half of it.
+    /// Makes the attachments fit the facts and the policy maps equal to the image. Programs come first: an
+    /// interface that is in the maps is taken for covered.
     pub fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<(), Error> {
+        let attached = self.programs.attach(facts);
+        // An interface that cannot be covered must not keep policy from the others.
         self.maps.apply(image)?;
-        self.programs.attach(facts)
+        attached
     }
 
     /// Removes flows that are past their time or whose pod, policy or address is gone. Returns how many.

@@ -16,7 +16,7 @@ const TCX_SINCE: (u32, u32) = (6, 6);
 
 /// Checks what the kernel's own errors would not say clearly.
 pub(super) fn check_host(bpffs: &Path) -> Result<(), Error> {
-    if !rustix::process::geteuid().is_root() {
+    if !may_load(&std::fs::read_to_string("/proc/self/status").unwrap_or_default()) {
         return Err(Error::Unprivileged);
     }
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
@@ -47,7 +47,38 @@ pub(super) fn load(dir: &Path) -> Result<Ebpf, Error> {
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
     }
-    Ok(loader.load(OBJECT)?)
+    loader.load(OBJECT).map_err(|error| Error::Load(one_line(&error)))
+}
+
+/// An error and its causes on one line, without the verifier's log, which goes to the debug log.
+pub(super) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let message = error.to_string();
+        tracing::debug!("{message}");
+        let line = message.lines().next().unwrap_or_default();
+        // aya's errors repeat their causes.
+        if !text.contains(line) {
+            text = if text.is_empty() { line.to_owned() } else { format!("{text}: {line}") };
+        }
+        next = error.source();
+    }
+    text
+}
+
+/// Whether the effective capabilities in `/proc/self/status` allow what the agent does (capabilities(7)).
+fn may_load(status: &str) -> bool {
+    const NET_ADMIN: u64 = 1 << 12;
+    const SYS_ADMIN: u64 = 1 << 21;
+    const PERFMON: u64 = 1 << 38;
+    const BPF: u64 = 1 << 39;
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |capabilities| effective & capabilities == capabilities;
+    has(NET_ADMIN) && (has(SYS_ADMIN) || has(BPF | PERFMON))
 }
 
 /// Major and minor of `uname -r`.
@@ -59,6 +90,16 @@ fn version(release: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn capabilities() {
+        assert!(may_load("Name:\tx\nCapEff:\t000001ffffffffff\n"));
+        assert!(may_load("CapEff:\t000000c000001000"));
+        assert!(!may_load("CapEff:\t0000000000000000"));
+        assert!(!may_load("CapEff:\t0000000000200000"), "no CAP_NET_ADMIN");
+        assert!(!may_load("CapEff:\t0000008000001000"), "no CAP_PERFMON");
+        assert!(!may_load(""));
+    }
 
     #[test]
     fn kernel_versions() {

@@ -234,3 +234,127 @@ impl Status {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser as _;
+    use std::fs;
+    use std::path::PathBuf;
+
+    struct Temp(PathBuf);
+
+    impl Drop for Temp {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn cluster(test: &str) -> Temp {
+        let dir = std::env::temp_dir().join(format!("outgate-status-{test}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        for (file, text) in [
+            (
+                "all.yaml",
+                "apiVersion: v1
+kind: Node
+metadata: {name: a, labels: {k8s.ovn.org/egress-assignable: ''}}
+---
+apiVersion: k8s.ovn.org/v1
+kind: EgressIP
+metadata: {name: e}
+spec: {egressIPs: [192.0.2.100, 192.0.2.101, '2001:db8::1'], namespaceSelector: {}}
+---
+apiVersion: k8s.ovn.org/v1
+kind: EgressIP
+metadata: {name: wrong}
+spec: {egressIPs: [192.0.2.x], namespaceSelector: {}}
+",
+            ),
+            (
+                ".outgate/egressnodes/a.yaml",
+                "metadata: {name: a}
+status:
+  tunnelAddress: 192.0.2.5
+  addresses: [192.0.2.5]
+  uplinks: [{name: eth0, up: true, networks: [192.0.2.5/24]}]
+  loaded: [{egressIP: 192.0.2.100, uid: x, generation: 2}]
+",
+            ),
+            (
+                ".outgate/egressallocations/192.0.2.100.yaml",
+                "metadata: {name: 192.0.2.100, uid: x, generation: 2}
+spec: {egressIP: 192.0.2.100, owner: a, leases: [{node: a, generation: 1, ranges: [{first: 0, count: 2}]}]}
+",
+            ),
+            (
+                ".outgate/status/egressips/e.yaml",
+                "metadata: {name: e}
+status:
+  items: [{node: a, egressIP: 192.0.2.100}]
+  conditions:
+  - {type: Assigned, status: 'False', reason: PartlyAssigned}
+  - {type: AddressAssigned, egressIP: 192.0.2.101, status: 'False', reason: NodeTaken, message: no room}
+",
+            ),
+        ] {
+            let path = dir.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        Temp(dir)
+    }
+
+    fn shown(dir: &Temp, arguments: &str) -> String {
+        let line = format!("outgate status --source dir:{} {arguments}", dir.0.display());
+        let Command::Status(args) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
+            panic!()
+        };
+        let mut out = Vec::new();
+        run(&args, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn tables() {
+        let text = shown(&cluster("table"), "");
+        let lines: Vec<_> =
+            text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        for line in [
+            "EGRESS IP OBJECT OWNER PORTS LEASED STATE",
+            "192.0.2.100 e a 128 of 64512 (1 nodes) held",
+            "192.0.2.101 e - - unassigned: no room",
+            "2001:db8::1 e - - refused: IPv6 egress IPs are not supported yet",
+            "- wrong - - object refused: spec.egressIPs[0]: \"192.0.2.x\" is not an IP address",
+            "a yes yes yes 192.0.2.5 192.0.2.100 192.0.2.5 192.0.2.0/24",
+        ] {
+            assert!(lines.iter().any(|l| l == line), "{line} in\n{text}");
+        }
+        assert!(text.contains("EgressIP wrong   all.yaml:10"), "{text}");
+    }
+
+    #[test]
+    fn json_and_yaml_for_programs() {
+        let dir = cluster("json");
+        let json: serde_json::Value = serde_json::from_str(&shown(&dir, "-o json")).unwrap();
+        let e = &json["egressIPs"][0];
+        assert_eq!(e["name"], "e");
+        assert_eq!(e["items"][0]["node"], "a");
+        assert_eq!(e["items"][0]["egressIP"], "192.0.2.100");
+        assert_eq!(e["conditions"][0]["type"], "Assigned");
+        assert_eq!(e["addresses"][0]["leases"][0]["ports"], "1024-1151");
+        assert_eq!(json["nodes"][0]["name"], "a");
+        let yaml: serde_json::Value = serde_saphyr::from_str(&shown(&dir, "-o yaml")).unwrap();
+        assert_eq!(yaml, json);
+    }
+
+    #[test]
+    fn an_owner_that_has_not_loaded_the_ports_does_not_hold_yet() {
+        let dir = cluster("late");
+        let path = dir.0.join(".outgate/egressnodes/a.yaml");
+        let text = fs::read_to_string(&path).unwrap().replace("generation: 2", "generation: 1");
+        fs::write(path, text).unwrap();
+        assert!(shown(&dir, "").contains("assigned: the owner has not taken it over yet"));
+    }
+}

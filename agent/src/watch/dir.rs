@@ -1203,4 +1203,17 @@ mod tests {
         assert_eq!(parts.iter().map(|p| p.0).collect::<Vec<_>>(), [1, 4, 6]);
         assert!(parts[0].1.contains("  ---"));
     }
+
+    proptest::proptest! {
+        /// People save half-written files; editors write anything.
+        #[test]
+        fn no_text_breaks_the_parser(
+            text in r#"(apiVersion: v1\n|kind: (Pod|List|Node)\n|metadata:|---\n|\.\.\.\n|[ \t\[\]{}:,\-"'|>&*!%#\n]|[a-z0-9]|\PC){0,60}"#,
+            json: bool,
+        ) {
+            if let Err(message) = parse_file(&text, json) {
+                proptest::prop_assert!(message.starts_with("line "), "{}", message);
+            }
+        }
+    }
 }
