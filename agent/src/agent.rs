@@ -71,8 +71,10 @@ pub struct Agent<S, K> {
     leading: bool,
     tunnel_port: Option<u16>,
     retry_at: Option<Instant>,
-    /// Failures of the agent's own work, by what failed.
+    /// Failures of the agent's own work, which is then tried again.
     failures: BTreeSet<Problem>,
+    /// What looks wrong, and trying again does not help.
+    notes: BTreeSet<Problem>,
     said: Said,
 }
 
@@ -111,6 +113,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             tunnel_port: None,
             retry_at: None,
             failures: BTreeSet::new(),
+            notes: BTreeSet::new(),
             said: Said::default(),
         }
     }
@@ -157,6 +160,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
     /// Goes the whole way once.
     async fn reconcile(&mut self) {
         self.failures.clear();
+        self.notes.clear();
         self.retry_at = None;
         let facts = self.facts.borrow_and_update().clone();
         let mut desired = self.desired();
@@ -165,6 +169,11 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
         if self.leading && self.plan(&desired).await {
             desired = self.desired();
+        }
+        let node = &self.identity.node;
+        if !desired.nodes.get(node).is_some_and(|n| n.exists) {
+            let message = "there is no such object, so this node cannot own egress IPs; is --node its name?";
+            self.notes.insert(Problem::new(format_args!("Node {node}"), message));
         }
         let compiled = compile(&desired, &facts, &mut self.ids);
         self.apply(&desired, &compiled, &facts).await;
@@ -291,6 +300,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(&desired.problems)
             .chain(&compiled.problems)
             .chain(&self.failures)
+            .chain(&self.notes)
             .cloned()
             .collect();
         for problem in problems.difference(&self.said.problems) {

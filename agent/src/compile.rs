@@ -49,6 +49,7 @@ pub fn compile(desired: &Desired, facts: &Facts, ids: &mut Ids) -> Compiled {
     c.networks();
     c.egress_ips();
     c.pods();
+    c.check_pod_networks();
     c.interfaces();
     c.settings();
     c.ids.forget_others(&c.out.image);
@@ -313,6 +314,30 @@ impl Compiler<'_> {
         }
     }
 
+    /// Pods outside all known pod networks: a selected pod that talks to one would be taken to talk to outside.
+    fn check_pod_networks(&mut self) {
+        let config = &self.desired.config;
+        let networks: Vec<_> = config
+            .cluster_networks
+            .iter()
+            .chain(self.desired.nodes.values().flat_map(|n| &n.pod_networks))
+            .collect();
+        let outside = self.desired.pods.iter().find_map(|(name, pod)| {
+            let ip = pod.addresses.iter().find(|ip| !networks.iter().any(|n| n.contains(*ip)))?;
+            Some((name, *ip))
+        });
+        // One example will do: it is one mistake.
+        if let Some(((namespace, name), ip)) = outside {
+            self.problem(
+                "EgressConfig default",
+                format_args!(
+                    "pod {namespace}/{name} has address {ip}, which is in no known pod network, so traffic of selected \
+                     pods to such pods is taken for traffic to outside; set spec.clusterCIDRs, or podCIDRs of the Nodes"
+                ),
+            );
+        }
+    }
+
     /// The interface that a pod's packets come in by, and how and by which device to reach it. Zeros while the
     /// CNI has not made it yet.
     fn interface_of(&self, ip: &IpAddr) -> (IfIndex, DeliveryMode, IfIndex) {
@@ -574,7 +599,7 @@ status: {{podIP: {ip}}}"
 
     #[test]
     fn pods_are_all_there_with_their_policy_and_their_way_back() {
-        let image = of(&cluster(&[pod("shop", "new", "10.9.0.1")])).image;
+        let image = of(&cluster(&[pod("shop", "new", "10.1.9.1")])).image;
         assert_eq!(image.pods.len(), 4);
         let policy = *image.policies.keys().next().unwrap();
         let get = |s: &str| {
@@ -585,7 +610,7 @@ status: {{podIP: {ip}}}"
         assert_eq!(get("10.1.0.1"), (policy, 10, DeliveryMode::Peer as u8, 10));
         assert_eq!(get("10.1.2.21"), (policy, 21, DeliveryMode::Peer as u8, 21));
         assert_eq!(get("10.1.2.22"), (0, 22, DeliveryMode::Neighbour as u8, 20), "not the port");
-        assert_eq!(get("10.9.0.1"), (policy, 0, DeliveryMode::Neighbour as u8, 0), "not known yet");
+        assert_eq!(get("10.1.9.1"), (policy, 0, DeliveryMode::Neighbour as u8, 0), "not known yet");
         let name = image.pod_names[&image.pods[&ip("10.1.0.1")].id];
         assert!(name.namespace.starts_with(b"shop\0") && name.name.starts_with(b"routed\0"));
     }
@@ -785,6 +810,18 @@ spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {ud
     }
 
     #[test]
+    fn a_pod_outside_the_pod_networks_is_said_once() {
+        let yaml = cluster(&[pod("dev", "far", "172.16.0.1"), pod("dev", "farther", "172.16.0.2")]);
+        let c = with(&yaml, &facts(), &mut Ids::default());
+        assert_eq!(c.problems.len(), 1);
+        let said = c.problems.first().unwrap().to_string();
+        assert!(
+            said.contains("pod dev/far has address 172.16.0.1, which is in no known pod network"),
+            "{said}"
+        );
+    }
+
+    #[test]
     fn the_longest_uplink_network_carries_an_address() {
         let mut f = facts();
         let mut other = f.uplinks[&2].clone();
@@ -809,7 +846,7 @@ spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {ud
         let template = desired.pods[&("dev".to_owned(), "other".to_owned())].clone();
         for n in 0..limits::PODS {
             let mut p = template.clone();
-            p.addresses = vec![IpAddr::from(std::net::Ipv4Addr::from(0x0a03_0000 + n))];
+            p.addresses = vec![IpAddr::from(std::net::Ipv4Addr::from(0x0a01_8000 + n))];
             desired.pods.insert(("dev".to_owned(), format!("p{n}")), p);
         }
         let c = compile(&desired, &facts(), &mut Ids::default());
