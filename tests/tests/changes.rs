@@ -226,3 +226,24 @@ fn without_an_owner_traffic_is_dropped_and_counted() {
     lab.describe_node(lab.node("node-b"), true, true);
     expect_soon(&pod.netns, &server, EGRESS);
 }
+
+/// A connection that came in before its pod was selected is answered as before.
+#[test]
+fn an_incoming_connection_outlives_the_pods_selection() {
+    let lab = Lab::with(&LabSpec::default().nodes(2).routed_pods());
+    lab.describe_cluster(&["node-b"]);
+    let _agents = lab.start_agents();
+    let pod = lab.run_pod("node-a", &PodSpec::new("prod", "server"));
+    let (_inside, _outside) = (lab.echo(&pod.netns), lab.echo(&lab.web.netns));
+    let server = format!("{}:{ECHO}", lab.web.address);
+    expect_soon(&pod.netns, &server, &lab.node("node-a").address);
+    let called = format!("{}:{ECHO}", pod.ip);
+    let incoming = lab.web.netns.stream("tcp", &called, Duration::from_millis(10));
+    lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
+    expect_soon(&pod.netns, &server, EGRESS);
+    lab.web.netns.tcp(&called, 10, 5).expect_all_from(10, &lab.web.address);
+    lab.objects.remove_egress_ip("prod");
+    expect_soon(&pod.netns, &server, &lab.node("node-a").address);
+    let report = incoming.finish();
+    report.expect_lossless_from(&lab.web.address);
+}

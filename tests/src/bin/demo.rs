@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
+use lab::agent::outgate;
 use lab::objects::egress_ip;
-use lab::{Agent, Lab, Pod, PodSpec, eventually};
+use lab::{Agent, Lab, Pod, PodSpec, Process, eventually};
 
-/// Addresses of the nodes' own network that no machine has.
-const EGRESS_IPS: [&str; 2] = ["172.18.0.101", "172.18.0.102"];
+/// Addresses of the nodes' own network that no machine has. A pod keeps to one of them by a hash of both addresses;
+/// of these two, each selected pod of the demo gets another.
+const EGRESS_IPS: [&str; 2] = ["172.18.0.100", "172.18.0.101"];
 /// Who may own them.
 const GATEWAYS: [&str; 2] = ["node-b", "node-c"];
 
@@ -22,11 +24,36 @@ struct Arguments {
     keep: bool,
 }
 
+#[expect(clippy::print_stderr, reason = "what a failed demo leaves to be understood by")]
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let start = Instant::now();
     let lab = Lab::new();
-    let mut nginx = lab.nginx(&lab.web.netns);
+    match tell(&lab) {
+        Ok(cast) if arguments.keep => keep(lab, cast, start.elapsed()),
+        Ok(cast) => {
+            drop((cast, lab));
+            let seconds = start.elapsed().as_secs_f32();
+            println!("\nAll of it is removed again, {seconds:.1} s after the start. `--keep` leaves it up.");
+        }
+        Err(error) => {
+            eprintln!("{}", lab.describe());
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// What runs until the end of the demo.
+struct Cast {
+    nginx: Process,
+    agents: Vec<Agent>,
+    pods: Vec<Pod>,
+}
+
+/// The story.
+fn tell(lab: &Lab) -> Result<Cast> {
+    let nginx = lab.nginx(&lab.web.netns);
     lab.describe_cluster(&GATEWAYS);
 
     step(1, "Three nodes, a router, and a web server outside that answers with the address it sees");
@@ -47,7 +74,7 @@ fn main() -> Result<()> {
     .into_iter()
     .map(|(node, namespace, name)| lab.run_pod(node, &PodSpec::new(namespace, name)))
     .collect();
-    let before = ask_all(&lab, &pods)?;
+    let before = ask_all(lab, &pods)?;
     print_table(
         &["POD", "LABEL OF ITS NAMESPACE", "NODE", "ITS ADDRESS", "THE SERVER SAW"],
         pods.iter().map(|pod| {
@@ -70,7 +97,7 @@ fn main() -> Result<()> {
         EGRESS_IPS.into_iter().map(|address| (address.to_owned(), lab.wait_owner(address))).collect();
     let selected = |pod: &Pod| pod.namespace == "prod";
     let in_force = eventually(Duration::from_secs(10), || {
-        let seen = ask_all(&lab, &pods).ok()?;
+        let seen = ask_all(lab, &pods).ok()?;
         pods.iter()
             .filter(|pod| selected(pod))
             .all(|p| owners.contains_key(&seen[&p.full_name()]))
@@ -80,14 +107,14 @@ fn main() -> Result<()> {
     println!("In force after {} ms.", applied.elapsed().as_millis());
 
     step(5, "Every pod asks the web server again");
-    let after = ask_all(&lab, &pods)?;
+    let after = ask_all(lab, &pods)?;
     let mut rows = Vec::new();
     for pod in &pods {
         let seen = &after[&pod.full_name()];
         let node = lab.node(&pod.node);
         let (egress_ip, gateway) = match owners.get(seen) {
             Some(owner) => {
-                let answering = gateway_by_arp(&lab, seen)?;
+                let answering = gateway_by_arp(lab, seen)?;
                 ensure!(*owner == answering, "{seen} is owned by {owner}, but {answering} answers for it");
                 (seen.clone(), answering)
             }
@@ -106,30 +133,29 @@ fn main() -> Result<()> {
     step(6, "outgate status");
     print!("{}", lab.outgate("node-a", &["status", "--source", &lab.source()]).expect_success());
 
-    let seconds = start.elapsed().as_secs_f32();
-    if arguments.keep {
-        nginx.detach();
-        let mut agents = agents;
-        agents.iter_mut().for_each(Agent::detach);
-        println!("\nKept, {seconds:.1} s after the start. To get in:");
-        let ways =
-            pods.iter().map(|pod| (pod.full_name(), &pod.netns, "curl http://203.0.113.10/".to_owned()));
-        let nodes = lab.nodes.iter().map(|node| {
-            let pins = lab.bpffs(&node.name);
-            (node.name.clone(), &node.netns, format!("bpftool net list; ls {}", pins.display()))
-        });
-        let outside = [("the web server".to_owned(), &lab.web.netns, "tcpdump -ni eth0".to_owned())];
-        print_table(
-            &["WHERE", "ENTER WITH", "THEN, FOR INSTANCE"],
-            ways.chain(nodes).chain(outside).map(|(name, netns, then)| vec![name, netns.enter(), then]),
-        );
-        println!("The objects: {}", lab.objects.dir().display());
-        println!("To remove it all: {}", lab.keep());
-    } else {
-        drop((nginx, agents, pods, lab));
-        println!("\nAll of it is removed again, {seconds:.1} s after the start. `--keep` leaves it up.");
+    Ok(Cast { nginx, agents, pods })
+}
+
+/// Leaves everything up, and says how to get in and how to remove it.
+fn keep(lab: Lab, mut cast: Cast, since: Duration) {
+    cast.nginx.detach();
+    cast.agents.iter_mut().for_each(Agent::detach);
+    println!("\nKept, {:.1} s after the start. To get in:\n", since.as_secs_f32());
+    let mut rows = Vec::new();
+    for pod in &cast.pods {
+        rows.push((pod.full_name(), pod.netns.enter(), format!("curl http://{}/", lab.web.address)));
     }
-    Ok(())
+    for node in &lab.nodes {
+        let flows = format!("{} flows --bpffs {}", outgate().display(), lab.bpffs(&node.name).display());
+        rows.push((node.name.clone(), node.netns.enter(), flows));
+    }
+    rows.push(("web server".into(), lab.web.netns.enter(), "tcpdump -ni eth0".into()));
+    print_table(
+        &["WHERE", "ENTER WITH", "THEN, FOR INSTANCE"],
+        rows.into_iter().map(|(name, enter, then)| vec![name, enter, then]),
+    );
+    println!("\nThe objects are in {}: change them and ask again.", lab.objects.dir().display());
+    println!("To remove it all: {}", lab.keep());
 }
 
 fn step(number: u32, what: &str) {
