@@ -80,45 +80,64 @@ fn egress_ips_are_edited_and_removed_within_a_second() {
     }
 }
 
-/// Flows that live when the selection changes do not go on with the wrong address.
+/// Has streams of a pod running that are seen as `before`, makes a change after which the pod is `now`, and
+/// panics if anything is still seen as `before` a second later.
+#[track_caller]
+fn flows_do_not_outlive(
+    lab: &Lab,
+    pod: &Netns,
+    server: &str,
+    before: &str,
+    now: &str,
+    change: impl FnOnce(),
+) {
+    let recorder = Recorder::start(&lab.web.netns);
+    let seen =
+        |address: &str| ["tcp", "udp"].map(|protocol| recorder.sources(protocol).contains_key(address));
+    // Kept running: they are what must not be seen again.
+    let _old = ["tcp", "udp"].map(|protocol| pod.stream(protocol, server, Duration::from_millis(10)));
+    let flowing = eventually(LIMIT, || (seen(before) == [true; 2]).then_some(()));
+    assert!(flowing.is_some(), "streams come from {before}");
+    change();
+    expect_soon(pod, server, now);
+    recorder.reset();
+    // Long enough for a retransmission, or for 50 datagrams.
+    let leak = eventually(Duration::from_millis(500), || {
+        let leaks = seen(before);
+        (leaks != [false; 2]).then_some(leaks)
+    });
+    assert_eq!(leak, None, "[tcp, udp] of {before} are seen after the change to {now}");
+}
+
 #[test]
 fn live_flows_do_not_outlive_a_change() {
     let (lab, _agents, _echo, server) = cluster();
     let node = lab.node("node-a").address.clone();
     let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
     expect_soon(&pod.netns, &server, &node);
-    let recorder = Recorder::start(&lab.web.netns);
-    let interval = Duration::from_millis(10);
-    let streams = |expected: &str| {
-        let streams = ["tcp", "udp"].map(|protocol| pod.netns.stream(protocol, &server, interval));
-        let flowing = eventually(LIMIT, || {
-            let seen = ["tcp", "udp"].map(|protocol| recorder.sources(protocol).contains_key(expected));
-            (seen == [true; 2]).then_some(())
-        });
-        assert!(flowing.is_some(), "streams come from {expected}");
-        streams
-    };
+    flows_do_not_outlive(&lab, &pod.netns, &server, &node, EGRESS, || {
+        lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
+    });
+    flows_do_not_outlive(&lab, &pod.netns, &server, EGRESS, OTHER_EGRESS, || {
+        lab.objects.egress_ip("prod", &[OTHER_EGRESS], PROD, &[]);
+    });
+    flows_do_not_outlive(&lab, &pod.netns, &server, OTHER_EGRESS, &node, || {
+        lab.objects.remove_egress_ip("prod");
+    });
+}
 
-    let mut before = node.clone();
-    for (egress, now) in [(Some(EGRESS), EGRESS), (Some(OTHER_EGRESS), OTHER_EGRESS), (None, &*node)] {
-        // Kept running: they are what must not be seen again.
-        let old = streams(&before);
-        match egress {
-            Some(egress) => lab.objects.egress_ip("prod", &[egress], PROD, &[]),
-            None => lab.objects.remove_egress_ip("prod"),
-        }
-        expect_soon(&pod.netns, &server, now);
-        recorder.reset();
-        // Long enough for a retransmission, or for 50 datagrams.
-        let watched = Duration::from_millis(500);
-        let leak = eventually(watched, || {
-            let leaks = ["tcp", "udp"].map(|protocol| recorder.sources(protocol).contains_key(&before));
-            (leaks != [false; 2]).then_some(leaks)
-        });
-        assert_eq!(leak, None, "[tcp, udp] of {before} are seen after the change to {now}");
-        drop(old);
-        now.clone_into(&mut before);
-    }
+/// Both addresses stay in force; only the pod goes from one object to the other.
+#[test]
+fn live_flows_do_not_follow_a_pod_to_another_object() {
+    let (lab, _agents, _echo, server) = cluster();
+    lab.objects.egress_ip("web", &[EGRESS], PROD, &[("app", "web")]);
+    lab.objects.egress_ip("db", &[OTHER_EGRESS], PROD, &[("app", "db")]);
+    assert_eq!(lab.wait_owner(EGRESS), "node-b");
+    assert_eq!(lab.wait_owner(OTHER_EGRESS), "node-b");
+    let mut pod = lab.run_pod("node-a", &PodSpec::new("prod", "client").label("app", "web"));
+    let netns = pod.netns.clone();
+    expect_soon(&netns, &server, EGRESS);
+    flows_do_not_outlive(&lab, &netns, &server, EGRESS, OTHER_EGRESS, || pod.set_labels(&[("app", "db")]));
 }
 
 #[test]
