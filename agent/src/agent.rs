@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
+use datapath::addr::Ip;
 use datapath::limits::GRANULE_PORTS;
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -40,8 +41,9 @@ pub trait Kernel {
     /// Makes the tunnel's device be there, with this UDP port.
     fn ensure_tunnel(&mut self, port: u16) -> impl Future<Output = Result<(), String>>;
 
-    /// Makes maps and attachments be as the image and the facts say.
-    fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<(), Self::Error>;
+    /// Makes maps and attachments be as the image and the facts say. An error says that the maps are not;
+    /// a text, that they are, and that some interface could not be attached to.
+    fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, Self::Error>;
 
     /// Removes dead flows; how many were removed, and how many are left.
     fn sweep(&mut self) -> Result<(usize, usize), Self::Error>;
@@ -99,6 +101,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         state: Rc<RefCell<metrics::State>>,
     ) -> Self {
         let ids = Ids::recover(kernel.recovered());
+        let loaded = still_loaded(&identity, source.objects(), kernel.recovered());
         state.borrow_mut().not_ready = Some("nothing is applied yet".to_owned());
         Self {
             identity,
@@ -108,7 +111,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             state,
             ids,
             applied: None,
-            loaded: BTreeMap::new(),
+            loaded,
             leading: false,
             tunnel_port: None,
             retry_at: None,
@@ -250,11 +253,15 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             return;
         }
         match self.kernel.apply(&compiled.image, facts) {
-            Ok(()) => {
+            Ok(unattached) => {
                 self.applied = Some((compiled.image.clone(), facts.clone()));
                 self.loaded.clone_from(&compiled.loaded);
                 self.state.borrow_mut().applies += 1;
-                if facts.tunnel_ifindex == 0 {
+                if let Some(message) = unattached {
+                    // The port tables are there all the same: other nodes need not wait.
+                    self.applied = None;
+                    self.failures.insert(Problem::new("this node's interfaces", message));
+                } else if facts.tunnel_ifindex == 0 {
                     self.wait("the tunnel's device is not there yet");
                 } else {
                     self.said.waiting = None;
@@ -266,7 +273,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             Err(error) => {
                 self.applied = None;
                 self.state.borrow_mut().apply_failures += 1;
-                self.failures.insert(Problem::new("this node's maps and programs", error));
+                self.failures.insert(Problem::new("this node's maps", error));
             }
         }
     }
@@ -359,6 +366,28 @@ impl<S: Source, K: Kernel> Agent<S, K> {
     }
 }
 
+/// What the agent before this one confirmed and the kernel still has. Taken back for the moment of a restart,
+/// it would stop the nodes that wait for it from opening connections.
+fn still_loaded(
+    identity: &Identity,
+    objects: &crate::objects::Objects,
+    kernel: &MapImage,
+) -> BTreeMap<IpAddr, (String, u64)> {
+    let Some(own) = objects.egress_nodes.get(&identity.node) else { return BTreeMap::new() };
+    if own.status.boot_id != identity.boot_id {
+        return BTreeMap::new();
+    }
+    own.status
+        .loaded
+        .iter()
+        .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.clone(), l.generation))))
+        .filter(|(ip, _)| {
+            let id = kernel.egress_addrs.get(&Ip::from(*ip));
+            id.is_some_and(|id| kernel.granules.contains_key(id))
+        })
+        .collect()
+}
+
 /// 64 random bits.
 fn random() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
@@ -428,7 +457,6 @@ mod tests {
     use super::*;
     use crate::facts::Uplink;
     use crate::watch::dir::DirSource;
-    use datapath::addr::Ip;
     use std::fs;
     use std::path::PathBuf;
     use tokio::sync::watch::{Sender, channel};
@@ -440,6 +468,7 @@ mod tests {
         image: MapImage,
         history: Rc<RefCell<Vec<MapImage>>>,
         failing: Rc<RefCell<bool>>,
+        unattached: Rc<RefCell<Option<String>>>,
     }
 
     impl Kernel for Memory {
@@ -451,13 +480,13 @@ mod tests {
         async fn ensure_tunnel(&mut self, _: u16) -> Result<(), String> {
             Ok(())
         }
-        fn apply(&mut self, image: &MapImage, _: &Facts) -> Result<(), std::io::Error> {
+        fn apply(&mut self, image: &MapImage, _: &Facts) -> Result<Option<String>, std::io::Error> {
             if *self.failing.borrow() {
                 return Err(std::io::Error::other("no memory"));
             }
             self.image = image.clone();
             self.history.borrow_mut().push(image.clone());
-            Ok(())
+            Ok(self.unattached.borrow().clone())
         }
         fn sweep(&mut self) -> Result<(usize, usize), std::io::Error> {
             Ok((0, 0))
@@ -625,9 +654,8 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             let gateway = self.get(&holder);
             let id = gateway.image().node_addrs[&key(&format!("192.0.2.{}", node.as_bytes()[0]))];
             let table = gateway.image().granules[&gateway.egress(ip)];
-            lease.ranges[..lease.len as usize]
-                .iter()
-                .all(|r| table.node[usize::from(r.first)..][..usize::from(r.count)].iter().all(|n| *n == id))
+            let granules = &lease.granule[..lease.granules as usize];
+            granules.iter().all(|g| table.node[usize::from(*g)] == id)
         }
 
         async fn eventually(&self, what: &str, holds: impl Fn(&Self) -> bool) {
@@ -735,6 +763,32 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
     }
 
     #[test]
+    fn what_the_kernel_still_has_stays_confirmed_over_a_restart() {
+        in_a_world(async || {
+            let mut w = World::usual("confirmed");
+            w.start("a", Memory::default());
+            w.start("b", Memory::default());
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            let confirmed = |w: &World| {
+                fs::read_to_string(w.dir.join(".outgate/egressnodes/b.yaml"))
+                    .unwrap()
+                    .contains("generation: ")
+            };
+            for (image, stays) in [(w.get("b").image(), true), (MapImage::default(), false)] {
+                let gone = w.nodes.pop().unwrap();
+                gone.task.abort();
+                assert!(gone.task.await.is_err(), "cancelled");
+                // It gets no further than its first words.
+                let kernel = Memory { image, ..Memory::default() };
+                *kernel.failing.borrow_mut() = true;
+                w.start("b", kernel);
+                w.eventually("an attempt", |w| w.get("b").state.borrow().apply_failures > 0).await;
+                assert_eq!(confirmed(&w), stays);
+            }
+        });
+    }
+
+    #[test]
     fn a_failed_apply_is_not_confirmed_and_tried_again() {
         in_a_world(async || {
             let mut w = World::usual("failure");
@@ -758,6 +812,22 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
                     .contains("generation: 1")
             })
             .await;
+        });
+    }
+
+    #[test]
+    fn an_interface_that_cannot_be_attached_to_keeps_nothing_from_others() {
+        in_a_world(async || {
+            let mut w = World::usual("unattached");
+            let kernel = Memory::default();
+            *kernel.unattached.borrow_mut() = Some("no".into());
+            w.start("a", Memory::default());
+            w.start("b", kernel.clone());
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            assert!(w.get("b").state.borrow().not_ready.is_some());
+            *kernel.unattached.borrow_mut() = None;
+            tokio::time::sleep(RETRY).await;
+            w.eventually("readiness", |w| w.get("b").state.borrow().not_ready.is_none()).await;
         });
     }
 

@@ -237,7 +237,7 @@ impl Compiler<'_> {
     /// The ports that this node may use now: those of its leases that the holder's kernel is known to have.
     /// If this node is the holder, they come with the same change, `GRANULES` first. If nobody is, nothing
     /// leaves anyway, and `NoOwner` is the reason to be seen.
-    fn own_lease(&mut self, ip: &IpAddr) -> Option<Lease> {
+    fn own_lease(&self, ip: &IpAddr) -> Option<Lease> {
         let name = &self.desired.node;
         let a = self.desired.allocations.get(ip)?;
         let confirmed = match &a.owner {
@@ -248,7 +248,6 @@ impl Compiler<'_> {
             _ => a.generation,
         };
         let own_uid = self.desired.nodes.get(name)?.agent.as_ref().map(|a| a.node_uid.as_str())?;
-        let mut lease = Lease::default();
         let mut ranges: Vec<_> = a
             .leases
             .iter()
@@ -256,23 +255,7 @@ impl Compiler<'_> {
             .flat_map(|l| l.ranges.iter().copied())
             .collect();
         ranges.sort_unstable();
-        if ranges.len() > limits::LEASE_RANGES {
-            self.out.problems.insert(Problem::new(
-                format_args!("EgressAllocation {ip}"),
-                format_args!(
-                    "{} port ranges for this node, of which {} can be used",
-                    ranges.len(),
-                    limits::LEASE_RANGES
-                ),
-            ));
-            ranges.truncate(limits::LEASE_RANGES);
-        }
-        for (slot, range) in lease.ranges.iter_mut().zip(ranges) {
-            *slot = range;
-            lease.len += 1;
-            lease.granules += u32::from(range.count);
-        }
-        Some(lease).filter(|l| l.len > 0)
+        Some(Lease::of(&ranges)).filter(|l| l.granules > 0)
     }
 
     /// `PODS`, `DELIVERY` and `POD_NAMES`.
@@ -710,7 +693,7 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
             let yaml =
                 cluster(&[]).replace("loaded: []", &format!("loaded: [{loaded}]")).replace("owner: b", owner);
             let c = of(&yaml);
-            c.image.leases.get(&egress(&c, "192.0.2.100")).map(|l| l.ranges[..l.len as usize].to_vec())
+            c.image.leases.get(&egress(&c, "192.0.2.100")).copied()
         };
         let (first, second) = (GranuleRange { first: 0, count: 10 }, GranuleRange { first: 20, count: 10 });
         let confirmed = |generation: u64, uid: &str| {
@@ -718,12 +701,12 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
         };
         assert_eq!(lease("", "owner: b"), None, "nothing confirmed");
         assert_eq!(lease(&confirmed(2, "x"), "owner: b"), None);
-        assert_eq!(lease(&confirmed(3, "x"), "owner: b"), Some(vec![first]));
-        assert_eq!(lease(&confirmed(4, "x"), "owner: b"), Some(vec![first]));
-        assert_eq!(lease(&confirmed(5, "x"), "owner: b"), Some(vec![first, second]));
+        assert_eq!(lease(&confirmed(3, "x"), "owner: b"), Some(Lease::of(&[first])));
+        assert_eq!(lease(&confirmed(4, "x"), "owner: b"), Some(Lease::of(&[first])));
+        assert_eq!(lease(&confirmed(5, "x"), "owner: b"), Some(Lease::of(&[first, second])));
         assert_eq!(lease(&confirmed(5, "y"), "owner: b"), None, "an earlier allocation of the address");
-        assert_eq!(lease("", "owner: a"), Some(vec![first, second]), "loaded with the same change");
-        assert_eq!(lease("", "owner: ''"), Some(vec![first, second]), "nobody to wait for");
+        assert_eq!(lease("", "owner: a"), Some(Lease::of(&[first, second])), "loaded with the same change");
+        assert_eq!(lease("", "owner: ''"), Some(Lease::of(&[first, second])), "nobody to wait for");
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //! packet of a flow is given a token and goes up the host's stack.
 
 use crate::addr::Ip;
-use crate::conntrack::{Sender, Ticks, expired, idle_time, next_state, older_than};
+use crate::conntrack::{Sender, Ticks, expired, idle_time, next_state, older_than, seconds};
 use crate::keys::{
     EgressIp, FlowKey, FlowPath, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token, Tuple,
 };
+use crate::limits::WALK_AGAIN_SECONDS;
 use crate::packet::{Kind, Packet, UDP};
 use crate::snat::way_out;
 use crate::tables::{InsertError, Tables};
@@ -46,6 +47,7 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     match packet.kind {
         Kind::Tcp | Kind::Udp | Kind::EchoRequest => {}
         Kind::EchoReply => return untranslatable(t, settings, &key, DropReason::NoFlow, to),
+        Kind::IcmpError => return error(t, settings, &pod, &key, to),
         Kind::OtherIcmp => return untranslatable(t, settings, &key, DropReason::IcmpType, to),
         Kind::Fragment => return untranslatable(t, settings, &key, DropReason::Fragment, to),
         Kind::Other => return untranslatable(t, settings, &key, DropReason::Protocol, to),
@@ -85,7 +87,15 @@ fn offloaded_flow<'t, T: Tables>(
         // A flow of an old policy is void. A new SYN on a flow that had got further opens a connection anew:
         // the node's netfilter must see it (invariant 4).
         let reopens = packet.kind == Kind::Tcp && packet.opens() && flow.state != state;
-        if flow.policy != pod.policy || reopens || expired(settings, now, flow, key.protocol) {
+        let walks = packet.kind != Kind::Tcp && older_than(now, flow.walked, seconds(WALK_AGAIN_SECONDS));
+        // The host's stack answers a packet whose time to live ends here.
+        let ends_here = packet.ttl <= 1;
+        if flow.policy != pod.policy
+            || reopens
+            || ends_here
+            || walks
+            || expired(settings, now, flow, key.protocol)
+        {
             return None;
         }
         flow.state = state;
@@ -97,6 +107,33 @@ fn offloaded_flow<'t, T: Tables>(
     // An address that left the object makes the flow void, too.
     let egress = t.egress_ip(egress).filter(|e| e.policy == pod.policy)?;
     Some((egress, port))
+}
+
+/// A pod's ICMP error about a packet that it received: translated if that belongs to an offloaded flow. It does
+/// not keep the flow alive (RFC 5508, REQ-10).
+#[inline(always)]
+fn error<T: Tables, A: Act<FromPod>>(
+    t: &T,
+    settings: &Settings,
+    pod: &Pod,
+    key: &FlowKey,
+    to: &A,
+) -> A::Done {
+    let now = t.now();
+    let known = t.flow(key, |flow| {
+        let alive = flow.policy == pod.policy && !expired(settings, now, flow, key.protocol);
+        alive.then_some((flow.egress, flow.egress_port))
+    });
+    let Some(Some((id, source_port))) = known else {
+        return untranslatable(t, settings, key, DropReason::IcmpType, to);
+    };
+    let Some(egress) = t.egress_ip(id).filter(|e| e.policy == pod.policy) else {
+        return to.act(FromPod::Drop(DropReason::NoFlow));
+    };
+    match way_out(t, settings, egress, 0) {
+        Ok(way) => to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way })),
+        Err(reason) => to.act(FromPod::Drop(reason)),
+    }
 }
 
 /// A packet whose source is no pod that we know.
@@ -142,7 +179,7 @@ fn untranslatable<T: Tables, A: Act<FromPod>>(
 ) -> A::Done {
     if opened_by_remote(t, settings, t.now(), key) {
         to.act(FromPod::Pass)
-    } else if stays_inside(t, &key.remote) {
+    } else if key.remote.stays_on_link() || t.network(&key.remote) != 0 {
         to.act(FromPod::Unmarked)
     } else {
         to.act(FromPod::Drop(reason))

@@ -40,7 +40,7 @@ pub(crate) fn steer<'t, T: Tables, A: Act<FromOutside<'t>>>(
 ) -> A::Done {
     let drop = |reason| to.act(FromOutside::Drop(reason));
     match packet.kind {
-        Kind::Tcp | Kind::Udp | Kind::EchoReply => {}
+        Kind::Tcp | Kind::Udp | Kind::EchoReply | Kind::IcmpError => {}
         Kind::EchoRequest => return drop(DropReason::NoReplyFlow),
         Kind::OtherIcmp => return drop(DropReason::IcmpType),
         Kind::Fragment => return drop(DropReason::Fragment),
@@ -89,8 +89,11 @@ fn deliver<'t, T: Tables, A: Act<FromOutside<'t>>>(
         if !own || expired(settings, now, flow, key.protocol) {
             return false;
         }
-        flow.state = next_state(flow.state, Sender::Server, key.protocol, packet.tcp_flags);
-        flow.seen = now;
+        // An error proves nothing about the other end, and does not keep the flow alive (RFC 5508, REQ-10).
+        if packet.kind != Kind::IcmpError {
+            flow.state = next_state(flow.state, Sender::Server, key.protocol, packet.tcp_flags);
+            flow.seen = now;
+        }
         true
     });
     if alive != Some(true) {
@@ -100,6 +103,7 @@ fn deliver<'t, T: Tables, A: Act<FromOutside<'t>>>(
     match t.delivery(reply.pod) {
         None => to.act(FromOutside::Drop(DropReason::PodGone)),
         Some(_) if reply.path == FlowPath::Host as u8 => to.act(FromOutside::Host(reverse)),
+        Some(_) if packet.ttl <= 1 => to.act(FromOutside::Drop(DropReason::TtlExpired)),
         Some(delivery) if delivery.ifindex == 0 => to.act(FromOutside::Drop(DropReason::PodGone)),
         Some(delivery) => to.act(FromOutside::Deliver(reverse, delivery)),
     }

@@ -5,7 +5,7 @@
 //! with data (any bit pattern must be a value).
 
 use crate::addr::Ip;
-use crate::limits::{GRANULES, LEASE_RANGES, POLICY_ADDRESSES};
+use crate::limits::{GRANULES, POLICY_ADDRESSES};
 
 /// A pod's id: given by the agent to a pod's address, never given again. 0 is none.
 pub type PodId = u32;
@@ -118,14 +118,12 @@ pub struct GranuleRange {
 
 /// `LEASES`, by egress id: the granules that this node may take ports from.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Lease {
-    /// Sum of the ranges' counts.
+    /// How many of `granule` are set.
     pub granules: u32,
-    /// How many of `ranges` are set.
-    pub len: u32,
-    /// The ranges, ascending.
-    pub ranges: [GranuleRange; LEASE_RANGES],
+    /// The granules, ascending: a list, so that a port's place in the lease is one look away.
+    pub granule: [u16; GRANULES],
 }
 
 /// `NODES`, by node id.
@@ -269,6 +267,10 @@ pub struct Flow {
     pub pad: u8,
     /// When it last carried a packet, in [`crate::conntrack::Ticks`].
     pub seen: u32,
+    /// When one of its packets last walked through the host's stack, in the same unit.
+    pub walked: u32,
+    /// Zero.
+    pub pad_walked: u32,
     /// Packets the pod sent.
     pub packets: u64,
     /// Bytes the pod sent, IP headers included.
@@ -411,8 +413,8 @@ macro_rules! map_data {
 
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
-    GranuleRange = 4, Lease = 72, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FlowKey = 28, Flow = 32, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 56,
+    GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
+    Token = 48, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 56,
     u32 = 4,
 }
 
@@ -431,5 +433,25 @@ impl Default for Policy {
 impl Default for GranuleTable {
     fn default() -> Self {
         Self { node: [0; GRANULES] }
+    }
+}
+
+impl Default for Lease {
+    fn default() -> Self {
+        Self { granules: 0, granule: [0; GRANULES] }
+    }
+}
+
+impl Lease {
+    /// The lease of these ranges, which do not overlap.
+    #[must_use]
+    pub fn of(ranges: &[GranuleRange]) -> Self {
+        let mut lease = Self::default();
+        let granules = ranges.iter().flat_map(|range| range.first..range.first + range.count);
+        for (slot, granule) in lease.granule.iter_mut().zip(granules) {
+            *slot = granule;
+            lease.granules += 1;
+        }
+        lease
     }
 }

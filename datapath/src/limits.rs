@@ -6,9 +6,6 @@ pub const FIRST_PORT: u16 = 1024;
 pub const GRANULE_PORTS: u16 = 64;
 /// Granules of one egress IP: ports 1024-65535 in 64s. It bounds the source nodes of one address.
 pub const GRANULES: usize = 1008;
-/// Ranges of granules that one node may hold of one egress IP. A lease grows by contiguous ranges, so few are
-/// needed; the leader refuses to cut a lease into more.
-pub const LEASE_RANGES: usize = 16;
 /// Addresses of one EgressIP object. A new flow scores every one of them; the object is refused beyond.
 pub const POLICY_ADDRESSES: usize = 32;
 /// Pods with an address on one node: eight times the kubelet's recommended 110 and room for dual stack.
@@ -32,5 +29,15 @@ pub const TOKENS: u32 = 65_536;
 /// Connections of selected pods whose packets do not tell who opened them. Least recently used goes first: a
 /// connection from outside that idles while 262,144 others come is then answered no more.
 pub const OPENERS: u32 = 262_144;
-/// Ports that a new flow tries before it gives up with `NoPortFree`.
-pub const PORT_PROBES: u32 = 256;
+/// Ports that a new flow draws at random before it scans the lease: with half of it in use towards a
+/// destination, one flow in four thousand scans.
+pub const PORT_DRAWS: u32 = 12;
+/// How long a UDP or ICMP flow skips the host's stack before one of its packets walks through it again, in
+/// seconds: what the node's netfilter forbids meanwhile is in force for them this long after at the latest.
+/// TCP shows its openings.
+pub const WALK_AGAIN_SECONDS: u32 = 30;
+/// How long a destination that a scan found full is answered "full" without another, in seconds. It bounds
+/// what a pod that sprays a full destination can cost: one scan a second.
+pub const FULL_SECONDS: u32 = 1;
+/// Destinations remembered as full. Least recently used goes first and is scanned again.
+pub const FULL: u32 = 4096;

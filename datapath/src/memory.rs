@@ -40,6 +40,8 @@ pub struct Memory {
     pub flows: RefCell<BTreeMap<FlowKey, Flow>>,
     /// `REPLIES`.
     pub replies: RefCell<BTreeMap<ReplyKey, Reply>>,
+    /// `FULL`.
+    pub full: RefCell<BTreeMap<ReplyKey, Ticks>>,
     /// `OPENERS`.
     pub openers: RefCell<BTreeMap<FlowKey, Opener>>,
     /// `TOKENS`. Taken tokens are leaked: they are lent for as long as the tables live, and tests are short.
@@ -155,6 +157,14 @@ impl Tables for Memory {
 
     fn remove_reply(&self, key: &ReplyKey) {
         self.replies.borrow_mut().remove(key);
+    }
+
+    fn full_until(&self, destination: &ReplyKey) -> Option<Ticks> {
+        self.full.borrow().get(destination).copied()
+    }
+
+    fn put_full(&self, destination: &ReplyKey, until: Ticks) {
+        self.full.borrow_mut().insert(*destination, until);
     }
 
     fn opener(&self, key: &FlowKey) -> Option<Opener> {

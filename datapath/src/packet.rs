@@ -30,6 +30,9 @@ pub enum Kind {
     EchoRequest,
     /// ICMP echo reply: the identifier is the destination port.
     EchoReply,
+    /// An ICMP error (unreachable, time exceeded, parameter problem). Its tuple is that of the packet it quotes,
+    /// reversed: of a packet of the same flow that travels the error's way (RFC 5508, 4).
+    IcmpError,
     /// Any other ICMP.
     OtherIcmp,
     /// Any fragment, the first included.
@@ -51,6 +54,8 @@ pub struct Packet {
     pub kind: Kind,
     /// TCP flags; 0 for others.
     pub tcp_flags: u8,
+    /// Time to live, in hops.
+    pub ttl: u8,
 }
 
 impl Packet {
@@ -61,7 +66,12 @@ impl Packet {
         match self.kind {
             Kind::Tcp => self.tcp_flags & (SYN | ACK | RST | FIN) == SYN,
             Kind::Udp | Kind::EchoRequest => true,
-            Kind::EchoReply | Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => false,
+            Kind::EchoReply
+            | Kind::IcmpError
+            | Kind::OtherIcmp
+            | Kind::Fragment
+            | Kind::Other
+            | Kind::Malformed => false,
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Granules of an egress IP's ports, and which port a new flow gets.
 
-use crate::conntrack::{Ticks, expired};
+use crate::conntrack::{Ticks, expired, older_than, seconds};
 use crate::keys::{FlowKey, Lease, Reply, ReplyKey, Settings};
-use crate::limits::{FIRST_PORT, GRANULE_PORTS, LEASE_RANGES, PORT_PROBES};
+use crate::limits::{FIRST_PORT, FULL_SECONDS, GRANULE_PORTS, PORT_DRAWS};
 use crate::tables::{InsertError, Tables};
 use crate::verdict::DropReason;
 
@@ -13,31 +13,25 @@ pub const fn granule_of(port: u16) -> Option<u16> {
     if port < FIRST_PORT { None } else { Some((port - FIRST_PORT) / GRANULE_PORTS) }
 }
 
-/// The `nth` port of a lease, counted over its ranges; `None` past its end.
+/// The `nth` port of a lease; `None` past its end.
 #[inline(always)]
 #[must_use]
 pub fn nth_port(lease: &Lease, nth: u32) -> Option<u16> {
-    let per_granule = u32::from(GRANULE_PORTS);
-    let (mut granules_left, offset) = (nth / per_granule, nth % per_granule);
-    let mut i = 0;
-    while i < LEASE_RANGES {
-        let range = &lease.ranges[i];
-        let count = u32::from(range.count);
-        if granules_left < count {
-            let granule = u32::from(range.first) + granules_left;
-            return u16::try_from(u32::from(FIRST_PORT) + granule * per_granule + offset).ok();
-        }
-        granules_left -= count;
-        i += 1;
+    let index = nth / u32::from(GRANULE_PORTS);
+    if index >= lease.granules {
+        return None;
     }
-    None
+    let granule = *lease.granule.get(index as usize)?;
+    let offset = nth % u32::from(GRANULE_PORTS);
+    u16::try_from(u32::from(FIRST_PORT) + u32::from(granule) * u32::from(GRANULE_PORTS) + offset).ok()
 }
 
 /// Claims a port of this node's lease for a flow, by inserting its reply key: the insertion is the claim, so
-/// two CPUs never get one port. Ports are tried in random order (RFC 6056); one whose flow is past its time
-/// is taken over.
+/// two CPUs never get one port. Ports are drawn at random (RFC 6056); when the draws find none, the whole
+/// lease is scanned from a random place, so that the search fails only if every port is taken. A port whose
+/// flow is past its time is taken over.
 ///
-/// `key` is complete but for its port. Returns the port.
+/// `key` is complete but for its port, which is 0. Returns the port.
 #[inline(always)]
 pub fn claim_port<T: Tables>(
     t: &T,
@@ -51,32 +45,38 @@ pub fn claim_port<T: Tables>(
     if ports == 0 {
         return Err(DropReason::NoPortRange);
     }
+    if t.full_until(&key).is_some_and(|until| !older_than(now, until, 0)) {
+        return Err(DropReason::NoPortFree);
+    }
     let mut found = Err(DropReason::NoPortFree);
-    t.repeat(PORT_PROBES, |_| {
-        let Some(port) = nth_port(lease, scale(t.random(), ports)) else { return false };
+    let mut nth = 0;
+    t.repeat(PORT_DRAWS + ports, |i| {
+        // The last draw is where the scan starts.
+        nth = match i < PORT_DRAWS {
+            true => scale(t.random(), ports),
+            false if nth + 1 < ports => nth + 1,
+            false => 0,
+        };
+        let Some(port) = nth_port(lease, nth) else { return false };
         key.egress_port = port;
-        match t.insert_reply(&key, reply) {
-            Ok(()) => {
-                found = Ok(port);
-                true
+        let claim = match t.insert_reply(&key, reply) {
+            // Another CPU may be quicker in taking over what is dead: then the next port.
+            Err(InsertError::Exists) if release_if_dead(t, settings, now, &key) => {
+                t.insert_reply(&key, reply)
             }
-            Err(InsertError::Full) => {
-                found = Err(DropReason::FlowTableFull);
-                true
-            }
-            Err(InsertError::Exists) => {
-                if !release_if_dead(t, settings, now, &key) {
-                    return false;
-                }
-                // Another CPU may have been quicker: then the next port.
-                let claimed = t.insert_reply(&key, reply).is_ok();
-                if claimed {
-                    found = Ok(port);
-                }
-                claimed
-            }
-        }
+            claim => claim,
+        };
+        found = match claim {
+            Ok(()) => Ok(port),
+            Err(InsertError::Full) => Err(DropReason::FlowTableFull),
+            Err(InsertError::Exists) => return false,
+        };
+        true
     });
+    if found == Err(DropReason::NoPortFree) {
+        key.egress_port = 0;
+        t.put_full(&key, now.wrapping_add(seconds(FULL_SECONDS)));
+    }
     found
 }
 
@@ -143,9 +143,8 @@ mod tests {
 
     #[test]
     fn every_port_of_a_lease_is_counted_once_and_lies_in_it() {
-        let mut lease = Lease { granules: 4, len: 2, ..Lease::default() };
-        lease.ranges[0] = GranuleRange { first: 0, count: 1 };
-        lease.ranges[1] = GranuleRange { first: 1005, count: 3 };
+        let lease = Lease::of(&[GranuleRange { first: 0, count: 1 }, GranuleRange { first: 1005, count: 3 }]);
+        assert_eq!(lease.granules, 4);
         let ports: std::vec::Vec<u16> = (0..4 * 64).map(|n| nth_port(&lease, n).unwrap()).collect();
         assert_eq!(ports[0], 1024);
         assert_eq!(ports[63], 1087);

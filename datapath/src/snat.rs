@@ -2,7 +2,6 @@
 
 use crate::addr::Ip;
 use crate::keys::{EgressId, EgressIp, IfIndex, Policy, Settings, Tuple};
-use crate::limits::POLICY_ADDRESSES;
 use crate::tables::Tables;
 use crate::verdict::{DropReason, Way};
 
@@ -47,16 +46,11 @@ pub fn choose_egress_ip<T: Tables>(t: &T, settings: &Settings, policy: &Policy, 
     }
     let mut choice = Choice::default();
     let (mut best, mut second) = (0, 0);
-    let mut i = 0;
-    while i < POLICY_ADDRESSES {
-        if i as u32 >= policy.len {
-            break;
-        }
-        let id = policy.egress[i];
-        i += 1;
-        let Some(egress) = t.egress_ip(id) else { continue };
+    t.repeat(policy.len, |i| {
+        let Some(id) = policy.egress.get(i as usize).copied() else { return true };
+        let Some(egress) = t.egress_ip(id) else { return false };
         if egress.holder == 0 || egress.ip.is_v4() != tuple.source.is_v4() {
-            continue;
+            return false;
         }
         let score = mix_ip(seed, &egress.ip) | 1; // never 0, which stands for "none"
         if score > best {
@@ -65,7 +59,8 @@ pub fn choose_egress_ip<T: Tables>(t: &T, settings: &Settings, policy: &Policy, 
         } else if score > second {
             (second, choice.second) = (score, id);
         }
-    }
+        false
+    });
     choice
 }
 

@@ -59,6 +59,11 @@ pub trait Tables {
     /// Gives a reply key back.
     fn remove_reply(&self, key: &ReplyKey);
 
+    /// Until when every port of this node is taken towards a destination: a reply key with port 0.
+    fn full_until(&self, destination: &ReplyKey) -> Option<Ticks>;
+    /// Notes that a destination is full.
+    fn put_full(&self, destination: &ReplyKey, until: Ticks);
+
     /// Who opened a connection.
     fn opener(&self, key: &FlowKey) -> Option<Opener>;
     /// Notes who opened a connection.

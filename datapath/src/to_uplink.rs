@@ -164,6 +164,7 @@ fn known_flow<'t, T: Tables>(
         if alive {
             flow.state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
             flow.seen = now;
+            flow.walked = now;
             flow.packets = flow.packets.wrapping_add(1);
             flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
         }
@@ -208,6 +209,8 @@ fn new_flow<'t, T: Tables>(
         state: FlowState::Opening as u8,
         pad: 0,
         seen: now,
+        walked: now,
+        pad_walked: 0,
         packets: 1,
         bytes: u64::from(packet.len),
     };

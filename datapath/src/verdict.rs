@@ -73,6 +73,8 @@ drop_reasons! {
     NotReady = 22,
     /// The packet came into the node by an interface that the agent has not looked at yet: a new pod's.
     UnknownInterface = 23,
+    /// A reply whose time to live ends here.
+    TtlExpired = 24,
 }
 
 /// Where a translated packet goes next.

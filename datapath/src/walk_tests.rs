@@ -100,9 +100,8 @@ fn add_egress(t: &mut Memory, id: u32, ip: Ip, holder: u16) {
     table.node[..10].fill(A);
     table.node[10..20].fill(B);
     t.granules.insert(id, table);
-    let mut lease = Lease { granules: 10, len: 1, ..Lease::default() };
-    lease.ranges[0] = GranuleRange { first: if t.settings.node == A { 0 } else { 10 }, count: 10 };
-    t.leases.insert(id, lease);
+    let first = if t.settings.node == A { 0 } else { 10 };
+    t.leases.insert(id, Lease::of(&[GranuleRange { first, count: 10 }]));
 }
 
 fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
@@ -110,6 +109,7 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
         Kind::Tcp => TCP,
         Kind::Udp => UDP,
         Kind::EchoRequest | Kind::EchoReply | Kind::OtherIcmp => ICMP,
+        Kind::IcmpError => UDP, // of the quoted packet
         Kind::Fragment | Kind::Other | Kind::Malformed => 132,
     };
     let tuple = Tuple {
@@ -120,7 +120,7 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
         protocol,
         pad: [0; 3],
     };
-    Packet { tuple, len: 60, kind, tcp_flags }
+    Packet { tuple, len: 60, kind, tcp_flags, ttl: 64 }
 }
 
 fn tcp(from: (Ip, u16), to: (Ip, u16), flags: u8) -> Packet {
@@ -204,6 +204,49 @@ fn udp_and_echo_walk_alike() {
         let FromOutside::Deliver(to, _) = from_tunnel(&a, &NODE_B, VNI, &reply, &Keep) else { panic!() };
         assert_eq!(to, ReverseSnat { destination: POD, destination_port: out.tuple.source_port });
     }
+}
+
+#[test]
+fn icmp_errors_follow_the_flow_they_are_about() {
+    let a = node(A, B);
+    let b = node(B, B);
+    let out = udp((POD, 5000), (SERVER, 53));
+    let snat = translated(walk_up(&a, &out, &out));
+    let seen = |t: &Memory| t.flows.borrow().values().map(|f| (f.seen, f.state)).collect::<Vec<_>>();
+    let before = seen(&a);
+    a.now.set(seconds(20));
+    // A router's about a packet of the pod: steered and delivered like an answer.
+    let error = packet(Kind::IcmpError, (SERVER, 53), (EGRESS, snat.source_port), 0);
+    assert_eq!(from_uplink(&b, &error, &Keep), FromOutside::Tunnel(NODE_A));
+    let FromOutside::Deliver(to, _) = from_tunnel(&a, &NODE_B, VNI, &error, &Keep) else { panic!() };
+    assert_eq!(to, ReverseSnat { destination: POD, destination_port: 5000 });
+    // The pod's about an answer: leaves like the flow's own packets.
+    let error = packet(Kind::IcmpError, (POD, 5000), (SERVER, 53), 0);
+    assert_eq!(from_pod(&a, POD_IF, &error), FromPod::Translate(snat));
+    let out = packet(Kind::IcmpError, (EGRESS, snat.source_port), (SERVER, 53), 0);
+    assert_eq!(from_tunnel(&b, &NODE_A, VNI, &out, &Keep), FromOutside::Forward(UPLINK));
+    assert_eq!(seen(&a), before, "errors keep no flow alive");
+    // About no flow of ours.
+    let error = packet(Kind::IcmpError, (POD, 5001), (SERVER, 53), 0);
+    assert_eq!(from_pod(&a, POD_IF, &error), FromPod::Drop(DropReason::IcmpType));
+    let error = packet(Kind::IcmpError, (SERVER_2, 53), (EGRESS, snat.source_port), 0);
+    assert_eq!(from_tunnel(&a, &NODE_B, VNI, &error, &Keep), FromOutside::Drop(DropReason::NoReplyFlow));
+    // About a connection that came in: let go.
+    to_pod(&a, &udp((SERVER_2, 3333), (POD, 53)));
+    let error = packet(Kind::IcmpError, (POD, 53), (SERVER_2, 3333), 0);
+    assert_eq!(from_pod(&a, POD_IF, &error), FromPod::Pass);
+}
+
+#[test]
+fn a_time_to_live_that_ends_here() {
+    let a = node(A, B);
+    let mut out = udp((POD, 5000), (SERVER, 53));
+    let snat = translated(walk_up(&a, &out, &out));
+    out.ttl = 1;
+    assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(_)), "the host's stack answers it");
+    let mut reply = udp((SERVER, 53), (EGRESS, snat.source_port));
+    reply.ttl = 1;
+    assert_eq!(from_tunnel(&a, &NODE_B, VNI, &reply, &Keep), FromOutside::Drop(DropReason::TtlExpired));
 }
 
 #[test]
@@ -473,6 +516,26 @@ fn a_connection_opened_anew_meets_the_hosts_netfilter_again() {
 }
 
 #[test]
+fn udp_and_echo_walk_through_the_stack_again_every_30_s() {
+    let a = node(A, B);
+    for out in [udp((POD, 5000), (SERVER, 53)), packet(Kind::EchoRequest, (POD, 77), (SERVER, 0), 0)] {
+        a.now.set(0);
+        let snat = translated(walk_up(&a, &out, &out));
+        a.now.set(seconds(30));
+        assert_eq!(from_pod(&a, POD_IF, &out), FromPod::Translate(snat));
+        // What netfilter drops then stays dropped; what it lets go keeps its port, masqueraded anew or not.
+        a.now.set(seconds(31));
+        assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(_)));
+        assert_eq!(translated(walk_up(&a, &out, &masqueraded(&out))), snat);
+        assert_eq!(from_pod(&a, POD_IF, &out), FromPod::Translate(snat));
+    }
+    let syn = tcp((POD, 40000), (SERVER, 80), SYN);
+    let snat = translated(walk_up(&a, &syn, &syn));
+    a.now.set(a.now.get() + seconds(100));
+    assert_eq!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Translate(snat));
+}
+
+#[test]
 fn idle_flows_count_as_absent() {
     let a = node(A, B);
     let syn = tcp((POD, 40000), (SERVER, 80), SYN);
@@ -498,39 +561,30 @@ fn idle_flows_count_as_absent() {
 #[test]
 fn one_granule_carries_64_connections_to_one_destination() {
     let mut a = node(A, B);
-    let lease = a.leases.get_mut(&EGRESS_ID).unwrap();
-    lease.granules = 1;
-    lease.ranges[0].count = 1;
+    a.leases.insert(EGRESS_ID, Lease::of(&[GranuleRange { first: 0, count: 1 }]));
     let open = |pod_port, server| {
         let syn = tcp((POD, pod_port), (server, 80), SYN);
         walk_up(&a, &syn, &syn)
     };
-    let mut ports: Vec<u16> = Vec::new();
-    for pod_port in 0..60 {
-        ports.push(translated(open(40000 + pod_port, SERVER)).source_port);
-    }
+    let mut ports: Vec<u16> = (0..64).map(|n| translated(open(40000 + n, SERVER)).source_port).collect();
     ports.sort_unstable();
     ports.dedup();
-    assert_eq!(ports.len(), 60, "every connection has its own port");
+    assert_eq!(ports.len(), 64, "every connection has its own port");
     assert!(ports.iter().all(|p| (FIRST_PORT..FIRST_PORT + GRANULE_PORTS).contains(p)));
-    // The search draws at random: the last ports may take more draws than it makes. All taken, it gives up.
-    let mut refused = 0;
-    for pod_port in 60..200 {
-        match open(40000 + pod_port, SERVER) {
-            ToUplink::Translate(snat) => ports.push(snat.source_port),
-            verdict => {
-                assert_eq!(verdict, ToUplink::Drop(DropReason::NoPortFree));
-                refused += 1;
-            }
-        }
-    }
-    assert!(ports.len() <= 64 && ports.len() + refused == 200);
-    assert!(refused >= 136);
+    assert_eq!(open(40064, SERVER), ToUplink::Drop(DropReason::NoPortFree));
     // Another destination has all ports for itself.
     assert_eq!(translated(open(50000, SERVER_2)).source, EGRESS);
+    // Full is answered at once for a second, even when a port has come free meanwhile.
+    let (freed, _) = a.flows.borrow().iter().next().map(|(k, f)| (*k, *f)).unwrap();
+    a.remove_flow(&freed);
+    assert_eq!(open(40064, SERVER), ToUplink::Drop(DropReason::NoPortFree));
+    a.now.set(seconds(1) + 1);
+    translated(open(40064, SERVER));
     // When the first connections are past their time, their ports serve again.
     a.now.set(seconds(241));
-    translated(open(50001, SERVER));
+    for n in 0..63 {
+        translated(open(50001 + n, SERVER));
+    }
 }
 
 #[test]

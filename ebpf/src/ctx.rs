@@ -116,6 +116,12 @@ impl Skb {
         self.tc.l3_csum_replace(offset, u64::from(from), u64::from(to), 4).map_err(|_| Refused)
     }
 
+    /// The same for a changed 16-bit word.
+    #[inline(always)]
+    pub fn fix_ip_checksum_word(&self, offset: usize, from: u32, to: u32) -> Result<(), Refused> {
+        self.tc.l3_csum_replace(offset, u64::from(from), u64::from(to), 2).map_err(|_| Refused)
+    }
+
     /// Corrects a transport checksum at `offset`; `flags` as of `bpf_l4_csum_replace`.
     #[inline(always)]
     pub fn fix_l4_checksum(&self, offset: usize, from: u32, to: u32, flags: u64) -> Result<(), Refused> {

@@ -62,7 +62,7 @@ impl Act<FromPod> for AfterPod<'_> {
                 skb.set_hash(token);
                 NEXT
             }
-            FromPod::Translate(snat) => send::translated(skb, headers, &snat),
+            FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
             FromPod::Drop(reason) => drop(skb, reason),
         }
     }

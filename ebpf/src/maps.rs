@@ -87,6 +87,10 @@ pub static FLOWS: HashMap<FlowKey, Flow, { limits::FLOWS as usize }> = HashMap::
 #[btf_map]
 pub static REPLIES: HashMap<ReplyKey, Reply, { limits::FLOWS as usize }> = HashMap::new();
 
+/// Destinations towards which every port of this node is taken: reply keys with port 0, until when.
+#[btf_map]
+pub static FULL: LruHashMap<ReplyKey, u32, { limits::FULL as usize }> = LruHashMap::new();
+
 /// Drops by reason.
 #[btf_map]
 pub static DROPS: PerCpuArray<DropCount, { DropReason::ALL.len() }> = PerCpuArray::new();

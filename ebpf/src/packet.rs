@@ -13,11 +13,18 @@ const ETH_P_IP: u16 = 0x0800_u16.to_be();
 /// `ETH_P_ARP`.
 const ETH_P_ARP: u16 = 0x0806_u16.to_be();
 
+/// Length of an ICMP header; an error's quoted packet follows it (RFC 792).
+pub const ICMP_LEN: usize = 8;
 const ICMP_ECHO_REPLY: u8 = 0;
+const ICMP_UNREACHABLE: u8 = 3;
 const ICMP_ECHO_REQUEST: u8 = 8;
+const ICMP_TIME_EXCEEDED: u8 = 11;
+const ICMP_PARAMETER_PROBLEM: u8 = 12;
 
 /// "More fragments" and the fragment offset (RFC 791, 3.1).
 const FRAGMENT_BITS: u16 = 0x3fff;
+/// The fragment offset alone.
+const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 /// What a packet is.
 pub enum Parsed {
@@ -100,6 +107,13 @@ fn parse_v4(skb: &Skb) -> Parsed {
                         tuple.destination_port = identifier;
                         Kind::EchoReply
                     }
+                    ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM => {
+                        if quoted_reversed(skb, l4 + ICMP_LEN, &mut tuple) {
+                            Kind::IcmpError
+                        } else {
+                            Kind::OtherIcmp
+                        }
+                    }
                     _ => Kind::OtherIcmp,
                 }
             }
@@ -108,11 +122,43 @@ fn parse_v4(skb: &Skb) -> Parsed {
     } else {
         Kind::Other
     };
-    Parsed::Ip(Headers { packet: Packet { tuple, len: on_wire as u32, kind, tcp_flags }, l4 })
+    Parsed::Ip(Headers { packet: Packet { tuple, len: on_wire as u32, kind, tcp_flags, ttl: ip[8] }, l4 })
 }
 
 #[inline(always)]
 fn ports<const N: usize>(tuple: &mut Tuple, header: &[u8; N]) {
     tuple.source_port = u16::from_be_bytes([header[0], header[1]]);
     tuple.destination_port = u16::from_be_bytes([header[2], header[3]]);
+}
+
+/// Sets the tuple to that of the packet quoted at `at`, reversed. Returns false where it cannot be told, or
+/// where the quoted packet was not sent by whom the error is sent to; the tuple is then as it was.
+///
+/// A function of its own: it needs stack that its callers do not have to spare.
+#[inline(never)]
+fn quoted_reversed(skb: &Skb, at: usize, tuple: &mut Tuple) -> bool {
+    let Ok(ip) = skb.load::<[u8; 20]>(at) else { return false };
+    let header_len = usize::from(ip[0] & 0x0f) * 4;
+    // A later fragment has no ports to tell.
+    let offset = u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_OFFSET;
+    if ip[0] >> 4 != 4 || header_len < 20 || offset != 0 {
+        return false;
+    }
+    let sender = tuple.destination.v4_octets();
+    if [ip[12], ip[13], ip[14], ip[15]] != sender {
+        return false;
+    }
+    // Eight bytes are all that is sure to be quoted (RFC 792), and enough.
+    let Ok(l4) = skb.load::<[u8; 8]>(at + header_len) else { return false };
+    let (from, to) = match (ip[9], l4[0]) {
+        (TCP | UDP, _) => (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]])),
+        (ICMP, ICMP_ECHO_REQUEST) => (u16::from_be_bytes([l4[4], l4[5]]), 0),
+        (ICMP, ICMP_ECHO_REPLY) => (0, u16::from_be_bytes([l4[4], l4[5]])),
+        _ => return false,
+    };
+    tuple.source = Ip::v4([ip[16], ip[17], ip[18], ip[19]]);
+    tuple.source_port = to;
+    tuple.destination_port = from;
+    tuple.protocol = ip[9];
+    true
 }

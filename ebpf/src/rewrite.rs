@@ -2,12 +2,13 @@
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use datapath::addr::Ip;
-use datapath::packet::{Kind, SYN};
+use datapath::packet::{ICMP, Kind, SYN, UDP};
 use datapath::verdict::ReverseSnat;
 
 use crate::ctx::{Refused, Skb};
-use crate::packet::{ETHERNET_LEN, Headers};
+use crate::packet::{ETHERNET_LEN, Headers, ICMP_LEN};
 
+const IP_TTL: usize = ETHERNET_LEN + 8;
 const IP_CHECKSUM: usize = ETHERNET_LEN + 10;
 const IP_SOURCE: usize = ETHERNET_LEN + 12;
 const IP_DESTINATION: usize = ETHERNET_LEN + 16;
@@ -98,6 +99,10 @@ fn rewrite(
     (from_ip, from_port): (&Ip, u16),
     (to_ip, to_port): (&Ip, u16),
 ) -> Result<(), Refused> {
+    if headers.packet.kind == Kind::IcmpError {
+        let change = Change { end, from_port, to_port, to: to_ip.v4_octets() };
+        return rewrite_error(skb, headers.l4, headers.packet.tuple.protocol, &change);
+    }
     // Words as they lie in memory: what the checksum helpers take.
     let (from, to) = (u32::from_ne_bytes(from_ip.v4_octets()), u32::from_ne_bytes(to_ip.v4_octets()));
     let (from_word, to_word) = (u32::from(from_port.to_be()), u32::from(to_port.to_be()));
@@ -106,7 +111,9 @@ fn rewrite(
         Kind::Tcp => (16, true, 0),
         Kind::Udp => (6, true, u64::from(BPF_F_MARK_MANGLED_0)),
         Kind::EchoRequest | Kind::EchoReply => (2, false, 0),
-        Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => return Err(Refused),
+        Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => {
+            return Err(Refused);
+        }
     };
     let port = headers.l4
         + match (headers.packet.kind, end) {
@@ -128,4 +135,75 @@ fn rewrite(
         skb.store(address, &to_ip.v4_octets())?;
     }
     Ok(())
+}
+
+/// What is rewritten in an ICMP error.
+struct Change {
+    end: End,
+    from_port: u16,
+    to_port: u16,
+    to: [u8; 4],
+}
+
+/// Rewrites an ICMP error: its own address at one end, and in the packet it quotes, which travelled the other
+/// way, address and port at the other end (RFC 5508, REQ-4 and REQ-5).
+///
+/// Of the quoted packet's checksums, those within the eight bytes that are sure to be quoted are corrected. A
+/// correction within the quoted packet that leaves its sum as it was does not change the error's own checksum.
+#[inline(never)]
+fn rewrite_error(skb: &Skb, l4: usize, quoted_protocol: u8, change: &Change) -> Result<(), Refused> {
+    let quoted = l4 + ICMP_LEN;
+    let quoted_l4 = quoted + usize::from(skb.load::<[u8; 1]>(quoted)?[0] & 0x0f) * 4;
+    let (outer_ip, quoted_ip, quoted_port) = match change.end {
+        End::Source => (IP_SOURCE, quoted + 16, quoted_l4 + 2),
+        End::Destination => (IP_DESTINATION, quoted + 12, quoted_l4),
+    };
+    let to = u32::from_ne_bytes(change.to);
+    for (address, checksum) in [(outer_ip, IP_CHECKSUM), (quoted_ip, quoted + 10)] {
+        let from = u32::from_ne_bytes(skb.load(address)?);
+        skb.fix_ip_checksum(checksum, from, to)?;
+        skb.store(address, &change.to)?;
+        if address == quoted_ip && quoted_protocol == UDP {
+            let before = skb.load::<[u8; 2]>(quoted_l4 + 6)?;
+            if before != [0, 0] {
+                skb.fix_l4_checksum(quoted_l4 + 6, from, to, 4)?;
+                fix_error_checksum(skb, l4, before, skb.load(quoted_l4 + 6)?)?;
+            }
+        }
+    }
+    let (before, after) = (change.from_port.to_be_bytes(), change.to_port.to_be_bytes());
+    if quoted_protocol == ICMP {
+        // The identifier and the quoted message's checksum change against each other.
+        skb.fix_l4_checksum(quoted_l4 + 2, word(before), word(after), 2)?;
+        return skb.store(quoted_l4 + 4, &after);
+    }
+    if quoted_protocol == UDP {
+        let checksum = skb.load::<[u8; 2]>(quoted_l4 + 6)?;
+        if checksum != [0, 0] {
+            skb.fix_l4_checksum(quoted_l4 + 6, word(before), word(after), 2)?;
+            fix_error_checksum(skb, l4, checksum, skb.load(quoted_l4 + 6)?)?;
+        }
+    }
+    skb.store(quoted_port, &after)?;
+    fix_error_checksum(skb, l4, before, after)
+}
+
+#[inline(always)]
+fn fix_error_checksum(skb: &Skb, l4: usize, before: [u8; 2], after: [u8; 2]) -> Result<(), Refused> {
+    skb.fix_l4_checksum(l4 + 2, word(before), word(after), 2)
+}
+
+/// Two bytes as they lie in memory.
+#[inline(always)]
+const fn word(bytes: [u8; 2]) -> u32 {
+    u16::from_ne_bytes(bytes) as u32
+}
+
+/// One router hop: takes one from the time to live, which is more than 1.
+#[inline(always)]
+pub fn hop(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
+    let ttl = headers.packet.ttl;
+    // The time to live is the high byte of its 16-bit word; the low one does not change.
+    skb.fix_ip_checksum_word(IP_CHECKSUM, word([ttl, 0]), word([ttl.wrapping_sub(1), 0]))?;
+    skb.store(IP_TTL, &[ttl.wrapping_sub(1)])
 }

@@ -23,7 +23,9 @@ const AF_INET6: u8 = 10;
 /// Translates an egress packet and sends it on its way.
 #[inline(always)]
 pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
-    if rewrite::snat(skb, headers, &snat.source, snat.source_port).is_err() || clamp_mss(skb, headers).is_err() {
+    if rewrite::snat(skb, headers, &snat.source, snat.source_port).is_err()
+        || clamp_mss(skb, headers).is_err()
+    {
         return drop(skb, DropReason::Rewrite);
     }
     match snat.way {
@@ -33,6 +35,15 @@ pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
             out_of(skb, &tuple, uplink)
         }
         Way::Tunnel(node) => through_tunnel(skb, &node),
+    }
+}
+
+/// Translates a packet that skips the host's stack, and with it the hop that the node is.
+#[inline(always)]
+pub fn offloaded(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
+    match rewrite::hop(skb, headers) {
+        Ok(()) => translated(skb, headers, snat),
+        Err(_) => drop(skb, DropReason::Rewrite),
     }
 }
 
@@ -68,7 +79,7 @@ pub fn out_of(skb: &Skb, tuple: &Tuple, uplink: u32) -> i32 {
 /// Delivers a reply to a pod of this node, past the host's stack.
 #[inline(always)]
 pub fn to_pod(skb: &Skb, headers: &Headers, reverse: &ReverseSnat, delivery: &Delivery) -> i32 {
-    if reverse_snat(skb, headers, reverse).is_err() {
+    if rewrite::hop(skb, headers).is_err() || reverse_snat(skb, headers, reverse).is_err() {
         return drop(skb, DropReason::Rewrite);
     }
     skb.clear_mark();

@@ -144,6 +144,16 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn full_until(&self, destination: &ReplyKey) -> Option<Ticks> {
+        copied!(maps::FULL, destination)
+    }
+
+    #[inline(always)]
+    fn put_full(&self, destination: &ReplyKey, until: Ticks) {
+        let _ = maps::FULL.insert(destination, until, ANY); // an LRU map makes room
+    }
+
+    #[inline(always)]
     fn opener(&self, key: &FlowKey) -> Option<Opener> {
         copied!(maps::OPENERS, key)
     }

@@ -61,6 +61,7 @@ pub const SPECS: &[Spec] = &[
     spec::<FlowKey, Opener>("OPENERS", MapType::LruHash, limits::OPENERS),
     spec::<FlowKey, Flow>("FLOWS", MapType::Hash, limits::FLOWS),
     spec::<ReplyKey, Reply>("REPLIES", MapType::Hash, limits::FLOWS),
+    spec::<ReplyKey, u32>("FULL", MapType::LruHash, limits::FULL),
     spec::<u32, DropCount>("DROPS", MapType::PerCpuArray, DropReason::ALL.len() as u32),
 ];
 

@@ -92,10 +92,17 @@ impl Kernel for NodeKernel {
         netlink::ensure_tunnel(port).await.map(drop).map_err(|e| e.to_string())
     }
 
-    fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<(), bpf::Error> {
-        self.datapath.apply(image, facts)?;
+    fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, bpf::Error> {
+        let unattached = match self.datapath.apply(image, facts) {
+            Ok(()) => None,
+            Err(error) if matches!(error, bpf::Error::Map { .. } | bpf::Error::MapFull { .. }) => {
+                return Err(error);
+            }
+            // Maps are written even if an interface cannot be attached to.
+            Err(error) => Some(error.to_string()),
+        };
         self.announcer.update(image);
-        Ok(())
+        Ok(unattached)
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {
