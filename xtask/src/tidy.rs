@@ -7,7 +7,14 @@ use anyhow::{Context as _, Result, bail};
 use crate::{machine, process, ui};
 
 /// Where `unsafe` may stand (this file speaks of it only).
-const UNSAFE_ALLOWED: [&str; 4] = ["ebpf/", "agent/src/bpf", "datapath/src/keys.rs", "xtask/src/tidy.rs"];
+const UNSAFE_ALLOWED: [&str; 6] = [
+    "ebpf/",
+    "agent/src/bpf",
+    "agent/src/announce.rs",
+    "datapath/src/keys.rs",
+    "tests/src/kernel.rs",
+    "xtask/src/tidy.rs",
+];
 /// Text files that the rules read; others (pictures, generated locks) are not ours to format.
 const TEXT: [&str; 10] = ["rs", "toml", "md", "sh", "yaml", "yml", "json", "txt", "conf", "run"];
 
@@ -56,7 +63,7 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
             }
         }
         if is_rust(path) && !UNSAFE_ALLOWED.iter().any(|place| path.starts_with(place)) && uses_unsafe(line) {
-            report("unsafe code belongs in ebpf/, agent/src/bpf or datapath/src/keys.rs");
+            report("unsafe code belongs in the places that xtask/src/tidy.rs lists");
         }
     }
     if !text.is_empty() && !text.ends_with('\n') {
