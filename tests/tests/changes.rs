@@ -134,6 +134,9 @@ fn live_flows_do_not_follow_a_pod_to_another_object() {
     lab.objects.egress_ip("db", &[OTHER_EGRESS], PROD, &[("app", "db")]);
     assert_eq!(lab.wait_owner(EGRESS), "node-b");
     assert_eq!(lab.wait_owner(OTHER_EGRESS), "node-b");
+    // It keeps the old address in force on the node.
+    let stays = lab.run_pod("node-a", &PodSpec::new("prod", "stays").label("app", "web"));
+    expect_soon(&stays.netns, &server, EGRESS);
     let mut pod = lab.run_pod("node-a", &PodSpec::new("prod", "client").label("app", "web"));
     let netns = pod.netns.clone();
     expect_soon(&netns, &server, EGRESS);
