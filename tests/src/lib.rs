@@ -20,9 +20,11 @@
 pub mod agent;
 pub mod cni;
 mod command;
+pub mod kernel;
 pub mod lab;
 pub mod netns;
 pub mod objects;
+pub mod packet;
 pub mod record;
 pub mod servers;
 pub mod service;

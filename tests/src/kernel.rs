@@ -1,0 +1,604 @@
+//! The programs in this kernel, without a node around them: `BPF_PROG_TEST_RUN` on built packets, with maps
+//! that belong to the test alone.
+//!
+//! A test run starts with an skb that has neither hash nor tunnel metadata, and shows neither afterwards. So
+//! a small program of ours ([`harness`]) stands before the one under test: it sets them and makes a tail
+//! call; run a second time on the same skb, it reads them. What a run shows is therefore either the verdict
+//! ([`Kernel::run`]) or these ([`Kernel::observe`]); bytes, mark and maps are seen both ways.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, ProgramArray};
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::{Ebpf, EbpfLoader};
+use datapath::addr::Ip;
+use datapath::conntrack::{Ticks, ticks};
+use datapath::keys::{
+    self, Delivery, DropCount, EgressIp, Flow, FlowKey, GranuleTable, Interface, Lease, Network, Node,
+    Opener, Pod, Policy, Reply, ReplyKey, Settings, Token,
+};
+use datapath::memory::Memory;
+use datapath::verdict::DropReason;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::time::{ClockId, clock_gettime};
+
+/// A type of `datapath` as it is copied to and from the kernel.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Plain<T>(T);
+
+// SAFETY: `keys::MapData` promises plain bytes without unnamed padding, of which every pattern is a value.
+#[expect(unsafe_code, reason = "aya's marker for types that may be copied to and from the kernel")]
+unsafe impl<T: keys::MapData> aya::Pod for Plain<T> {}
+
+/// A program under test. Its number is its place in the harness's table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Program {
+    /// TC ingress of a pod-facing interface.
+    FromPod,
+    /// TC egress of a pod-facing interface.
+    ToPod,
+    /// TC egress of an uplink.
+    ToUplink,
+    /// TC ingress of an uplink.
+    FromUplink,
+    /// TC ingress of the tunnel's device.
+    FromTunnel,
+}
+
+impl Program {
+    /// Every program, by number.
+    pub const ALL: [Self; 5] =
+        [Self::FromPod, Self::ToPod, Self::ToUplink, Self::FromUplink, Self::FromTunnel];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::FromPod => "from_pod",
+            Self::ToPod => "to_pod",
+            Self::ToUplink => "to_uplink",
+            Self::FromUplink => "from_uplink",
+            Self::FromTunnel => "from_tunnel",
+        }
+    }
+}
+
+/// What a program gave back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// To the next program, or on.
+    Next,
+    /// Dropped.
+    Drop,
+    /// Redirected; a test run does not follow it.
+    Redirect,
+}
+
+/// What the tunnel's device is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tunnel {
+    /// The outer packet's source.
+    pub source: Ip,
+    /// The outer packet's destination.
+    pub destination: Ip,
+    /// VNI.
+    pub vni: u32,
+}
+
+/// A packet before a program.
+#[derive(Clone, Debug, Default)]
+pub struct Input {
+    /// The frame.
+    pub frame: Vec<u8>,
+    /// Where the program is attached; an interface of this namespace.
+    pub ifindex: u32,
+    /// Where the packet came into the node; any number.
+    pub ingress: u32,
+    /// Mark.
+    pub mark: u32,
+    /// Hash; 0: none.
+    pub hash: u32,
+    /// Who sent it through the tunnel, and its VNI.
+    pub tunnel: Option<(Ip, u32)>,
+}
+
+/// A packet after a program.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Output {
+    /// The frame.
+    pub frame: Vec<u8>,
+    /// Mark.
+    pub mark: u32,
+}
+
+/// What only the skb itself shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Observed {
+    /// Hash; 0: none.
+    pub hash: u32,
+    /// What the tunnel's device would use.
+    pub tunnel: Option<Tunnel>,
+}
+
+/// The maps that programs write.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct State {
+    /// `FLOWS`.
+    pub flows: BTreeMap<FlowKey, Flow>,
+    /// `REPLIES`.
+    pub replies: BTreeMap<ReplyKey, Reply>,
+    /// `OPENERS`.
+    pub openers: BTreeMap<FlowKey, Opener>,
+    /// `TOKENS`.
+    pub tokens: BTreeMap<u32, Token>,
+}
+
+/// A hash map of known types.
+struct Table<K, V> {
+    map: HashMap<MapData, Plain<K>, Plain<V>>,
+}
+
+impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
+    fn new(ebpf: &mut Ebpf, name: &str) -> Self {
+        Self { map: HashMap::try_from(take(ebpf, name)).expect(name) }
+    }
+
+    fn read(&self) -> BTreeMap<K, V> {
+        self.map.iter().map(|entry| entry.map(|(k, v)| (k.0, v.0)).expect("a map is read")).collect()
+    }
+
+    fn set(&mut self, wanted: &BTreeMap<K, V>) {
+        for key in self.read().keys().filter(|key| !wanted.contains_key(key)) {
+            self.map.remove(&Plain(*key)).expect("an entry is removed");
+        }
+        for (key, value) in wanted {
+            self.map.insert(Plain(*key), Plain(*value), 0).expect("an entry is written");
+        }
+    }
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Map {
+    ebpf.take_map(name).unwrap_or_else(|| panic!("no map {name} in the object"))
+}
+
+/// The loaded programs and their maps.
+pub struct Kernel {
+    harness: Ebpf,
+    settings: Array<MapData, Plain<Settings>>,
+    networks: LpmTrie<MapData, Plain<Ip>, Plain<Network>>,
+    pods: Table<Ip, Pod>,
+    delivery: Table<u32, Delivery>,
+    policies: Table<u32, Policy>,
+    egress_ips: Table<u32, EgressIp>,
+    egress_addrs: Table<Ip, u32>,
+    granules: Table<u32, GranuleTable>,
+    leases: Table<u32, Lease>,
+    nodes: Table<u32, Node>,
+    node_addrs: Table<Ip, u32>,
+    interfaces: Table<u32, Interface>,
+    flows: Table<FlowKey, Flow>,
+    replies: Table<ReplyKey, Reply>,
+    openers: Table<FlowKey, Opener>,
+    tokens: Table<u32, Token>,
+    drops: PerCpuArray<MapData, Plain<DropCount>>,
+    // Last: the harness's table does not keep programs alive once its last handle is gone.
+    _programs: (ProgramArray<MapData>, Ebpf),
+}
+
+/// Entries of the LRU maps under test: small, because reading a map looks at each of its buckets.
+const LRU_ENTRIES: u32 = 4096;
+
+impl Kernel {
+    /// Loads the object that `OUTGATE_BPF_OBJECT` names, else `target/bpf/outgate.o`, with room for
+    /// `flow_capacity` flows.
+    #[must_use]
+    pub fn load(flow_capacity: u32) -> Self {
+        let path = object_path();
+        let object = std::fs::read(&path)
+            .unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask build`", path.display()));
+        let mut loader = EbpfLoader::new();
+        for name in ["FLOWS", "REPLIES"] {
+            loader.map_max_entries(name, flow_capacity);
+        }
+        for name in ["OPENERS", "TOKENS"] {
+            loader.map_max_entries(name, LRU_ENTRIES);
+        }
+        let mut ebpf = loader.load(&object).expect("the object loads");
+        let mut harness = Ebpf::load(&harness::object()).expect("the harness loads");
+        let mut table =
+            ProgramArray::try_from(take(&mut harness, harness::TABLE)).expect("a table of programs");
+        for (number, program) in Program::ALL.into_iter().enumerate() {
+            let classifier = classifier(&mut ebpf, program.name());
+            classifier.load().unwrap_or_else(|error| panic!("{}: {error}", program.name()));
+            let fd = classifier.fd().expect("it is loaded");
+            table.set(number as u32, fd, 0).expect("the harness may call it");
+        }
+        classifier(&mut harness, harness::NAME).load().expect("the harness is verified");
+        let e = &mut ebpf;
+        Self {
+            harness,
+            settings: Array::try_from(take(e, "SETTINGS")).expect("SETTINGS"),
+            networks: LpmTrie::try_from(take(e, "NETWORKS")).expect("NETWORKS"),
+            pods: Table::new(e, "PODS"),
+            delivery: Table::new(e, "DELIVERY"),
+            policies: Table::new(e, "POLICIES"),
+            egress_ips: Table::new(e, "EGRESS_IPS"),
+            egress_addrs: Table::new(e, "EGRESS_ADDRS"),
+            granules: Table::new(e, "GRANULES"),
+            leases: Table::new(e, "LEASES"),
+            nodes: Table::new(e, "NODES"),
+            node_addrs: Table::new(e, "NODE_ADDRS"),
+            interfaces: Table::new(e, "INTERFACES"),
+            flows: Table::new(e, "FLOWS"),
+            replies: Table::new(e, "REPLIES"),
+            openers: Table::new(e, "OPENERS"),
+            tokens: Table::new(e, "TOKENS"),
+            drops: PerCpuArray::try_from(take(e, "DROPS")).expect("DROPS"),
+            _programs: (table, ebpf),
+        }
+    }
+
+    /// Makes the maps equal to tables in memory, flows included.
+    pub fn write(&mut self, tables: &Memory) {
+        self.settings.set(0, Plain(tables.settings), 0).expect("SETTINGS");
+        let old: Vec<_> = self.networks.iter().map(|entry| entry.expect("NETWORKS").0).collect();
+        for key in old {
+            self.networks.remove(&key).expect("NETWORKS");
+        }
+        for (key, kind) in &tables.networks {
+            let key = Key::new(key.prefix_len, Plain(key.ip));
+            self.networks.insert(&key, Plain(Network { kind: *kind }), 0).expect("NETWORKS");
+        }
+        self.pods.set(&tables.pods);
+        self.delivery.set(&tables.delivery);
+        self.policies.set(&tables.policies);
+        self.egress_ips.set(&tables.egress_ips);
+        self.egress_addrs.set(&tables.egress_addrs);
+        self.granules.set(&tables.granules);
+        self.leases.set(&tables.leases);
+        self.nodes.set(&tables.nodes.iter().map(|(id, node)| (u32::from(*id), *node)).collect());
+        self.node_addrs
+            .set(&tables.nodes.iter().map(|(id, node)| (node.tunnel_ip, u32::from(*id))).collect());
+        self.interfaces.set(&tables.interfaces);
+        self.write_state(&State::of(tables));
+    }
+
+    /// Makes the maps that programs write equal to this.
+    pub fn write_state(&mut self, state: &State) {
+        self.flows.set(&state.flows);
+        self.replies.set(&state.replies);
+        self.openers.set(&state.openers);
+        self.tokens.set(&state.tokens);
+    }
+
+    /// Reads the maps that programs write.
+    #[must_use]
+    pub fn state(&self) -> State {
+        State {
+            flows: self.flows.read(),
+            replies: self.replies.read(),
+            openers: self.openers.read(),
+            tokens: self.tokens.read(),
+        }
+    }
+
+    /// Reads the drop counters, by reason, summed over CPUs.
+    #[must_use]
+    pub fn drops(&self) -> Vec<DropCount> {
+        let of = |reason: &DropReason| {
+            let counts = self.drops.get(&(*reason as u32), 0).expect("DROPS");
+            counts.iter().fold(DropCount::default(), |sum, one| DropCount {
+                packets: sum.packets + one.0.packets,
+                bytes: sum.bytes + one.0.bytes,
+            })
+        };
+        DropReason::ALL.iter().map(of).collect()
+    }
+
+    /// Runs a program on a packet; shows its verdict.
+    #[must_use]
+    pub fn run(&mut self, program: Program, input: &Input) -> (Verdict, Output) {
+        let (verdict, output, _) = self.test_run(program, input, 1);
+        let verdict = match verdict {
+            -1 => Verdict::Next,
+            2 => Verdict::Drop,
+            7 => Verdict::Redirect,
+            other => panic!("{} gave back {other}", program.name()),
+        };
+        (verdict, output)
+    }
+
+    /// Runs a program on a packet; shows what only the skb itself does.
+    #[must_use]
+    pub fn observe(&mut self, program: Program, input: &Input) -> (Observed, Output) {
+        let (_, output, [_, hash, source, vni, destination]) = self.test_run(program, input, 2);
+        let ip = |word: u32| Ip::v4(word.to_be_bytes());
+        let tunnel = Tunnel { source: ip(source), destination: ip(destination), vni };
+        (Observed { hash, tunnel: (destination != 0).then_some(tunnel) }, output)
+    }
+
+    fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, [u32; 5]) {
+        let (sender, vni) =
+            input.tunnel.map_or((0, 0), |(ip, vni)| (u32::from_be_bytes(ip.v4_octets()), vni));
+        let mut context = [0; context::LEN];
+        context::put(&mut context, context::MARK, input.mark);
+        context::put(&mut context, context::INGRESS, input.ingress);
+        context::put(&mut context, context::IFINDEX, input.ifindex);
+        for (i, word) in [0, input.hash, sender, vni, program as u32].into_iter().enumerate() {
+            context::put(&mut context, context::CB + 4 * i, word);
+        }
+        let mut context_out = [0; context::LEN];
+        let mut frame = vec![0; input.frame.len() + 256];
+        let result = classifier(&mut self.harness, harness::NAME)
+            .test_run(TestRunOptions {
+                data_in: Some(&input.frame),
+                data_out: Some(&mut frame),
+                ctx_in: Some(&context),
+                ctx_out: Some(&mut context_out),
+                repeat,
+                ..TestRunOptions::default()
+            })
+            .unwrap_or_else(|error| panic!("test run of {} on {input:?}: {error:?}", program.name()));
+        frame.truncate(result.data_size_out as usize);
+        let words = [0, 1, 2, 3, 4].map(|i| context::get(&context_out, context::CB + 4 * i));
+        let mark = context::get(&context_out, context::MARK);
+        (result.return_value.cast_signed(), Output { frame, mark }, words)
+    }
+}
+
+impl State {
+    /// The same of tables in memory.
+    #[must_use]
+    pub fn of(tables: &Memory) -> Self {
+        Self {
+            flows: tables.flows.borrow().clone(),
+            replies: tables.replies.borrow().clone(),
+            openers: tables.openers.borrow().clone(),
+            tokens: tables.tokens.borrow().clone(),
+        }
+    }
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
+    let program = ebpf.program_mut(name).unwrap_or_else(|| panic!("no program {name} in the object"));
+    program.try_into().expect("a classifier")
+}
+
+fn object_path() -> PathBuf {
+    std::env::var_os("OUTGATE_BPF_OBJECT").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/outgate.o"),
+        PathBuf::from,
+    )
+}
+
+/// Time since boot, as the programs count it.
+#[must_use]
+pub fn now() -> Ticks {
+    let time = clock_gettime(ClockId::Boottime);
+    ticks((time.tv_sec * 1_000_000_000 + time.tv_nsec).cast_unsigned())
+}
+
+/// The interfaces of [`enter_node_network`], by index.
+pub mod interfaces {
+    /// 172.18.0.11/24, default route by 172.18.0.1.
+    pub const UPLINK: u32 = 2;
+    /// 192.0.2.11/24, and 198.51.100.0/24 by 192.0.2.1; no default route.
+    pub const SECOND_UPLINK: u32 = 3;
+    /// Stands for the tunnel's device.
+    pub const TUNNEL: u32 = 4;
+    /// Pod-facing.
+    pub const POD: u32 = 10;
+    /// Pod-facing.
+    pub const OTHER_POD: u32 = 11;
+    /// Pod-facing, to be a bridge's port.
+    pub const PORT: u32 = 12;
+}
+
+/// Moves the calling thread into a network namespace with a node's [`interfaces`] and routes.
+pub fn enter_node_network() {
+    use interfaces::{OTHER_POD, POD, PORT, SECOND_UPLINK, TUNNEL, UPLINK};
+    let mut script = String::new();
+    for index in [UPLINK, SECOND_UPLINK, TUNNEL, POD, OTHER_POD, PORT] {
+        let peer = 100 + index;
+        let _ =
+            writeln!(script, "ip link add if{index} index {index} type veth peer name if{peer} index {peer}");
+        let _ = writeln!(script, "ip link set if{index} up; ip link set if{peer} up");
+    }
+    let _ = write!(
+        script,
+        "sysctl -qw net.ipv4.ip_forward=1
+         ip addr add 172.18.0.11/24 dev if{UPLINK}
+         ip route add default via 172.18.0.1
+         ip addr add 192.0.2.11/24 dev if{SECOND_UPLINK}
+         ip route add 198.51.100.0/24 via 192.0.2.1"
+    );
+    enter_private_network(&script);
+}
+
+/// Moves the calling thread into a network namespace of its own, which `script` (of `sh`) has filled. Nothing
+/// is left of it when the thread ends.
+fn enter_private_network(script: &str) {
+    let script = format!("set -e\n{script}\necho ready\nread -r end");
+    let mut child = Command::new("unshare")
+        .args(["--net", "sh", "-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("unshare (util-linux) runs; it needs root");
+    let mut line = String::new();
+    let output = child.stdout.take().expect("it is piped");
+    BufReader::new(output).read_line(&mut line).expect("the script says that it is ready");
+    assert_eq!(line, "ready\n", "the script failed: {script}");
+    let namespace = File::open(format!("/proc/{}/ns/net", child.id())).expect("the namespace's file");
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+        .expect("setns; needs root");
+    drop(child.stdin.take());
+    let _ = child.wait(); // "read" meets the end of its input: its failure is its end
+}
+
+/// `struct __sk_buff` (include/uapi/linux/bpf.h). A test run refuses all but these fields.
+mod context {
+    pub(super) const LEN: usize = 192;
+    pub(super) const MARK: usize = 8;
+    pub(super) const INGRESS: usize = 36;
+    pub(super) const IFINDEX: usize = 40;
+    pub(super) const CB: usize = 48;
+    /// Not settable; read by the harness.
+    pub(super) const HASH: usize = 68;
+
+    pub(super) fn put(context: &mut [u8; LEN], at: usize, word: u32) {
+        context[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+    }
+
+    pub(super) fn get(context: &[u8; LEN], at: usize) -> u32 {
+        let b = &context[at..at + 4];
+        u32::from_ne_bytes([b[0], b[1], b[2], b[3]])
+    }
+}
+
+/// The program before the program, assembled here: `cb[0]` says whether it has run, `cb[1]` is the hash,
+/// `cb[2]` the tunnel's sender, `cb[3]` its VNI, `cb[4]` the number of the program to call. The second time
+/// it puts hash, outer source, VNI and outer destination into `cb[1..=4]`.
+mod harness {
+    use object::write::{Object, Relocation, Symbol, SymbolSection};
+    use object::{
+        Architecture, BinaryFormat, Endianness, RelocationFlags, SectionKind, SymbolFlags, SymbolKind,
+        SymbolScope,
+    };
+
+    use super::{Program, context};
+
+    pub(super) const NAME: &str = "harness";
+    pub(super) const TABLE: &str = "PROGRAMS";
+
+    /// Helpers (include/uapi/linux/bpf.h, `___BPF_FUNC_MAPPER`).
+    const TAIL_CALL: i32 = 12;
+    const GET_TUNNEL_KEY: i32 = 20;
+    const SET_TUNNEL_KEY: i32 = 21;
+    const SET_HASH: i32 = 48;
+    /// `enum bpf_map_type` in the same file.
+    const BPF_MAP_TYPE_PROG_ARRAY: u32 = 3;
+    /// `R_BPF_64_64`: the address of a map.
+    const RELOCATION_MAP: u32 = 1;
+
+    /// `struct bpf_tunnel_key` on the stack: its length, rounded up, and offsets from the frame pointer.
+    const KEY_LEN: i32 = 44;
+    const KEY: i16 = -48;
+    const KEY_REMOTE: i16 = KEY + 4;
+    const KEY_LOCAL: i16 = KEY + 28;
+    const CB: i16 = offset(context::CB);
+
+    /// An offset as instructions have it.
+    const fn offset(value: usize) -> i16 {
+        (value as u16).cast_signed()
+    }
+
+    /// One instruction (RFC 9669, 3).
+    const fn insn(code: u8, destination: u8, source: u8, offset: i16, value: i32) -> [u8; 8] {
+        let (o, v) = (offset.to_le_bytes(), value.to_le_bytes());
+        [code, source << 4 | destination, o[0], o[1], v[0], v[1], v[2], v[3]]
+    }
+    const fn set(r: u8, value: i32) -> [u8; 8] {
+        insn(0xb7, r, 0, 0, value)
+    }
+    const fn copy(to: u8, from: u8) -> [u8; 8] {
+        insn(0xbf, to, from, 0, 0)
+    }
+    const fn add(r: u8, value: i32) -> [u8; 8] {
+        insn(0x07, r, 0, 0, value)
+    }
+    const fn load(to: u8, base: u8, offset: i16) -> [u8; 8] {
+        insn(0x61, to, base, offset, 0)
+    }
+    const fn store(base: u8, offset: i16, from: u8) -> [u8; 8] {
+        insn(0x63, base, from, offset, 0)
+    }
+    const fn store_long(base: u8, offset: i16, from: u8) -> [u8; 8] {
+        insn(0x7b, base, from, offset, 0)
+    }
+    /// Skips `count` instructions if a register has a value.
+    const fn skip_if(r: u8, value: i32, count: usize) -> [u8; 8] {
+        insn(0x15, r, 0, offset(count), value)
+    }
+    const fn call(helper: i32) -> [u8; 8] {
+        insn(0x85, 0, 0, 0, helper)
+    }
+    const EXIT: [u8; 8] = insn(0x95, 0, 0, 0, 0);
+
+    /// Calls a helper with (skb, the key on the stack, its length, no flags).
+    fn key_call(helper: i32) -> Vec<[u8; 8]> {
+        vec![copy(1, 6), copy(2, 10), add(2, i32::from(KEY)), set(3, KEY_LEN), set(4, 0), call(helper)]
+    }
+
+    /// The instructions, and which one loads the map's address.
+    fn program() -> (Vec<[u8; 8]>, usize) {
+        let zeros: Vec<_> =
+            std::iter::once(set(1, 0)).chain((0..6).map(|i| store_long(10, KEY + 8 * i, 1))).collect();
+        let set_hash = vec![copy(1, 6), call(SET_HASH)];
+        let mut set_tunnel = zeros.clone();
+        // What was sent from here looks as if it had come from there: the helpers swap the ends.
+        set_tunnel.extend([load(2, 6, CB + 12), store(10, KEY, 2), store(10, KEY_LOCAL, 8)]);
+        set_tunnel.extend(key_call(SET_TUNNEL_KEY));
+        let mut run = vec![set(7, 1), store(6, CB, 7), load(2, 6, CB + 4), skip_if(2, 0, set_hash.len())];
+        run.extend(set_hash);
+        run.extend([load(8, 6, CB + 8), skip_if(8, 0, set_tunnel.len())]);
+        run.extend(set_tunnel);
+        run.extend([load(3, 6, CB + 16), copy(1, 6)]);
+        let map = run.len();
+        run.extend([insn(0x18, 2, 0, 0, 0), [0; 8], call(TAIL_CALL), set(0, -2), EXIT]);
+
+        let mut all = vec![copy(6, 1), load(7, 6, CB), skip_if(7, 1, run.len())];
+        let map = all.len() + map;
+        all.extend(run);
+        all.extend([load(2, 6, offset(context::HASH)), store(6, CB + 4, 2)]);
+        all.extend(zeros);
+        all.extend(key_call(GET_TUNNEL_KEY));
+        for (field, word) in [(KEY_REMOTE, 8), (KEY, 12), (KEY_LOCAL, 16)] {
+            all.extend([load(2, 10, field), store(6, CB + word, 2)]);
+        }
+        all.extend([set(0, 0), EXIT]);
+        (all, map)
+    }
+
+    /// An object file as compilers write them.
+    pub(super) fn object() -> Vec<u8> {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        let symbol = |object: &mut Object<'_>, section: &str, name: &str, kind, bytes: &[u8]| {
+            let section_kind = if kind == SymbolKind::Text { SectionKind::Text } else { SectionKind::Data };
+            let id = object.add_section(vec![], section.into(), section_kind);
+            object.set_section_data(id, bytes.to_vec(), 8);
+            let symbol = object.add_symbol(Symbol {
+                name: name.into(),
+                value: 0,
+                size: bytes.len() as u64,
+                kind,
+                scope: SymbolScope::Linkage,
+                weak: false,
+                section: SymbolSection::Section(id),
+                flags: SymbolFlags::None,
+            });
+            (id, symbol)
+        };
+        let (code, map_load) = program();
+        // `struct bpf_map_def`: type, sizes of key and value, entries, flags.
+        let map = [BPF_MAP_TYPE_PROG_ARRAY, 4, 4, Program::ALL.len() as u32, 0];
+        let map: Vec<u8> = map.into_iter().flat_map(u32::to_le_bytes).collect();
+        symbol(&mut object, "license", "LICENSE", SymbolKind::Data, b"Dual MIT/GPL\0");
+        let (_, table) = symbol(&mut object, "maps", TABLE, SymbolKind::Data, &map);
+        let (section, _) = symbol(&mut object, "classifier", NAME, SymbolKind::Text, code.as_flattened());
+        let relocation = Relocation {
+            offset: 8 * map_load as u64,
+            symbol: table,
+            addend: 0,
+            flags: RelocationFlags::Elf { r_type: RELOCATION_MAP },
+        };
+        object.add_relocation(section, relocation).expect("a relocation");
+        object.write().expect("an object file")
+    }
+}
