@@ -145,42 +145,61 @@ fn live_flows_do_not_follow_a_pod_to_another_object() {
 
 #[test]
 fn a_deleted_pods_address_serves_the_next_pod_at_once() {
-    let (lab, agents, echo, server) = cluster();
+    let (lab, _agents, _echo, server) = cluster();
     let node = lab.node("node-a").address.clone();
     lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
     assert_eq!(lab.wait_owner(EGRESS), "node-b");
     let ip = "10.244.1.77";
-    let old = lab.run_pod("node-a", &PodSpec::new("prod", "old").ip(ip));
+    for (namespace, source) in [("prod", EGRESS), ("dev", &*node), ("prod", EGRESS)] {
+        let pod = lab.run_pod("node-a", &PodSpec::new(namespace, "client").ip(ip));
+        assert_eq!(pod.ip, ip);
+        expect_soon(&pod.netns, &server, source);
+        // From a port that every one of them uses.
+        pod.netns.udp_from(40_000, &server, LIMIT).expect_all_from(1, source);
+        pod.delete();
+    }
+}
+
+/// Whoever the next pod with the address is, also one with the same EgressIP: what comes late for the old pod's
+/// flow is not for it.
+#[test]
+fn a_deleted_pods_flows_do_not_serve_the_next_pod() {
+    let (lab, _agents, echo, server) = cluster();
+    lab.objects.egress_ip("prod", &[EGRESS], PROD, &[]);
+    assert_eq!(lab.wait_owner(EGRESS), "node-b");
+    let ip = "10.244.1.77";
+    let old = lab.run_pod("node-a", &PodSpec::new("prod", "client").ip(ip));
     expect_soon(&old.netns, &server, EGRESS);
-    // The flow that must not serve the next pod, from a port the next pod uses as well.
     let flow = old.netns.udp_from(40_000, &server, LIMIT);
     flow.expect_all_from(1, EGRESS);
+    let other = old.netns.udp_from(40_001, &server, LIMIT);
+    // From now on the server's port is for what it sends late.
+    drop(echo);
+    let inside = Recorder::start(&old.netns);
+    let late = |port: u64| {
+        let report = lab.web.netns.udp_from(ECHO, &format!("{EGRESS}:{port}"), Duration::from_millis(200));
+        assert_eq!(report.ok, 0, "{report:?}");
+    };
+    late(other.port);
+    assert_eq!(inside.sources("udp").get(&lab.web.address), Some(&1), "while the pod lives it is reached");
     old.delete();
 
-    let new = lab.run_pod("node-a", &PodSpec::new("dev", "new").ip(ip));
-    assert_eq!(new.ip, ip);
-    let inside = Recorder::start(&new.netns);
-    expect_soon(&new.netns, &server, &node);
-    new.netns.udp_from(40_000, &server, LIMIT).expect_all_from(1, &node);
-
-    // The server still speaks to the old flow, from the right port: nobody gets it.
-    drop(echo);
-    inside.reset();
-    let late = format!("{EGRESS}:{}", flow.port);
-    let report = lab.web.netns.udp_from(ECHO, &late, Duration::from_millis(300));
-    assert_eq!(report.ok, 0, "{report:?}");
-    assert_eq!(
-        inside.sources("udp").get(&lab.web.address),
-        None,
-        "the old flow's answer reached the new pod"
-    );
-
-    // And back: the next selected pod with the address has its egress IP.
-    let _echo = lab.echo(&lab.web.netns);
-    new.delete();
-    let third = lab.run_pod("node-a", &PodSpec::new("prod", "third").ip(ip));
-    expect_soon(&third.netns, &server, EGRESS);
-    drop(agents);
+    for namespace in ["prod", "dev"] {
+        let next = lab.run_pod("node-a", &PodSpec::new(namespace, "client").ip(ip));
+        let inside = Recorder::start(&next.netns);
+        let echo = lab.echo(&lab.web.netns);
+        // By TCP, so that it has no UDP flow of its own.
+        let source = if namespace == "prod" { EGRESS } else { &lab.node("node-a").address };
+        lab.wait_source(&next.netns, &server, source);
+        drop(echo);
+        late(flow.port);
+        assert_eq!(
+            inside.sources("udp").get(&lab.web.address),
+            None,
+            "{namespace} gets the old pod's answer"
+        );
+        next.delete();
+    }
 }
 
 /// A pod's first packets wait for the agent to know it, instead of leaving by the node's address.
