@@ -36,6 +36,11 @@ pub enum Command {
     Status(StatusArgs),
     /// Show this node's flows
     Flows(FlowsArgs),
+    /// Explain what would happen to a new connection of a pod of this node
+    ///
+    /// It runs the code that the kernel runs, on the maps that the kernel uses. What the node's own netfilter
+    /// would do in between is not known to it: it takes the packet for let through and not rewritten.
+    Trace(TraceArgs),
     /// Remove every program, link, pin and device that outgate has made on this node
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
@@ -119,6 +124,61 @@ pub struct FlowsArgs {
     /// How to print
     #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
     pub output: Output,
+}
+
+/// Options of `outgate trace`.
+#[derive(Args, Debug)]
+pub struct TraceArgs {
+    /// The pod
+    #[arg(value_name = "NS/POD")]
+    pub pod: PodArg,
+    /// Address and port it connects to; the port is 80 unless given
+    #[arg(value_name = "DEST[:PORT]")]
+    pub destination: DestinationArg,
+    /// Protocol of the connection
+    #[arg(long, env = "OUTGATE_PROTOCOL", value_enum, default_value_t)]
+    pub protocol: Protocol,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub bpffs: BpffsArg,
+    /// How to print
+    #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// A destination: an address, or an address and a port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DestinationArg {
+    /// The address.
+    pub ip: IpAddr,
+    /// The port; 80 if none was given.
+    pub port: u16,
+}
+
+impl std::str::FromStr for DestinationArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(ip) = text.parse() {
+            return Ok(Self { ip, port: 80 });
+        }
+        let address: std::net::SocketAddr = text
+            .parse()
+            .map_err(|_| "expected an address or ADDRESS:PORT, such as 203.0.113.10:443".to_owned())?;
+        Ok(Self { ip: address.ip(), port: address.port() })
+    }
+}
+
+/// A protocol that has flows.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Protocol {
+    /// TCP
+    #[default]
+    Tcp,
+    /// UDP
+    Udp,
+    /// ICMP echo
+    Icmp,
 }
 
 /// Options of `outgate cleanup`.

@@ -4,12 +4,12 @@ use crate::addr::Ip;
 use crate::keys::{Delivery, IfIndex};
 
 macro_rules! drop_reasons {
-    ($($(#[$doc:meta])+ $name:ident = $value:literal,)+) => {
+    ($($(#[doc = $doc:literal])+ $name:ident = $value:literal,)+) => {
         /// Why a packet was dropped: index of `DROPS`, label of the metric and text of the command line.
         /// Append only: the numbers are kept in pinned maps across upgrades.
         #[repr(u8)]
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-        pub enum DropReason { $($(#[$doc])+ $name = $value,)+ }
+        pub enum DropReason { $($(#[doc = $doc])+ $name = $value,)+ }
 
         impl DropReason {
             /// Every reason, by number.
@@ -19,6 +19,12 @@ macro_rules! drop_reasons {
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$name => stringify!($name),)+ }
+            }
+
+            /// What it means, in a sentence: the text of its documentation.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc),+).trim_ascii(),)+ }
             }
         }
     };

@@ -239,6 +239,10 @@ impl Maps {
         &self.image
     }
 
+    pub(super) fn into_image(self) -> MapImage {
+        self.image
+    }
+
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }

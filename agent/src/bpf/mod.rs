@@ -110,13 +110,18 @@ pub fn pin_dir(bpffs: &Path) -> PathBuf {
     bpffs.join(format!("v{LAYOUT}"))
 }
 
+/// Reads the policy maps pinned under `bpffs`.
+pub fn read_image(bpffs: &Path) -> Result<MapImage, Error> {
+    Ok(maps::Maps::open(&pin_dir(bpffs))?.into_image())
+}
+
 /// Removes every link, map and directory that any version pinned under `bpffs`: nothing of Outgate acts on
 /// packets afterwards. Returns what was removed; nothing there is not an error.
 pub fn cleanup(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut removed = Vec::new();
     for version in entries(bpffs)? {
         let name = version.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if !name.strip_prefix('v').is_some_and(|n| n.parse::<u32>().is_ok()) {
+        if name.strip_prefix('v').is_none_or(|n| n.parse::<u32>().is_err()) {
             continue;
         }
         // Links first: a program without its maps' pins is still whole, a map without programs is only memory.

@@ -119,7 +119,7 @@ fn idle(now: Ticks, seen: Ticks) -> Ticks {
     if idle > Ticks::MAX / 2 { 0 } else { idle }
 }
 
-fn name(name: &PodName) -> String {
+pub(super) fn name(name: &PodName) -> String {
     let text = |bytes: &[u8]| {
         let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
         String::from_utf8_lossy(&bytes[..end]).into_owned()

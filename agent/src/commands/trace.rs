@@ -1,0 +1,296 @@
+//! `outgate trace`: walks a packet through the decisions that the kernel runs, on the maps that it uses.
+
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::Context as _;
+use datapath::addr::Ip;
+use datapath::from_pod::from_pod;
+use datapath::keys::{InterfaceKind, NetworkKind, Tuple};
+use datapath::limits::FLOWS;
+use datapath::memory::Memory;
+use datapath::packet::{self, Kind, Packet};
+use datapath::tables::Tables as _;
+use datapath::to_uplink::to_uplink;
+use datapath::verdict::{DropReason, FromPod, Keep, Snat, ToUplink, Way};
+use serde::Serialize;
+
+use super::flows;
+use crate::bpf;
+use crate::cli::{Protocol, TraceArgs};
+use crate::image::MapImage;
+use crate::print;
+
+/// A packet's walk, for people and programs.
+#[derive(Serialize, Debug, Default)]
+#[serde(rename_all = "camelCase")]
+struct Walk {
+    pod: String,
+    source: String,
+    destination: String,
+    /// What happens at each program, in order.
+    steps: Vec<Step>,
+    /// `translated`, `untouched` or `dropped`.
+    outcome: &'static str,
+    #[serde(rename = "egressIP", skip_serializing_if = "Option::is_none")]
+    egress_ip: Option<IpAddr>,
+    /// Tunnel address of the node that holds the egress IP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<IpAddr>,
+    /// `local`, or `tunnel` to the owner.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    drop_reason: Option<&'static str>,
+}
+
+#[derive(Serialize, Debug)]
+struct Step {
+    at: &'static str,
+    says: String,
+}
+
+pub(super) fn run(args: &TraceArgs, out: &mut impl Write) -> anyhow::Result<()> {
+    let image = bpf::read_image(&args.bpffs.bpffs)?;
+    let wanted = format!("{}/{}", args.pod.namespace, args.pod.name);
+    let destination = SocketAddr::new(args.destination.ip, args.destination.port);
+    let walk = walk(&image, &wanted, destination, args.protocol)?;
+    print::print_into(out, args.output, &walk, |out| {
+        writeln!(out, "{} ({}) to {}", walk.pod, walk.source, walk.destination)?;
+        for step in &walk.steps {
+            writeln!(out, "  {:<11} {}", step.at, step.says)?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Walks the first packet of a connection.
+fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol) -> anyhow::Result<Walk> {
+    let id =
+        image.pod_names.iter().find(|(_, name)| flows::name(name) == pod).map(|(id, _)| *id).with_context(
+            || format!("no pod {pod} on this node; `outgate trace` knows the pods of its own node"),
+        )?;
+    let to = Ip::from(destination.ip());
+    let ip = image
+        .pods
+        .iter()
+        .find(|(ip, p)| p.id == id && ip.is_v4() == to.is_v4())
+        .map(|(ip, _)| *ip)
+        .with_context(|| format!("pod {pod} has no address of the family of {}", destination.ip()))?;
+    let (kind, number, ports) = match protocol {
+        Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, destination.port())),
+        Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, destination.port())),
+        Protocol::Icmp => (Kind::EchoRequest, packet::ICMP, (SOURCE_PORT, 0)),
+    };
+    let tuple = Tuple {
+        source: ip,
+        destination: to,
+        source_port: ports.0,
+        destination_port: ports.1,
+        protocol: number,
+        pad: [0; 3],
+    };
+    let tcp_flags = if kind == Kind::Tcp { packet::SYN } else { 0 };
+    let packet = Packet { tuple, len: 60, kind, tcp_flags, ttl: 64 };
+    let mut walk = Walk {
+        pod: pod.to_owned(),
+        source: IpAddr::from(ip).to_string(),
+        destination: match protocol {
+            Protocol::Icmp => format!("{} (echo)", destination.ip()),
+            Protocol::Tcp => format!("{destination} (TCP)"),
+            Protocol::Udp => format!("{destination} (UDP)"),
+        },
+        ..Walk::default()
+    };
+    let tables = tables(image);
+    let ifindex = image.pods[&ip].ifindex;
+    match from_pod(&tables, ifindex, &packet, &Keep) {
+        FromPod::NotOurs => walk.untouched("from_pod", "no EgressIP selects the pod"),
+        FromPod::Pass => walk.untouched("from_pod", "no EgressIP selects the pod, others on its bridge are"),
+        FromPod::Unmarked => walk.untouched("from_pod", &inside(&tables, &to)),
+        FromPod::Drop(reason) => walk.dropped("from_pod", reason),
+        FromPod::Translate(snat) => walk.translated("from_pod", image, &snat),
+        FromPod::Identify(token) => {
+            walk.step("from_pod", "a new flow of a selected pod: a token, and up the host's stack");
+            walk.step("host", "netfilter and routing of the node (not known here: taken for let through)");
+            let uplink = |(index, i): (&u32, &datapath::keys::Interface)| {
+                (i.kind == InterfaceKind::Uplink as u8).then_some(*index)
+            };
+            let uplink = image.interfaces.iter().find_map(uplink).unwrap_or(0);
+            let ingress = match image.interfaces.get(&ifindex) {
+                Some(interface) if interface.bridge != 0 => interface.bridge,
+                _ => ifindex,
+            };
+            match to_uplink(&tables, uplink, ingress, token, &packet, &Keep) {
+                ToUplink::NotOurs => walk.untouched("to_uplink", "not a pod's packet"),
+                ToUplink::Pass if tables.network(&to) == 0 => {
+                    walk.untouched(
+                        "to_uplink",
+                        "no node holds the egress IPs, and `unassigned: NodeIP` is set",
+                    );
+                }
+                ToUplink::Pass => walk.untouched("to_uplink", &inside(&tables, &to)),
+                ToUplink::Drop(reason) => walk.dropped("to_uplink", reason),
+                ToUplink::Translate(snat) => walk.translated("to_uplink", image, &snat),
+            }
+        }
+    }
+    Ok(walk)
+}
+
+/// Any port from the range that clients use.
+const SOURCE_PORT: u16 = 50_000;
+
+impl Walk {
+    fn step(&mut self, at: &'static str, says: impl Into<String>) {
+        self.steps.push(Step { at, says: says.into() });
+    }
+
+    fn untouched(&mut self, at: &'static str, why: &str) {
+        self.outcome = "untouched";
+        self.step(at, format!("untouched: {why}"));
+    }
+
+    fn dropped(&mut self, at: &'static str, reason: DropReason) {
+        self.outcome = "dropped";
+        self.drop_reason = Some(reason.name());
+        self.step(at, format!("dropped, {}: {}", reason.name(), reason.meaning()));
+    }
+
+    fn translated(&mut self, at: &'static str, image: &MapImage, snat: &Snat) {
+        let egress_ip = IpAddr::from(snat.source);
+        self.outcome = "translated";
+        self.egress_ip = Some(egress_ip);
+        let (path, owner, way) = match snat.way {
+            Way::Tunnel(node) => {
+                let node = IpAddr::from(node);
+                ("tunnel", Some(node), format!("through the tunnel to {node}, which holds it"))
+            }
+            Way::Here | Way::Uplink(_) => {
+                let own = image.nodes.get(&image.settings.node).map(|n| IpAddr::from(n.tunnel_ip));
+                ("local", own, "out of this node's uplink, as it holds it itself".to_owned())
+            }
+        };
+        (self.path, self.owner) = (Some(path), owner);
+        self.step(at, format!("leaves as {egress_ip}, with a port of this node's range, {way}"));
+    }
+}
+
+/// What an address inside the cluster is.
+fn inside(tables: &Memory, to: &Ip) -> String {
+    let network = tables.network(to);
+    let what = if to.stays_on_link() {
+        "stays on the link"
+    } else if network == NetworkKind::Pods as u32 {
+        "is a pod's"
+    } else if network == NetworkKind::Services as u32 {
+        "is a service's; what it leads to is decided after the host's DNAT"
+    } else {
+        "is a node's"
+    };
+    format!("{to} {what}")
+}
+
+/// The policy maps, without any flow: the walk is a first packet's.
+fn tables(image: &MapImage) -> Memory {
+    let seed = image.settings.pass_token;
+    Memory {
+        settings: image.settings,
+        pods: image.pods.clone(),
+        delivery: image.delivery.clone(),
+        interfaces: image.interfaces.clone(),
+        networks: image.networks.iter().map(|(key, network)| (*key, network.kind)).collect(),
+        policies: image.policies.clone(),
+        egress_ips: image.egress_ips.clone(),
+        egress_addrs: image.egress_addrs.clone(),
+        granules: image.granules.clone(),
+        leases: image.leases.clone(),
+        nodes: image.nodes.clone(),
+        ..Memory::new(seed, FLOWS as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use datapath::keys::{
+        Delivery, EgressIp, GranuleRange, Interface, Lease, Network, NetworkKey, Node, Pod, PodName, Policy,
+        Settings,
+    };
+
+    use super::*;
+
+    const EGRESS: Ip = Ip::v4([192, 0, 2, 100]);
+
+    /// A node with a selected and an unselected pod; another node holds the address.
+    fn image() -> MapImage {
+        let mut image =
+            MapImage { settings: Settings { node: 1, ..Settings::default() }, ..MapImage::default() };
+        for (id, policy, name, last) in [(1, 1, "shop", 1), (2, 0, "try", 2)] {
+            let ip = Ip::v4([10, 1, 0, last]);
+            image.pods.insert(ip, Pod { id, policy, ifindex: 10 + id, pad: 0 });
+            image.delivery.insert(id, Delivery { ip, ifindex: 10 + id, mode: 1, ..Delivery::default() });
+            let mut names = PodName::default();
+            names.namespace[..4].copy_from_slice(b"prod");
+            names.name[..name.len()].copy_from_slice(name.as_bytes());
+            image.pod_names.insert(id, names);
+            let kind = InterfaceKind::Pod as u8;
+            image.interfaces.insert(10 + id, Interface { kind, ..Interface::default() });
+        }
+        let kind = InterfaceKind::Uplink as u8;
+        image.interfaces.insert(2, Interface { kind, ..Interface::default() });
+        for (id, last) in [(1, 11), (2, 12)] {
+            image.nodes.insert(id, Node { tunnel_ip: Ip::v4([192, 0, 2, last]) });
+        }
+        let egress = EgressIp { ip: EGRESS, policy: 1, holder: 2, ..EgressIp::default() };
+        image.egress_ips.insert(1, egress);
+        image.egress_addrs.insert(EGRESS, 1);
+        let mut policy = Policy { len: 1, ..Policy::default() };
+        policy.egress[0] = 1;
+        image.policies.insert(1, policy);
+        image.leases.insert(1, Lease::of(&[GranuleRange { first: 0, count: 4 }]));
+        let pods = NetworkKey { prefix_len: 112, ip: Ip::v4([10, 1, 0, 0]) };
+        image.networks.insert(pods, Network { kind: NetworkKind::Pods as u32 });
+        image
+    }
+
+    fn to(image: &MapImage, pod: &str, destination: &str) -> Walk {
+        walk(image, pod, destination.parse().unwrap(), Protocol::Tcp).unwrap()
+    }
+
+    #[test]
+    fn a_selected_pod_leaves_by_its_egress_ip_and_its_holder() {
+        let w = to(&image(), "prod/shop", "203.0.113.9:443");
+        assert_eq!((w.outcome, w.egress_ip, w.path), ("translated", Some(EGRESS.into()), Some("tunnel")));
+        assert_eq!(w.owner, Some("192.0.2.12".parse().unwrap()));
+        assert_eq!(w.steps.iter().map(|s| s.at).collect::<Vec<_>>(), ["from_pod", "host", "to_uplink"]);
+        let mut image = image();
+        image.egress_ips.get_mut(&1).unwrap().holder = 1;
+        image.egress_ips.get_mut(&1).unwrap().uplink = 2;
+        assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").path, Some("local"));
+    }
+
+    #[test]
+    fn what_is_not_translated_is_explained() {
+        assert_eq!(to(&image(), "prod/try", "203.0.113.9:443").outcome, "untouched");
+        assert_eq!(to(&image(), "prod/shop", "10.1.0.77:80").outcome, "untouched");
+        let mut image = image();
+        image.leases.clear();
+        let w = to(&image, "prod/shop", "203.0.113.9:443");
+        assert_eq!((w.outcome, w.drop_reason), ("dropped", Some("NoPortRange")));
+        assert!(w.steps[2].says.contains("no port range"), "{}", w.steps[2].says);
+        image.egress_ips.get_mut(&1).unwrap().holder = 0;
+        assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").drop_reason, Some("NoOwner"));
+        image.settings.unassigned = 1;
+        assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").outcome, "untouched");
+    }
+
+    #[test]
+    fn an_unknown_pod_or_family_is_an_error() {
+        let of = |pod: &str, destination: &str| {
+            walk(&image(), pod, destination.parse().unwrap(), Protocol::Tcp).unwrap_err().to_string()
+        };
+        assert!(of("prod/nope", "203.0.113.9:80").contains("no pod prod/nope"));
+        assert!(of("prod/shop", "[2001:db8::1]:80").contains("family"));
+    }
+}
