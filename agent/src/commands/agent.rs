@@ -23,6 +23,7 @@ pub(super) fn run(args: AgentArgs) -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_env_filter(tracing_subscriber::EnvFilter::try_new(&args.log)?)
         .init();
     let runtime = tokio::runtime::Builder::new_current_thread()
