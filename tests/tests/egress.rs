@@ -10,6 +10,11 @@ use lab::{Agent, Cni, Lab, LabSpec, Pod, PodSpec};
 const EGRESS: &str = "172.18.0.101";
 const LIMIT: Duration = Duration::from_secs(2);
 
+/// One that owns the egress IP and one that does not: each agent costs a second of the kernel's verifier.
+fn two_nodes() -> LabSpec {
+    LabSpec::default().nodes(2)
+}
+
 /// A lab whose namespace `prod` leaves by [`EGRESS`], owned by the one node that may.
 fn cluster(spec: &LabSpec, owner: &str) -> (Lab, Vec<Agent>) {
     let lab = Lab::with(spec);
@@ -32,7 +37,7 @@ fn echo_at(address: &str) -> String {
 
 /// Every kind of traffic, with real clients and servers, and nobody sees another source.
 fn all_traffic(cni: Cni) {
-    let (lab, _agents) = cluster(&LabSpec::default().cni(cni), "node-b");
+    let (lab, _agents) = cluster(&two_nodes().cni(cni), "node-b");
     let _servers = [
         lab.nginx(&lab.web.netns),
         lab.echo(&lab.web.netns),
@@ -137,7 +142,7 @@ fn any_node_owns_the_egress_ip_of_bridge_pods() {
 /// With checksums computed by the sender's software, a wrong update is seen by the receiver's.
 #[test]
 fn checksums_are_right_without_offload() {
-    let (lab, _agents) = cluster(&LabSpec::default(), "node-b");
+    let (lab, _agents) = cluster(&two_nodes(), "node-b");
     let _servers = [lab.echo(&lab.web.netns), lab.iperf(&lab.web.netns)];
     let remote = lab.run_pod("node-a", &PodSpec::new("prod", "remote"));
     let local = lab.run_pod("node-b", &PodSpec::new("prod", "local"));
@@ -162,7 +167,7 @@ fn checksums_are_right_without_offload() {
 
 /// Pods, services and nodes see a selected pod as they saw it before Outgate was there.
 fn cluster_traffic_is_untouched(cni: Cni) {
-    let lab = Lab::with(&LabSpec::default().cni(cni));
+    let lab = Lab::with(&two_nodes().cni(cni));
     let pod = |node: &str, name: &str| lab.run_pod(node, &PodSpec::new("prod", name));
     let (client, near, far) = (pod("node-a", "client"), pod("node-a", "near"), pod("node-b", "far"));
     let (a, b) = (lab.node("node-a"), lab.node("node-b"));
@@ -215,7 +220,7 @@ fn cluster_traffic_of_bridge_pods_is_untouched() {
 
 /// A service that iptables translates to an outside host is traffic to outside.
 fn services_outside_leave_by_the_egress_ip(cni: Cni) {
-    let (lab, _agents) = cluster(&LabSpec::default().cni(cni), "node-b");
+    let (lab, _agents) = cluster(&two_nodes().cni(cni), "node-b");
     let _echo = lab.echo(&lab.web.netns);
     let recorder = Recorder::start(&lab.web.netns);
     for node in ["node-a", "node-b"] {
@@ -248,7 +253,7 @@ fn services_outside_leave_by_the_egress_ip_from_bridge_pods() {
 
 #[test]
 fn unselected_pods_and_nodes_behave_as_before() {
-    let lab = Lab::new();
+    let lab = Lab::with(&two_nodes());
     let _echo = lab.echo(&lab.web.netns);
     let pods = ["node-a", "node-b"].map(|node| lab.run_pod(node, &PodSpec::new("dev", node)));
     let check = || {
@@ -272,7 +277,7 @@ fn unselected_pods_and_nodes_behave_as_before() {
 
 /// A selected pod that serves answers by the address it was called by, and goes out by its egress IP.
 fn incoming_connections_are_answered_untranslated(cni: Cni) {
-    let (lab, _agents) = cluster(&LabSpec::default().cni(cni).routed_pods(), "node-b");
+    let (lab, _agents) = cluster(&two_nodes().cni(cni).routed_pods(), "node-b");
     let client = &lab.web;
     let _client_echo = lab.echo(&client.netns);
     // On a node that owns nothing and on the owner itself.
@@ -370,7 +375,7 @@ fn pods_spread_over_two_addresses_and_keep_to_one() {
 /// An egress IP is an address to leave by, not one to be reached at.
 #[test]
 fn an_egress_ip_serves_nothing_itself() {
-    let (lab, _agents) = cluster(&LabSpec::default(), "node-b");
+    let (lab, _agents) = cluster(&two_nodes(), "node-b");
     let owner = lab.node("node-b");
     let _server = lab.echo(&owner.netns);
     let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lab::record::Recorder;
 use lab::servers::ECHO;
-use lab::{Agent, Lab, Netns, PodSpec, eventually};
+use lab::{Agent, Lab, LabSpec, Netns, PodSpec, eventually};
 
 const EGRESS: &str = "172.18.0.101";
 
@@ -17,7 +17,7 @@ struct Cluster {
 }
 
 fn cluster() -> Cluster {
-    let lab = Lab::new();
+    let lab = Lab::with(&LabSpec::default().nodes(2));
     lab.describe_cluster(&["node-b"]);
     lab.objects.egress_ip("prod", &[EGRESS], &[("env", "prod")], &[]);
     let agents = lab.start_agents();
