@@ -10,7 +10,7 @@ use crate::conntrack::seconds;
 use crate::from_tunnel::from_tunnel;
 use crate::from_uplink::{claims, from_uplink};
 use crate::keys::{
-    Delivery, DeliveryMode, EgressIp, GranuleRange, GranuleTable, Interface, InterfaceKind, Lease,
+    Delivery, DeliveryMode, EgressIp, FlowPath, GranuleRange, GranuleTable, Interface, InterfaceKind, Lease,
     NetworkKey, NetworkKind, Node, OpenedBy, Pod, Policy, Settings, Tuple, Unassigned,
 };
 use crate::limits::{FIRST_PORT, GRANULE_PORTS};
@@ -628,4 +628,126 @@ fn before_the_settings_nothing_is_ours() {
     let syn = tcp((POD, 1), (SERVER, 80), SYN);
     assert_eq!(from_pod(&a, POD_IF, &syn), FromPod::NotOurs);
     assert_eq!(from_tunnel(&a, &NODE_B, VNI, &syn, &Keep), FromOutside::Drop(DropReason::NotReady));
+}
+
+#[test]
+fn only_connections_with_outside_are_noted() {
+    let a = node(A, B);
+    // Asked of the cluster by a pod, or by the cluster of a pod.
+    from_pod(&a, POD_IF, &udp((POD, 5000), (SERVICE, 53)));
+    from_pod(&a, POD_IF, &udp((POD, 5000), (REMOTE_POD, 53)));
+    for source in [REMOTE_POD, SERVICE] {
+        to_pod(&a, &udp((source, 53), (POD, 5000)));
+        to_pod(&a, &tcp((source, 53), (POD, 5000), SYN));
+    }
+    // Unselected pods: only what a later selection would break.
+    to_pod(&a, &udp((SERVER, 53), (OTHER_POD, 5000)));
+    to_pod(&a, &packet(Kind::EchoRequest, (SERVER, 1), (OTHER_POD, 0), 0));
+    assert!(a.openers.borrow().is_empty());
+    to_pod(&a, &tcp((SERVER, 53), (OTHER_POD, 5000), SYN));
+    assert_eq!(a.openers.borrow().len(), 1);
+}
+
+#[test]
+fn a_guarded_interface_may_send_inside_without_a_mark() {
+    let a = node(A, B);
+    let inside = tcp((POD, 40000), (REMOTE_POD, 80), SYN);
+    assert_eq!(to_uplink(&a, UPLINK, POD_IF, 0, &inside), ToUplink::NotOurs);
+    let outside = tcp((NODE_A, 61000), (SERVER, 80), SYN);
+    assert_eq!(to_uplink(&a, UPLINK, POD_IF, 0, &outside), ToUplink::Drop(DropReason::TokenLost));
+}
+
+#[test]
+fn a_service_on_the_servers_own_port_is_on_the_hosts_path_too() {
+    let a = node(A, B);
+    let syn = tcp((POD, 40000), (SERVICE, 80), SYN);
+    let mut at_uplink = masqueraded(&syn);
+    at_uplink.tuple.destination = SERVER;
+    translated(walk_up(&a, &syn, &at_uplink));
+    assert!(a.flows.borrow().keys().all(|key| key.path == FlowPath::Host as u8));
+    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Identify(_)));
+}
+
+#[test]
+fn a_flow_is_decided_anew_under_another_policy() {
+    let mut a = node(A, B);
+    let syn = tcp((POD, 40000), (SERVER, 80), SYN);
+    let at_service = tcp((POD, 40001), (SERVICE, 80), SYN);
+    let mut from_service = masqueraded(&at_service);
+    from_service.tuple.destination = SERVER;
+    assert_eq!(translated(walk_up(&a, &syn, &syn)).source, EGRESS);
+    assert_eq!(translated(walk_up(&a, &at_service, &from_service)).source, EGRESS);
+    // Another object selects the pod: neither path continues with the old object's address.
+    add_egress(&mut a, 2, EGRESS_2, B);
+    a.egress_ips.get_mut(&2).unwrap().policy = 2;
+    let mut policy = Policy { len: 1, ..Policy::default() };
+    policy.egress[0] = 2;
+    a.policies.insert(2, policy);
+    a.pods.get_mut(&POD).unwrap().policy = 2;
+    assert_eq!(translated(walk_up(&a, &syn, &syn)).source, EGRESS_2);
+    assert_eq!(translated(walk_up(&a, &at_service, &from_service)).source, EGRESS_2);
+    assert_eq!(
+        a.replies.borrow().keys().map(|key| key.egress).collect::<Vec<_>>(),
+        [2, 2],
+        "the old are gone"
+    );
+}
+
+#[test]
+fn an_address_of_another_object_continues_no_flow() {
+    // An entry of a BPF map may be reused for another key while a program reads it: what was read is checked.
+    let mut a = node(A, B);
+    let syn = tcp((POD, 40000), (SERVER, 80), SYN);
+    translated(walk_up(&a, &syn, &syn));
+    a.egress_ips.get_mut(&EGRESS_ID).unwrap().policy = 9;
+    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Identify(_)));
+    assert_eq!(walk_up(&a, &syn, &syn), ToUplink::Drop(DropReason::NoOwner));
+}
+
+#[test]
+fn a_reply_entry_serves_its_own_flow_only() {
+    let a = node(A, B);
+    let syn = tcp((POD, 40000), (SERVER, 80), SYN);
+    let port = translated(walk_up(&a, &syn, &syn)).source_port;
+    for flow in a.flows.borrow_mut().values_mut() {
+        flow.egress_port += 1;
+    }
+    let back = tcp((SERVER, 80), (EGRESS, port), SYN | ACK);
+    assert_eq!(from_tunnel(&a, &NODE_B, VNI, &back, &Keep), FromOutside::Drop(DropReason::NoReplyFlow));
+}
+
+#[test]
+fn a_flow_that_finds_no_room_gives_its_port_back() {
+    let mut a = node(A, B);
+    a.flow_capacity = 1;
+    let syn = |port| tcp((POD, port), (SERVER, 80), SYN);
+    translated(walk_up(&a, &syn(1), &syn(1)));
+    a.replies.borrow_mut().clear();
+    assert_eq!(walk_up(&a, &syn(2), &syn(2)), ToUplink::Drop(DropReason::FlowTableFull));
+    assert!(a.replies.borrow().is_empty());
+}
+
+#[test]
+fn the_ports_of_a_pod_that_is_gone_serve_at_once() {
+    let mut a = node(A, B);
+    a.leases.insert(EGRESS_ID, Lease::of(&[GranuleRange { first: 0, count: 1 }]));
+    let syn = |port| tcp((POD, port), (SERVER, 80), SYN);
+    for port in 0..64 {
+        translated(walk_up(&a, &syn(port), &syn(port)));
+    }
+    let delivery = a.delivery.remove(&1).unwrap();
+    a.delivery.insert(3, delivery);
+    a.pods.get_mut(&POD).unwrap().id = 3;
+    for port in 0..64 {
+        translated(walk_up(&a, &syn(port), &syn(port)));
+    }
+    assert!(a.flows.borrow().keys().all(|key| key.pod == 3));
+}
+
+#[test]
+fn ports_are_not_handed_out_in_order() {
+    let a = node(A, B);
+    let syn = |port| tcp((POD, port), (SERVER, 80), SYN);
+    let ports: Vec<u16> = (0..32).map(|p| translated(walk_up(&a, &syn(p), &syn(p))).source_port).collect();
+    assert!(ports.windows(2).filter(|w| w[1] == w[0] + 1).count() < 4, "{ports:?}");
 }
