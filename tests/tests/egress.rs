@@ -275,6 +275,33 @@ fn unselected_pods_and_nodes_behave_as_before() {
     check();
 }
 
+/// Objects of selected pods whose address is another's: a node's, or one that a running pod has by now.
+#[test]
+fn host_network_and_finished_pods_select_nobody() {
+    let (lab, _agents) = cluster(&two_nodes(), "node-b");
+    let _echo = lab.echo(&lab.web.netns);
+    let node = lab.node("node-a");
+    let running = lab.run_pod("node-a", &PodSpec::new("dev", "running"));
+    lab.wait_source(&running.netns, &echo_at(&lab.web.address), &node.address);
+    for (name, network, phase, ip) in
+        [("agent", "true", "Running", &node.address), ("job", "false", "Succeeded", &running.ip)]
+    {
+        let pod = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{namespace: prod, name: {name}, uid: {name}}}\n\
+             spec: {{nodeName: node-a, hostNetwork: {network}}}\n\
+             status: {{phase: {phase}, podIP: {ip}, podIPs: [{{ip: {ip}}}]}}\n"
+        );
+        lab.objects.write(&format!("{name}.yaml"), &pod);
+    }
+    // The same change selects this one: once it is in force, so is all that the agent makes of the others.
+    let selected = lab.run_pod("node-a", &PodSpec::new("prod", "selected"));
+    lab.wait_source(&selected.netns, &echo_at(&lab.web.address), EGRESS);
+    for netns in [&running.netns, &node.netns] {
+        netns.tcp(&echo_at(&lab.web.address), 10, 5).expect_all_from(10, &node.address);
+        netns.udp(&echo_at(&lab.web.address), 5).expect_all_from(5, &node.address);
+    }
+}
+
 /// A selected pod that serves answers by the address it was called by, and goes out by its egress IP.
 fn incoming_connections_are_answered_untranslated(cni: Cni) {
     let (lab, _agents) = cluster(&two_nodes().cni(cni).routed_pods(), "node-b");
