@@ -73,6 +73,8 @@ pub struct Agent<S, K> {
     leading: bool,
     tunnel_port: Option<u16>,
     retry_at: Option<Instant>,
+    /// Why nobody can be asked to lead.
+    lead_error: Option<Problem>,
     /// Failures of the agent's own work, which is then tried again.
     failures: BTreeSet<Problem>,
     /// What looks wrong, and trying again does not help.
@@ -115,6 +117,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             leading: false,
             tunnel_port: None,
             retry_at: None,
+            lead_error: None,
             failures: BTreeSet::new(),
             notes: BTreeSet::new(),
             said: Said::default(),
@@ -127,7 +130,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut sweep = interval(SWEEP);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        self.lead()?;
+        let leads = self.source.lead()?;
+        self.set_leading(leads);
         self.reconcile().await;
         loop {
             let work = tokio::select! {
@@ -140,7 +144,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                     }
                     true
                 }
-                _ = tick.tick() => self.lead()? || self.retry_at.is_some_and(|at| at <= Instant::now()),
+                _ = tick.tick() => self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now()),
                 _ = sweep.tick() => { self.sweep(); false }
             };
             if work {
@@ -149,15 +153,27 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
     }
 
-    /// Asks to lead. Whether that is news.
-    fn lead(&mut self) -> Result<bool, S::Error> {
-        if self.leading || !self.source.lead()? {
-            return Ok(false);
+    /// Asks to lead, or whether it still does. Whether there is news. What worked at the start and fails later
+    /// ends no agent: the node goes on with what it has.
+    fn lead(&mut self) -> bool {
+        let (leads, error) = match self.source.lead() {
+            Ok(leads) => (leads, None),
+            Err(error) => (false, Some(Problem::new("leadership", error))),
+        };
+        let news = leads != self.leading || error != self.lead_error;
+        self.lead_error = error;
+        self.set_leading(leads);
+        news
+    }
+
+    fn set_leading(&mut self, leads: bool) {
+        match (self.leading, leads) {
+            (false, true) => info!("this agent leads: it assigns egress IPs and leases their ports"),
+            (true, false) => info!("this agent leads no more"),
+            _ => {}
         }
-        self.leading = true;
-        self.state.borrow_mut().leading = true;
-        info!("this agent leads: it assigns egress IPs and leases their ports");
-        Ok(true)
+        self.leading = leads;
+        self.state.borrow_mut().leading = leads;
     }
 
     /// Goes the whole way once.
@@ -308,6 +324,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(&compiled.problems)
             .chain(&self.failures)
             .chain(&self.notes)
+            .chain(&self.lead_error)
             .cloned()
             .collect();
         for problem in problems.difference(&self.said.problems) {

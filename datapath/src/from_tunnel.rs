@@ -27,6 +27,7 @@ pub fn from_tunnel<'t, T: Tables, A: Act<FromOutside<'t>>>(
     // Outwards: the source is an egress IP, and the sender leases the source port.
     if let Some(egress) = t.egress_id(&tuple.source)
         && matches!(packet.kind, Kind::Tcp | Kind::Udp | Kind::EchoRequest | Kind::IcmpError)
+        && !packet.by_router
         && granule_of(tuple.source_port).is_some_and(|granule| t.granule(egress, granule) == node)
     {
         return match t.egress_ip(egress) {

@@ -56,6 +56,10 @@ pub struct Packet {
     pub tcp_flags: u8,
     /// Time to live, in hops.
     pub ttl: u8,
+    /// An ICMP error whose own source is not the tuple's: a router's on the way. What is quoted is the sender's
+    /// word, so a pod's error is one of these or about a packet to itself, never told apart by the quote alone:
+    /// on the pods' side such an error is parsed as [`Kind::OtherIcmp`], with its own addresses.
+    pub by_router: bool,
 }
 
 impl Packet {

@@ -120,7 +120,7 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
         protocol,
         pad: [0; 3],
     };
-    Packet { tuple, len: 60, kind, tcp_flags, ttl: 64 }
+    Packet { tuple, len: 60, kind, tcp_flags, ttl: 64, by_router: false }
 }
 
 fn tcp(from: (Ip, u16), to: (Ip, u16), flags: u8) -> Packet {
@@ -226,6 +226,12 @@ fn icmp_errors_follow_the_flow_they_are_about() {
     let out = packet(Kind::IcmpError, (EGRESS, snat.source_port), (SERVER, 53), 0);
     assert_eq!(from_tunnel(&b, &NODE_A, VNI, &out, &Keep), FromOutside::Forward(UPLINK));
     assert_eq!(seen(&a), before, "errors keep no flow alive");
+    // A router's error has no business coming out of a source node's tunnel.
+    let routers = Packet { by_router: true, ..out };
+    assert_eq!(
+        from_tunnel(&b, &NODE_A, VNI, &routers, &Keep),
+        FromOutside::Drop(DropReason::TunnelNotAllowed)
+    );
     // About no flow of ours.
     let error = packet(Kind::IcmpError, (POD, 5001), (SERVER, 53), 0);
     assert_eq!(from_pod(&a, POD_IF, &error), FromPod::Drop(DropReason::IcmpType));

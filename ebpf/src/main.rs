@@ -32,7 +32,7 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 #[classifier]
 pub fn from_pod(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
-    let Parsed::Ip(parsed) = packet::parse(&skb) else { return NEXT };
+    let Parsed::Ip(parsed) = packet::parse_pods(&skb) else { return NEXT };
     let at = AfterPod { skb: &skb, headers: &parsed };
     datapath::from_pod::from_pod(&Maps, skb.ifindex(), &parsed.packet, &at)
 }
@@ -72,7 +72,7 @@ impl Act<FromPod> for AfterPod<'_> {
 #[classifier]
 pub fn to_pod(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
-    if let Parsed::Ip(parsed) = packet::parse(&skb) {
+    if let Parsed::Ip(parsed) = packet::parse_pods(&skb) {
         datapath::to_pod::to_pod(&Maps, &parsed.packet);
     }
     NEXT
@@ -87,7 +87,7 @@ pub fn to_uplink(ctx: TcContext) -> i32 {
     if ingress == 0 {
         return NEXT;
     }
-    let Parsed::Ip(parsed) = packet::parse(&skb) else { return NEXT };
+    let Parsed::Ip(parsed) = packet::parse_pods(&skb) else { return NEXT };
     let at = BeforeUplink { skb: &skb, headers: &parsed };
     datapath::to_uplink::to_uplink(&Maps, skb.ifindex(), ingress, skb.hash(), &parsed.packet, &at)
 }

@@ -43,18 +43,30 @@ pub struct Headers {
     pub l4: usize,
 }
 
-/// Parses a packet.
+/// Parses a packet that came from outside.
 #[inline(always)]
 pub fn parse(skb: &Skb) -> Parsed {
+    parse_with(skb, true)
+}
+
+/// Parses a packet that pods sent, or are sent by the host's stack. What an ICMP error quotes is the sender's
+/// own invention: unless it quotes a packet to the sender itself, it is taken by its own addresses.
+#[inline(always)]
+pub fn parse_pods(skb: &Skb) -> Parsed {
+    parse_with(skb, false)
+}
+
+#[inline(always)]
+fn parse_with(skb: &Skb, routers: bool) -> Parsed {
     match skb.protocol() {
-        ETH_P_IP => parse_v4(skb),
+        ETH_P_IP => parse_v4(skb, routers),
         ETH_P_ARP => Parsed::Arp,
         _ => Parsed::Other,
     }
 }
 
 #[inline(always)]
-fn parse_v4(skb: &Skb) -> Parsed {
+fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
     let Ok(ip) = skb.load::<[u8; 20]>(ETHERNET_LEN) else { return Parsed::Other };
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     let on_wire = skb.len() as usize - ETHERNET_LEN;
@@ -75,6 +87,7 @@ fn parse_v4(skb: &Skb) -> Parsed {
         pad: [0; 3],
     };
     let mut tcp_flags = 0;
+    let mut by_router = false;
     let kind = if u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_BITS != 0 {
         Kind::Fragment
     } else if protocol == TCP {
@@ -108,10 +121,13 @@ fn parse_v4(skb: &Skb) -> Parsed {
                         Kind::EchoReply
                     }
                     ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM => {
-                        if quoted_reversed(skb, l4 + ICMP_LEN, &mut tuple) {
-                            Kind::IcmpError
-                        } else {
-                            Kind::OtherIcmp
+                        match quoted_reversed(skb, l4 + ICMP_LEN, &mut tuple, routers) {
+                            Quote::Unknown => Kind::OtherIcmp,
+                            Quote::ByHost => Kind::IcmpError,
+                            Quote::ByRouter => {
+                                by_router = true;
+                                Kind::IcmpError
+                            }
                         }
                     }
                     _ => Kind::OtherIcmp,
@@ -122,7 +138,10 @@ fn parse_v4(skb: &Skb) -> Parsed {
     } else {
         Kind::Other
     };
-    Parsed::Ip(Headers { packet: Packet { tuple, len: on_wire as u32, kind, tcp_flags, ttl: ip[8] }, l4 })
+    Parsed::Ip(Headers {
+        packet: Packet { tuple, len: on_wire as u32, kind, tcp_flags, ttl: ip[8], by_router },
+        l4,
+    })
 }
 
 #[inline(always)]
@@ -131,34 +150,47 @@ fn ports<const N: usize>(tuple: &mut Tuple, header: &[u8; N]) {
     tuple.destination_port = u16::from_be_bytes([header[2], header[3]]);
 }
 
-/// Sets the tuple to that of the packet quoted at `at`, reversed. Returns false where it cannot be told, or
-/// where the quoted packet was not sent by whom the error is sent to; the tuple is then as it was.
+/// What an ICMP error quotes.
+#[derive(Clone, Copy)]
+enum Quote {
+    /// Nothing that can be told, or what its receiver did not send.
+    Unknown,
+    /// A packet to the error's own source.
+    ByHost,
+    /// A packet to somewhere else.
+    ByRouter,
+}
+
+/// Sets the tuple to that of the packet quoted at `at`, reversed. Where that cannot be told, where the quoted
+/// packet was not sent by whom the error is sent to, or where a router's error is not wanted, the tuple is left
+/// as it was.
 ///
 /// A function of its own: it needs stack that its callers do not have to spare.
 #[inline(never)]
-fn quoted_reversed(skb: &Skb, at: usize, tuple: &mut Tuple) -> bool {
-    let Ok(ip) = skb.load::<[u8; 20]>(at) else { return false };
+fn quoted_reversed(skb: &Skb, at: usize, tuple: &mut Tuple, routers: bool) -> Quote {
+    let Ok(ip) = skb.load::<[u8; 20]>(at) else { return Quote::Unknown };
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     // A later fragment has no ports to tell.
     let offset = u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_OFFSET;
     if ip[0] >> 4 != 4 || header_len < 20 || offset != 0 {
-        return false;
+        return Quote::Unknown;
     }
-    let sender = tuple.destination.v4_octets();
-    if [ip[12], ip[13], ip[14], ip[15]] != sender {
-        return false;
+    let to = Ip::v4([ip[16], ip[17], ip[18], ip[19]]);
+    let by_host = to == tuple.source;
+    if [ip[12], ip[13], ip[14], ip[15]] != tuple.destination.v4_octets() || !(by_host || routers) {
+        return Quote::Unknown;
     }
     // Eight bytes are all that is sure to be quoted (RFC 792), and enough.
-    let Ok(l4) = skb.load::<[u8; 8]>(at + header_len) else { return false };
-    let (from, to) = match (ip[9], l4[0]) {
+    let Ok(l4) = skb.load::<[u8; 8]>(at + header_len) else { return Quote::Unknown };
+    let (from_port, to_port) = match (ip[9], l4[0]) {
         (TCP | UDP, _) => (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]])),
         (ICMP, ICMP_ECHO_REQUEST) => (u16::from_be_bytes([l4[4], l4[5]]), 0),
         (ICMP, ICMP_ECHO_REPLY) => (0, u16::from_be_bytes([l4[4], l4[5]])),
-        _ => return false,
+        _ => return Quote::Unknown,
     };
-    tuple.source = Ip::v4([ip[16], ip[17], ip[18], ip[19]]);
-    tuple.source_port = to;
-    tuple.destination_port = from;
+    tuple.source = to;
+    tuple.source_port = to_port;
+    tuple.destination_port = from_port;
     tuple.protocol = ip[9];
-    true
+    if by_host { Quote::ByHost } else { Quote::ByRouter }
 }

@@ -13,6 +13,8 @@ const IP_CHECKSUM: usize = ETHERNET_LEN + 10;
 const IP_SOURCE: usize = ETHERNET_LEN + 12;
 const IP_DESTINATION: usize = ETHERNET_LEN + 16;
 
+/// A UDP checksum of 0 is "none" and stays so; one that comes out as 0 is written as its other form (RFC 768).
+const UDP_FLAGS: u64 = BPF_F_MARK_MANGLED_0 as u64;
 /// Bytes of a TCP header that options may take (RFC 9293, 3.1).
 const MAX_OPTIONS: u32 = 40;
 const OPTION_END: u8 = 0;
@@ -109,7 +111,7 @@ fn rewrite(
     // Offset of the checksum; whether it covers the addresses (pseudo-header); a UDP checksum of 0 is "none".
     let (checksum, covers_addresses, flags) = match headers.packet.kind {
         Kind::Tcp => (16, true, 0),
-        Kind::Udp => (6, true, u64::from(BPF_F_MARK_MANGLED_0)),
+        Kind::Udp => (6, true, UDP_FLAGS),
         Kind::EchoRequest | Kind::EchoReply => (2, false, 0),
         Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => {
             return Err(Refused);
@@ -166,7 +168,7 @@ fn rewrite_error(skb: &Skb, l4: usize, quoted_protocol: u8, change: &Change) -> 
         if address == quoted_ip && quoted_protocol == UDP {
             let before = skb.load::<[u8; 2]>(quoted_l4 + 6)?;
             if before != [0, 0] {
-                skb.fix_l4_checksum(quoted_l4 + 6, from, to, 4)?;
+                skb.fix_l4_checksum(quoted_l4 + 6, from, to, UDP_FLAGS | 4)?;
                 fix_error_checksum(skb, l4, before, skb.load(quoted_l4 + 6)?)?;
             }
         }
@@ -180,7 +182,7 @@ fn rewrite_error(skb: &Skb, l4: usize, quoted_protocol: u8, change: &Change) -> 
     if quoted_protocol == UDP {
         let checksum = skb.load::<[u8; 2]>(quoted_l4 + 6)?;
         if checksum != [0, 0] {
-            skb.fix_l4_checksum(quoted_l4 + 6, word(before), word(after), 2)?;
+            skb.fix_l4_checksum(quoted_l4 + 6, word(before), word(after), UDP_FLAGS | 2)?;
             fix_error_checksum(skb, l4, checksum, skb.load(quoted_l4 + 6)?)?;
         }
     }

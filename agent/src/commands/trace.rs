@@ -92,7 +92,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         pad: [0; 3],
     };
     let tcp_flags = if kind == Kind::Tcp { packet::SYN } else { 0 };
-    let packet = Packet { tuple, len: 60, kind, tcp_flags, ttl: 64 };
+    let packet = Packet { tuple, len: 60, kind, tcp_flags, ttl: 64, by_router: false };
     let mut walk = Walk {
         pod: pod.to_owned(),
         source: IpAddr::from(ip).to_string(),

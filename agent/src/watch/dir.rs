@@ -16,6 +16,9 @@
 //! inotify has seen modified is left alone until its writer closes it, or has not touched it for half a second.
 //!
 //! **A file that does not parse keeps what it held**, also over a restart of the agent: hence the copies.
+//!
+//! **A directory without `.outgate` is not the one that was opened**: removed, unmounted or replaced. It is not
+//! read, or all policies would end; a restarted agent takes it as it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -236,7 +239,15 @@ impl DirSource {
     fn scan(&mut self) -> bool {
         let mut changed = false;
         let mut waiting = false;
-        match list(&self.root, |name| kind_of(name).is_some()) {
+        let listed = match fs::metadata(self.root.join(".outgate")) {
+            Err(_) if self.watch.is_some() => Err(format!(
+                "has no .outgate any more: was the directory removed, unmounted or replaced? {HELD}; \
+                 a restarted agent takes the directory as it is"
+            )),
+            _ => list(&self.root, |name| kind_of(name).is_some())
+                .map_err(|error| format!("cannot be listed: {error}; {HELD}")),
+        };
+        match listed {
             Ok(paths) => {
                 changed |= self.directory_error.take().is_some();
                 let busy = self.watch.as_mut().map(|w| &mut w.busy);
@@ -252,9 +263,7 @@ impl DirSource {
                     ),
                 );
             }
-            Err(error) => {
-                // What was read before stays in force, as with a file that does not parse.
-                let message = format!("cannot be listed: {error}; what was read before stays in force");
+            Err(message) => {
                 changed |= self.directory_error.as_ref() != Some(&message);
                 self.directory_error = Some(message);
             }
@@ -479,10 +488,15 @@ impl Source for DirSource {
     }
 
     fn lead(&mut self) -> Result<bool, Error> {
-        if self.lock.is_some() {
-            return Ok(true);
-        }
         let path = self.root.join(".outgate/leader.lock");
+        if let Some(lock) = &self.lock {
+            // A lock on a file that is not there any more keeps nobody from leading.
+            let id = |m: io::Result<fs::Metadata>| m.ok().map(|m| (m.dev(), m.ino()));
+            if id(lock.metadata()) == id(fs::metadata(&path)) {
+                return Ok(true);
+            }
+            self.lock = None;
+        }
         let file = File::options()
             .create(true)
             .truncate(false)
@@ -533,6 +547,9 @@ impl Source for DirSource {
         Ok(())
     }
 }
+
+/// Said of a directory that cannot be read.
+const HELD: &str = "what was read before stays in force";
 
 /// Where copies of the user's files are.
 const COPIES: &str = ".outgate/last-good";
@@ -640,9 +657,7 @@ fn put(path: &Path, bytes: &[u8], durable: bool) -> Result<(), Error> {
     temporary.push(format!(".tmp-{}", std::process::id()));
     let temporary = PathBuf::from(temporary);
     let written = (|| {
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)?;
-        }
+        // Directories are made at the start only: see the module's head.
         let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
         if durable {
@@ -1156,6 +1171,29 @@ mod tests {
         assert_eq!(a.objects().egress_nodes["x"], node);
         drop(a);
         assert!(b.lead().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_is_gone_ends_nothing_and_nobody_leads_twice() {
+        let temp = Temp::new("gone");
+        temp.put("a.yaml", &pod("a"));
+        let mut source = DirSource::open(&temp.0).unwrap();
+        assert!(source.lead().unwrap());
+        fs::remove_dir_all(&temp.0).unwrap();
+        fs::create_dir(&temp.0).unwrap();
+        tokio::time::timeout(RESCAN * 2, source.changed()).await.unwrap().unwrap();
+        assert_eq!(source.objects().pods.len(), 1);
+        assert!(!source.complete());
+        assert!(problems(&source)[0].contains("unmounted"), "{:?}", problems(&source));
+        assert!(source.lead().is_err());
+        assert!(source.write(Write::EgressNode(EgressNode::default())).await.is_err());
+        assert!(!temp.0.join(".outgate").exists());
+        // Somebody starts anew there.
+        let mut other = DirSource::open(&temp.0).unwrap();
+        assert!(other.lead().unwrap());
+        tokio::time::timeout(RESCAN * 2, source.changed()).await.unwrap().unwrap();
+        assert!(source.objects().pods.is_empty());
+        assert!(!source.lead().unwrap());
     }
 
     #[tokio::test]
