@@ -1,5 +1,6 @@
 //! Port ranges pass from the leader to gateways to source nodes, in that order, whatever each of them has seen
 //! of the others: random histories of users, agents with old views, and leaders that come and go.
+#![expect(clippy::unwrap_used, reason = "a test, whose helpers clippy does not take for one")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
