@@ -350,6 +350,7 @@ impl<'a> Decoded<'a> {
             kind,
             tcp_flags,
             ttl: self.frame[ETHERNET + 8],
+            by_router: tuple.source != Ip::v4(self.source()),
         }
     }
 
