@@ -1,11 +1,12 @@
 //! Running commands: every failure shows the whole command line, ready to be pasted into a root shell.
 
+use std::env;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::thread::sleep;
+use std::thread::{panicking, sleep};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -231,9 +232,14 @@ impl Process {
     }
 }
 
+/// Whether a failed test's lab stays, with everything that runs in it.
+pub(crate) fn keep_failed() -> bool {
+    panicking() && env::var_os("OUTGATE_LAB_KEEP").is_some()
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
-        if !self.detached {
+        if !self.detached && !keep_failed() {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::cni::Cni;
-use crate::command::{self, eventually, signal};
+use crate::command::{self, eventually, keep_failed, signal};
 use crate::netns::{Netns, identity};
 use crate::objects::Objects;
 
@@ -318,10 +318,11 @@ impl Drop for Lab {
                 eprintln!("\n=== {name}, the last lines");
                 log.lines().skip(skip).for_each(|line| eprintln!("{line}"));
             }
-            if env::var_os("OUTGATE_LAB_KEEP").is_some() {
+            if keep_failed() {
                 let _ = fs::write(self.home.dir.join("keep"), "");
                 self.home.kept = true;
-                eprintln!("\nkept: {}", self.home.dir.display());
+                let peer = helper_path("peer");
+                eprintln!("\nkept; to remove it: {} remove {}", peer.display(), self.home.id);
             }
             return;
         }
