@@ -95,18 +95,18 @@ fn open(dir: &Path, name: &'static str) -> Result<Map, Error> {
 }
 
 /// A hash map of known types.
-struct Table<K, V> {
+pub(super) struct Table<K, V> {
     name: &'static str,
     map: HashMap<MapData, Plain<K>, Plain<V>>,
 }
 
 impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
-    fn open(dir: &Path, name: &'static str) -> Result<Self, Error> {
+    pub(super) fn open(dir: &Path, name: &'static str) -> Result<Self, Error> {
         let map = HashMap::try_from(open(dir, name)?).map_err(|source| Error::Map { name, source })?;
         Ok(Self { name, map })
     }
 
-    fn read(&self) -> Result<BTreeMap<K, V>, Error> {
+    pub(super) fn read(&self) -> Result<BTreeMap<K, V>, Error> {
         self.map
             .iter()
             .map(|entry| entry.map(|(k, v)| (k.0, v.0)))
@@ -114,15 +114,19 @@ impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
             .map_err(|source| self.error(source))
     }
 
-    fn get(&self, key: &K) -> Option<V> {
-        self.map.get(&Plain(*key), 0).ok().map(|v| v.0)
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, Error> {
+        match self.map.get(&Plain(*key), 0) {
+            Ok(value) => Ok(Some(value.0)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(source) => Err(self.error(source)),
+        }
     }
 
     fn put(&mut self, key: K, value: V) -> Result<(), Error> {
         self.map.insert(Plain(key), Plain(value), 0).map_err(|source| self.error(source))
     }
 
-    fn remove(&mut self, key: &K) -> Result<(), Error> {
+    pub(super) fn remove(&mut self, key: &K) -> Result<(), Error> {
         match self.map.remove(&Plain(*key)) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
             Err(MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -179,7 +183,7 @@ pub fn now() -> Ticks {
     conntrack::ticks(nanoseconds + u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// The policy and flow maps, and the image that the policy maps hold.
+/// The policy maps, and the image that they hold.
 pub(super) struct Maps {
     dir: PathBuf,
     image: MapImage,
@@ -197,8 +201,6 @@ pub(super) struct Maps {
     nodes: Table<u32, Node>,
     node_addrs: Table<Ip, u32>,
     interfaces: Table<u32, Interface>,
-    flows: Table<FlowKey, Flow>,
-    replies: Table<ReplyKey, Reply>,
 }
 
 impl Maps {
@@ -224,8 +226,6 @@ impl Maps {
             nodes: Table::open(dir, "NODES")?,
             node_addrs: Table::open(dir, "NODE_ADDRS")?,
             interfaces: Table::open(dir, "INTERFACES")?,
-            flows: Table::open(dir, "FLOWS")?,
-            replies: Table::open(dir, "REPLIES")?,
         };
         maps.image = maps.read()?;
         maps.pass_token = match maps.image.settings.pass_token {
@@ -337,57 +337,6 @@ impl Maps {
             self.networks.remove(&key).map_err(|source| Error::Map { name: "NETWORKS", source })?;
         }
         Ok(())
-    }
-
-    pub(super) fn flow_count(&self) -> Result<usize, Error> {
-        let mut count = 0;
-        for key in self.flows.map.keys() {
-            key.map_err(|source| Error::Map { name: "FLOWS", source })?;
-            count += 1;
-        }
-        Ok(count)
-    }
-
-    /// Removes dead flows. Between the look and the removal a packet may still refresh an idle one; it is
-    /// looked at again right before, which leaves some microseconds at the end of an idle time of minutes.
-    pub(super) fn sweep(&mut self) -> Result<usize, Error> {
-        let dead: Vec<FlowKey> = self
-            .flows
-            .read()?
-            .into_iter()
-            .filter(|(key, flow)| self.is_dead(key, flow))
-            .map(|(key, _)| key)
-            .collect();
-        let mut removed = 0;
-        for key in dead {
-            let Some(flow) = self.flows.get(&key) else { continue };
-            if !self.is_dead(&key, &flow) {
-                continue;
-            }
-            self.flows.remove(&key)?;
-            self.replies.remove(&ReplyKey {
-                egress: flow.egress,
-                remote: key.remote,
-                egress_port: flow.egress_port,
-                remote_port: key.remote_port,
-                protocol: key.protocol,
-                pad: [0; 3],
-            })?;
-            removed += 1;
-        }
-        Ok(removed)
-    }
-
-    fn is_dead(&self, key: &FlowKey, flow: &Flow) -> bool {
-        let pod_policy = self
-            .image
-            .delivery
-            .get(&key.pod)
-            .and_then(|delivery| self.image.pods.get(&delivery.ip))
-            .map(|pod| pod.policy);
-        pod_policy != Some(flow.policy)
-            || !self.image.egress_ips.contains_key(&flow.egress)
-            || conntrack::expired(&self.image.settings, now(), flow, key.protocol)
     }
 }
 

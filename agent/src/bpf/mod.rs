@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod maps;
 mod object;
+pub mod sweep;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -171,6 +172,7 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
 pub struct Datapath {
     maps: maps::Maps,
     programs: attach::Programs,
+    sweeper: sweep::Sweeper,
 }
 
 impl Datapath {
@@ -182,7 +184,7 @@ impl Datapath {
         let ebpf = object::load(&dir)?;
         let maps = maps::Maps::open(&dir)?;
         let programs = attach::Programs::new(ebpf, &dir)?;
-        Ok(Self { maps, programs })
+        Ok(Self { maps, programs, sweeper: sweep::Sweeper::new(&dir) })
     }
 
     /// What the policy maps hold: at start, the work of the agent before this one.
@@ -199,14 +201,10 @@ impl Datapath {
         attached
     }
 
-    /// Removes flows that are past their time or whose pod, policy or address is gone. Returns how many.
-    pub fn sweep(&mut self) -> Result<usize, Error> {
-        self.maps.sweep()
-    }
-
-    /// The number of flows.
-    pub fn flows(&self) -> Result<usize, Error> {
-        self.maps.flow_count()
+    /// Starts to remove flows that are past their time or whose pod, policy or address is gone, and says what
+    /// the sweep before this one did.
+    pub fn sweep(&mut self) -> Result<sweep::Swept, Error> {
+        self.sweeper.sweep(self.maps.image().settings)
     }
 
     /// Packets and bytes dropped, by reason, over all CPUs.

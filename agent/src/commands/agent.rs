@@ -107,7 +107,7 @@ impl Kernel for NodeKernel {
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {
-        let removed = self.datapath.sweep()?;
-        Ok((removed, self.datapath.flows()?))
+        let swept = self.datapath.sweep()?;
+        Ok((swept.removed, swept.left))
     }
 }
