@@ -133,6 +133,8 @@ pub struct State {
     pub flows: BTreeMap<FlowKey, Flow>,
     /// `REPLIES`.
     pub replies: BTreeMap<ReplyKey, Reply>,
+    /// `FULL`.
+    pub full: BTreeMap<ReplyKey, u32>,
     /// `OPENERS`.
     pub openers: BTreeMap<FlowKey, Opener>,
     /// `TOKENS`.
@@ -184,6 +186,7 @@ pub struct Kernel {
     interfaces: Table<u32, Interface>,
     flows: Table<FlowKey, Flow>,
     replies: Table<ReplyKey, Reply>,
+    full: Table<ReplyKey, u32>,
     openers: Table<FlowKey, Opener>,
     tokens: Table<u32, Token>,
     drops: PerCpuArray<MapData, Plain<DropCount>>,
@@ -192,7 +195,7 @@ pub struct Kernel {
 }
 
 /// Entries of the LRU maps under test: small, because reading a map looks at each of its buckets.
-const LRU_ENTRIES: u32 = 4096;
+const LRU_ENTRIES: u32 = 1024;
 
 impl Kernel {
     /// Loads the object that `OUTGATE_BPF_OBJECT` names, else `target/bpf/outgate.o`, with room for
@@ -206,7 +209,7 @@ impl Kernel {
         for name in ["FLOWS", "REPLIES"] {
             loader.map_max_entries(name, flow_capacity);
         }
-        for name in ["OPENERS", "TOKENS"] {
+        for name in ["FULL", "OPENERS", "TOKENS"] {
             loader.map_max_entries(name, LRU_ENTRIES);
         }
         let mut ebpf = loader.load(&object).expect("the object loads");
@@ -237,6 +240,7 @@ impl Kernel {
             interfaces: Table::new(e, "INTERFACES"),
             flows: Table::new(e, "FLOWS"),
             replies: Table::new(e, "REPLIES"),
+            full: Table::new(e, "FULL"),
             openers: Table::new(e, "OPENERS"),
             tokens: Table::new(e, "TOKENS"),
             drops: PerCpuArray::try_from(take(e, "DROPS")).expect("DROPS"),
@@ -273,6 +277,7 @@ impl Kernel {
     pub fn write_state(&mut self, state: &State) {
         self.flows.set(&state.flows);
         self.replies.set(&state.replies);
+        self.full.set(&state.full);
         self.openers.set(&state.openers);
         self.tokens.set(&state.tokens);
     }
@@ -283,6 +288,7 @@ impl Kernel {
         State {
             flows: self.flows.read(),
             replies: self.replies.read(),
+            full: self.full.read(),
             openers: self.openers.read(),
             tokens: self.tokens.read(),
         }
@@ -359,6 +365,7 @@ impl State {
         Self {
             flows: tables.flows.borrow().clone(),
             replies: tables.replies.borrow().clone(),
+            full: tables.full.borrow().clone(),
             openers: tables.openers.borrow().clone(),
             tokens: tables.tokens.borrow().clone(),
         }

@@ -303,16 +303,17 @@ impl<'a> Decoded<'a> {
     }
 
     /// What `ebpf`'s parser should make of the frame. Transport headers count as there if their first bytes
-    /// are in the frame: 14 of TCP, 8 of UDP and ICMP.
+    /// are in the frame: 14 of TCP, 8 of UDP and ICMP. Whether an ICMP error by a router, about a packet to
+    /// somebody else, is believed depends on where it is met.
     #[must_use]
-    pub fn packet(&self) -> Packet {
+    pub fn packet(&self, routers: bool) -> Packet {
         let mut tuple = Tuple {
             source: Ip::v4(self.source()),
             destination: Ip::v4(self.destination()),
             protocol: self.protocol,
             ..Tuple::default()
         };
-        let mut tcp_flags = 0;
+        let (mut tcp_flags, mut by_router) = (0, false);
         let transport = self.frame.get(self.l4..).unwrap_or_default();
         let kind = match self.protocol {
             _ if self.is_fragment() => Kind::Fragment,
@@ -339,6 +340,14 @@ impl<'a> Decoded<'a> {
                         tuple.destination_port = identifier;
                         Kind::EchoReply
                     }
+                    3 | 11 | 12 => match self.quoted() {
+                        Some(quoted) if routers || quoted.source == tuple.source => {
+                            by_router = quoted.source != tuple.source;
+                            tuple = quoted;
+                            Kind::IcmpError
+                        }
+                        _ => Kind::OtherIcmp,
+                    },
                     _ => Kind::OtherIcmp,
                 }
             }
@@ -350,14 +359,44 @@ impl<'a> Decoded<'a> {
             kind,
             tcp_flags,
             ttl: self.frame[ETHERNET + 8],
-            by_router: tuple.source != Ip::v4(self.source()),
+            by_router,
         }
+    }
+
+    /// The packet that an ICMP error quotes, as a frame whose Ethernet header is the 14 bytes before it.
+    fn quote(&self) -> Option<Decoded<'a>> {
+        let frame = self.frame.get(self.l4 + 8 - ETHERNET..)?;
+        let ip = frame.get(ETHERNET..ETHERNET + IPV4)?;
+        let l4 = ETHERNET + usize::from(ip[0] & 15) * 4;
+        let first = u16::from_be_bytes([ip[6], ip[7]]) << 3 == 0; // without the flags
+        let complete = ip[0] >> 4 == 4 && l4 >= ETHERNET + IPV4 && frame.len() >= l4 + 8;
+        (first && complete).then_some(Decoded { frame, l4, protocol: ip[9], end: frame.len() })
+    }
+
+    /// What an ICMP error is about: the tuple of the packet that it quotes, reversed. `None`: it does not tell,
+    /// or its receiver did not send that packet.
+    fn quoted(&self) -> Option<Tuple> {
+        let quote = self.quote().filter(|quote| quote.source() == self.destination())?;
+        let word = |at| quote.word(quote.l4 + at).unwrap_or(0);
+        let (from, to) = match (quote.protocol, quote.frame[quote.l4]) {
+            (TCP | UDP, _) => (word(0), word(2)),
+            (ICMP, 8) => (word(4), 0),
+            (ICMP, 0) => (0, word(4)),
+            _ => return None,
+        };
+        Some(Tuple {
+            source: Ip::v4(quote.destination()),
+            destination: Ip::v4(quote.source()),
+            source_port: to,
+            destination_port: from,
+            protocol: quote.protocol,
+            pad: [0; 3],
+        })
     }
 
     /// Where the transport checksum is, if this packet's protocol has one that a translator must keep right.
     fn checksum_at(&self) -> Option<usize> {
         match self.protocol {
-            _ if self.is_fragment() => None,
             TCP => Some(self.l4 + 16),
             UDP => Some(self.l4 + 6),
             ICMP => Some(self.l4 + 2),
@@ -387,7 +426,7 @@ pub fn verify_checksums(frame: &[u8]) -> Result<(), String> {
     if packet.header_sum() != 0xffff {
         return Err(format!("the IP header sums up to {:#06x}", packet.header_sum()));
     }
-    let Some(at) = packet.checksum_at() else { return Ok(()) };
+    let Some(at) = packet.checksum_at().filter(|_| !packet.is_fragment()) else { return Ok(()) };
     let checksum = packet.word(at).ok_or("no room for a transport checksum")?;
     if packet.protocol == UDP && checksum == 0 {
         return Ok(());
@@ -413,45 +452,88 @@ pub enum Side {
 }
 
 /// Translates a frame: sets address and port (ICMP: identifier), lowers the MSS of a SYN to `mss` (0: leaves
-/// it), and sums the checksums up anew. A checksum that was wrong stays wrong by as much. `None`: the packet
-/// has not the parts that would have to be changed.
+/// it), and sums the checksums up anew. A checksum that was wrong stays wrong by as much. In an ICMP error the
+/// quoted packet is translated at its other end. `None`: the packet has not the parts that would have to be
+/// changed.
 #[must_use]
-pub fn translate(frame: &[u8], side: Side, (address, port): End, mss: u16) -> Option<Vec<u8>> {
-    let before = Decoded::of(frame)?;
-    let checksum_at = before.checksum_at()?;
-    let checksum = before.word(checksum_at)?;
+pub fn translate(frame: &[u8], side: Side, to: End, mss: u16) -> Option<Vec<u8>> {
+    let packet = Decoded::of(frame)?;
     let mut out = frame.to_vec();
-    let address_at = ETHERNET + if side == Side::Source { 12 } else { 16 };
-    out[address_at..address_at + 4].copy_from_slice(&address);
-    let port_at = before.l4
-        + match (before.protocol, side) {
+    // Routers' errors come from outside only.
+    let kind = packet.packet(side == Side::Destination).kind;
+    if matches!(kind, Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed) {
+        return None;
+    }
+    if kind == Kind::IcmpError {
+        let (quoted, sum) = (packet.l4 + 8 - ETHERNET, packet.transport_sum());
+        let other = if side == Side::Source { Side::Destination } else { Side::Source };
+        set_end(&mut out[quoted..], packet.quote()?, other, to, true)?;
+        set_address(&mut out, packet, side, to.0);
+        resum(&mut out, packet, packet.l4 + 2, sum, |d| d.transport_sum());
+        return Some(out);
+    }
+    let before = packet.transport_sum();
+    set_end(&mut out, packet, side, to, false)?;
+    if packet.protocol == TCP && frame[packet.l4 + 13] & SYN != 0 && mss != 0 {
+        lower_mss(&mut out, packet.l4, mss)?;
+        resum(&mut out, packet, packet.l4 + 16, before, |d| d.transport_sum());
+    }
+    Some(out)
+}
+
+/// Sets one end of a packet, which `packet` describes as it was. The checksum of a quoted TCP packet is not
+/// among the bytes that are sure to be there, and is left.
+fn set_end(
+    out: &mut [u8],
+    packet: Decoded<'_>,
+    side: Side,
+    (address, port): End,
+    quoted: bool,
+) -> Option<()> {
+    let sum = packet.transport_sum();
+    set_address(out, packet, side, address);
+    let port_at = packet.l4
+        + match (packet.protocol, side) {
             (ICMP, _) => 4,
             (_, Side::Source) => 0,
             (_, Side::Destination) => 2,
         };
     out[port_at..port_at + 2].copy_from_slice(&port.to_be_bytes());
-    if before.protocol == TCP && frame[before.l4 + 13] & SYN != 0 && mss != 0 {
-        lower_mss(&mut out, before.l4, mss)?;
+    if quoted && packet.protocol == TCP {
+        return Some(());
     }
-    let old = [before.header_sum(), before.transport_sum()];
-    resum(&mut out, ETHERNET + 10, old[0], |d| d.header_sum());
-    if before.protocol == UDP && checksum == 0 {
-        return Some(out);
+    let at = packet.checksum_at()?;
+    let checksum = packet.word(at)?;
+    if packet.protocol != UDP || checksum != 0 {
+        resum(out, packet, at, sum, |d| d.transport_sum());
     }
-    resum(&mut out, checksum_at, old[1], |d| d.transport_sum());
-    if before.protocol == UDP && out[checksum_at..checksum_at + 2] == [0, 0] {
-        out[checksum_at..checksum_at + 2].fill(0xff);
+    if packet.protocol == UDP && checksum != 0 && out[at..at + 2] == [0, 0] {
+        out[at..at + 2].fill(0xff); // 0 says "none"
     }
-    Some(out)
+    Some(())
+}
+
+fn set_address(out: &mut [u8], packet: Decoded<'_>, side: Side, address: [u8; 4]) {
+    let at = ETHERNET + if side == Side::Source { 12 } else { 16 };
+    out[at..at + 4].copy_from_slice(&address);
+    resum(out, packet, ETHERNET + 10, packet.header_sum(), |d| d.header_sum());
+}
+
+/// Takes one from the time to live.
+pub fn hop(frame: &mut [u8]) {
+    let before = frame.to_vec();
+    let Some(packet) = Decoded::of(&before) else { return };
+    frame[ETHERNET + 8] = frame[ETHERNET + 8].wrapping_sub(1);
+    resum(frame, packet, ETHERNET + 10, packet.header_sum(), |d| d.header_sum());
 }
 
 /// Sets a checksum so that the sum over what it covers is what it was.
-fn resum(frame: &mut [u8], at: usize, wanted: u16, total: impl Fn(Decoded<'_>) -> u16) {
-    frame[at..at + 2].fill(0);
-    let Some(rest) = Decoded::of(frame).map(total) else { return };
+fn resum(out: &mut [u8], before: Decoded<'_>, at: usize, wanted: u16, total: impl Fn(Decoded<'_>) -> u16) {
+    out[at..at + 2].fill(0);
+    let rest = total(Decoded { frame: out, ..before });
     let checksum = fold(u64::from(wanted) + u64::from(!rest));
     let checksum = if checksum == 0xffff { 0 } else { checksum }; // the zero that RFC 1624 gives
-    frame[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
+    out[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
 }
 
 /// Lowers the MSS option (RFC 9293, 3.2), if there is one. `None`: the options run past the packet.
@@ -516,7 +598,7 @@ mod tests {
             let frame = packet.frame();
             let out = translate(&frame, Side::Source, (B, 4242), 1000).unwrap();
             verify_checksums(&out).unwrap();
-            assert_eq!(Decoded::of(&out).unwrap().packet().tuple.source_port, 4242);
+            assert_eq!(Decoded::of(&out).unwrap().packet(true).tuple.source_port, 4242);
             let mut wrong = frame.clone();
             *wrong.last_mut().unwrap() ^= 0x11;
             let out = translate(&wrong, Side::Source, (B, 4242), 1000).unwrap();

@@ -1,0 +1,1156 @@
+//! The decisions in memory against the loaded programs: random tables, flows and packets, compared in verdict,
+//! drop counters, bytes, skb hash, tunnel metadata, and what the maps hold afterwards.
+//!
+//! `OUTGATE_PARITY_CASES` sets how many cases run, `OUTGATE_PARITY_SEED` where the generator starts. The kernel
+//! draws its own ports and tokens: the decisions in memory are handed what it drew ([`Replay`]), and fail to
+//! agree if it could not have been drawn.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "verdicts that two programs share are handed on together"
+)]
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use datapath::addr::Ip;
+use datapath::conntrack::{Ticks, seconds};
+use datapath::from_uplink::claims;
+use datapath::keys::{
+    Delivery, DropCount, EgressId, EgressIp, Flow, FlowKey, GranuleRange, GranuleTable, IfIndex, Interface,
+    InterfaceKind, Lease, NetworkKey, NetworkKind, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply,
+    ReplyKey, Settings, Token, Tuple,
+};
+use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
+use datapath::memory::Memory;
+use datapath::packet::{ACK, FIN, ICMP, Packet, RST, SYN, TCP, UDP};
+use datapath::ports::nth_port;
+use datapath::tables::{InsertError, Tables};
+use datapath::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, ToUplink, Way};
+use lab::kernel::{
+    self, Input, Kernel, Observed, Output, Program, State, Tunnel, Verdict, enter_node_network,
+    interfaces::{OTHER_POD, POD, PORT, SECOND_UPLINK, TUNNEL, UPLINK},
+};
+use lab::packet::{Built, Decoded, End, Side, arp, hop, icmp, raw, tcp, translate, udp};
+
+/// The bridge that [`PORT`] is a port of; no program is attached to it, so it need not be there.
+const BRIDGE: u32 = 13;
+/// An interface that nobody knows.
+const UNKNOWN: u32 = 99;
+/// This node; 2 and 3 are others.
+const SELF: NodeId = 1;
+const NODE_IPS: [[u8; 4]; 3] = [[172, 18, 0, 11], [172, 18, 0, 12], [172, 18, 0, 13]];
+const VNI: u32 = 4711;
+const TUNNEL_PORT: u16 = 4795;
+
+/// Pods: address, id, where they speak.
+const PODS: [([u8; 4], u32, u32); 4] = [
+    ([10, 244, 1, 10], 1, POD),
+    ([10, 244, 1, 11], 2, OTHER_POD),
+    ([10, 244, 1, 12], 3, BRIDGE),
+    ([10, 244, 1, 13], 4, POD),
+];
+const EGRESS: [[u8; 4]; 4] = [[172, 18, 0, 100], [172, 18, 0, 101], [192, 0, 2, 100], [203, 0, 113, 200]];
+/// Servers outside; the first is the crowded one.
+const OUTSIDE: [[u8; 4]; 6] =
+    [[203, 0, 113, 5], [203, 0, 113, 6], [198, 51, 100, 9], [192, 0, 2, 9], [172, 18, 0, 50], [8, 8, 8, 8]];
+const INSIDE: [[u8; 4]; 8] = [
+    [10, 244, 2, 10],
+    [10, 244, 1, 99],
+    [10, 96, 0, 10],
+    NODE_IPS[0],
+    NODE_IPS[1],
+    [169, 254, 1, 1],
+    [224, 0, 0, 1],
+    [255, 255, 255, 255],
+];
+const PORTS: [u16; 5] = [80, 53, 40000, 40001, TUNNEL_PORT];
+/// Ages in seconds, none of them near an idle time.
+const AGES: [u32; 13] = [0, 0, 5, 20, 40, 55, 63, 70, 200, 250, 290, 310, 8000];
+
+/// Random numbers: splitmix64.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    fn percent(&mut self, chance: usize) -> bool {
+        self.below(100) < chance
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    fn bytes(&mut self, at_most: usize) -> Vec<u8> {
+        (0..self.below(at_most + 1)).map(|_| self.next() as u8).collect()
+    }
+}
+
+/// What the kernel drew, as far as its maps tell.
+#[derive(Clone, Copy, Debug)]
+enum Draw {
+    /// Nothing that shows.
+    Any,
+    /// A token's number.
+    Token(u32),
+    /// A port of an egress IP.
+    Port(EgressId, u16),
+    /// Some port that nobody has.
+    FreePort,
+}
+
+/// Tables in memory that draw what the kernel drew.
+struct Replay<'a> {
+    memory: &'a Memory,
+    draw: Draw,
+    /// Whose port is looked for.
+    wanted: Cell<ReplyKey>,
+}
+
+impl Tables for Replay<'_> {
+    fn random(&self) -> u32 {
+        let key = self.wanted.get();
+        let fits = |port| match self.draw {
+            Draw::Port(egress, drawn) => egress == key.egress && port == drawn,
+            Draw::FreePort => self.memory.reply(&ReplyKey { egress_port: port, ..key }).is_none(),
+            Draw::Any | Draw::Token(_) => false,
+        };
+        if let Draw::Token(number) = self.draw {
+            return number;
+        }
+        let Some(lease) = self.memory.lease(key.egress) else { return 0 };
+        let ports = lease.granules * u32::from(GRANULE_PORTS);
+        let nth = (0..ports).find(|nth| nth_port(lease, *nth).is_some_and(fits)).unwrap_or(0);
+        // The smallest word that is scaled to `nth`.
+        (u64::from(nth) << 32).div_ceil(u64::from(ports.max(1))) as u32
+    }
+    fn full_until(&self, destination: &ReplyKey) -> Option<Ticks> {
+        self.wanted.set(*destination);
+        self.memory.full_until(destination)
+    }
+    fn settings(&self) -> Option<&Settings> {
+        self.memory.settings()
+    }
+    fn pod(&self, ip: &Ip) -> Option<Pod> {
+        self.memory.pod(ip)
+    }
+    fn delivery(&self, pod: PodId) -> Option<&Delivery> {
+        self.memory.delivery(pod)
+    }
+    fn interface(&self, ifindex: IfIndex) -> Option<Interface> {
+        self.memory.interface(ifindex)
+    }
+    fn network(&self, ip: &Ip) -> u32 {
+        self.memory.network(ip)
+    }
+    fn policy(&self, id: PolicyId) -> Option<&Policy> {
+        self.memory.policy(id)
+    }
+    fn egress_id(&self, ip: &Ip) -> Option<EgressId> {
+        self.memory.egress_id(ip)
+    }
+    fn egress_ip(&self, id: EgressId) -> Option<&EgressIp> {
+        self.memory.egress_ip(id)
+    }
+    fn granule(&self, egress: EgressId, granule: u16) -> NodeId {
+        self.memory.granule(egress, granule)
+    }
+    fn lease(&self, egress: EgressId) -> Option<&Lease> {
+        self.memory.lease(egress)
+    }
+    fn node(&self, id: NodeId) -> Option<Node> {
+        self.memory.node(id)
+    }
+    fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId> {
+        self.memory.node_id(tunnel_ip)
+    }
+    fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R> {
+        self.memory.flow(key, look)
+    }
+    fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError> {
+        self.memory.insert_flow(key, flow)
+    }
+    fn remove_flow(&self, key: &FlowKey) {
+        self.memory.remove_flow(key);
+    }
+    fn reply(&self, key: &ReplyKey) -> Option<Reply> {
+        self.memory.reply(key)
+    }
+    fn insert_reply(&self, key: &ReplyKey, reply: &Reply) -> Result<(), InsertError> {
+        self.memory.insert_reply(key, reply)
+    }
+    fn remove_reply(&self, key: &ReplyKey) {
+        self.memory.remove_reply(key);
+    }
+    fn put_full(&self, destination: &ReplyKey, until: Ticks) {
+        self.memory.put_full(destination, until);
+    }
+    fn opener(&self, key: &FlowKey) -> Option<Opener> {
+        self.memory.opener(key)
+    }
+    fn put_opener(&self, key: &FlowKey, opener: &Opener) {
+        self.memory.put_opener(key, opener);
+    }
+    fn insert_token(&self, hash: u32, token: &Token) -> Result<(), InsertError> {
+        self.memory.insert_token(hash, token)
+    }
+    fn take_token(&self, hash: u32) -> Option<&Token> {
+        self.memory.take_token(hash)
+    }
+    fn now(&self) -> Ticks {
+        self.memory.now()
+    }
+    fn repeat<F: FnMut(u32) -> bool>(&self, times: u32, step: F) {
+        self.memory.repeat(times, step);
+    }
+}
+
+/// What should become of a packet.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Fate {
+    Drop(DropReason),
+    /// Not dropped.
+    Goes {
+        verdict: Verdict,
+        output: Output,
+        observed: Observed,
+    },
+}
+
+/// Works out what should become of a packet, from the verdict of the decision in memory.
+struct Oracle<'a> {
+    memory: &'a Memory,
+    input: &'a Input,
+    /// The packet, where it is IPv4.
+    packet: Option<Packet>,
+}
+
+impl Oracle<'_> {
+    fn fate(&self, program: Program, draw: Draw) -> Fate {
+        let wanted = Cell::new(ReplyKey::default());
+        let tables = &Replay { memory: self.memory, draw, wanted };
+        let input = self.input;
+        match (program, self.packet) {
+            (Program::FromTunnel, None) => Fate::Drop(DropReason::TunnelNotAllowed),
+            (Program::FromUplink, None) => self.arp(),
+            (_, None) => self.untouched(),
+            (Program::FromPod, Some(packet)) => {
+                self.after_pod(datapath::from_pod::from_pod(tables, input.ifindex, &packet, &Keep))
+            }
+            (Program::ToPod, Some(packet)) => {
+                datapath::to_pod::to_pod(tables, &packet);
+                self.untouched()
+            }
+            (Program::ToUplink, Some(packet)) => {
+                let (uplink, hash) = (input.ifindex, input.hash);
+                let verdict =
+                    datapath::to_uplink::to_uplink(tables, uplink, input.ingress, hash, &packet, &Keep);
+                match verdict {
+                    ToUplink::NotOurs => self.untouched(),
+                    ToUplink::Pass => self.next(input.frame.clone(), 0),
+                    ToUplink::Translate(snat) => {
+                        self.translated(&input.frame, (snat.source, snat.source_port), snat.way, 0)
+                    }
+                    ToUplink::Drop(reason) => Fate::Drop(reason),
+                }
+            }
+            (Program::FromUplink, Some(packet)) => {
+                match datapath::from_uplink::from_uplink(tables, &packet, &Keep) {
+                    FromOutside::Host(reverse) => {
+                        self.reversed(&input.frame, &reverse, |frame| self.next(frame, input.hash))
+                    }
+                    verdict => self.after_outside(&verdict),
+                }
+            }
+            (Program::FromTunnel, Some(packet)) => {
+                let Some((sender, vni)) = input.tunnel else {
+                    return Fate::Drop(DropReason::UnknownTunnelPeer);
+                };
+                match datapath::from_tunnel::from_tunnel(tables, &sender, vni, &packet, &Keep) {
+                    FromOutside::NotOurs | FromOutside::Tunnel(_) => Fate::Drop(DropReason::TunnelNotAllowed),
+                    FromOutside::Host(reverse) => {
+                        self.reversed(&input.frame, &reverse, |frame| self.up_by_uplink(frame, &packet))
+                    }
+                    verdict => self.after_outside(&verdict),
+                }
+            }
+        }
+    }
+
+    fn after_pod(&self, verdict: FromPod) -> Fate {
+        let frame = self.input.frame.clone();
+        match verdict {
+            FromPod::NotOurs => self.untouched(),
+            FromPod::Pass => self.next(frame, self.memory.settings.pass_token),
+            FromPod::Unmarked => self.next(frame, 0),
+            FromPod::Identify(token) => self.next(frame, token),
+            FromPod::Translate(snat) => {
+                let mut frame = frame;
+                hop(&mut frame);
+                self.translated(&frame, (snat.source, snat.source_port), snat.way, self.input.hash)
+            }
+            FromPod::Drop(reason) => Fate::Drop(reason),
+        }
+    }
+
+    fn after_outside(&self, verdict: &FromOutside<'_>) -> Fate {
+        let frame = self.input.frame.clone();
+        match verdict {
+            FromOutside::NotOurs => self.untouched(),
+            FromOutside::Forward(uplink) => self.out_of(frame, *uplink, self.input.hash),
+            FromOutside::Tunnel(node) => self.tunnel(frame, *node),
+            FromOutside::Deliver(reverse, _) => {
+                let mut frame = frame;
+                hop(&mut frame);
+                self.reversed(&frame, reverse, |frame| self.redirect(frame, self.input.hash, None))
+            }
+            FromOutside::Drop(reason) => Fate::Drop(*reason),
+            FromOutside::Host(_) => unreachable!("each program has its own way up"),
+        }
+    }
+
+    fn translated(&self, frame: &[u8], (source, port): (Ip, u16), way: Way, hash: u32) -> Fate {
+        let mss = self.memory.settings.tunnel_mss;
+        let Some(frame) = translate(frame, Side::Source, (source.v4_octets(), port), mss) else {
+            return Fate::Drop(DropReason::Rewrite);
+        };
+        match way {
+            Way::Here => self.next(frame, hash),
+            Way::Uplink(uplink) => self.out_of(frame, uplink, hash),
+            Way::Tunnel(node) => self.tunnel(frame, node),
+        }
+    }
+
+    fn reversed(&self, frame: &[u8], to: &ReverseSnat, then: impl FnOnce(Vec<u8>) -> Fate) -> Fate {
+        let mss = self.memory.settings.tunnel_mss;
+        let end = (to.destination.v4_octets(), to.destination_port);
+        translate(frame, Side::Destination, end, mss).map_or(Fate::Drop(DropReason::Rewrite), then)
+    }
+
+    fn tunnel(&self, frame: Vec<u8>, node: Ip) -> Fate {
+        let Some(own) = self.memory.node(self.memory.settings.node) else {
+            return Fate::Drop(DropReason::NotReady);
+        };
+        let vni = self.memory.settings.tunnel_vni;
+        self.redirect(frame, 0, Some(Tunnel { source: own.tunnel_ip, destination: node, vni }))
+    }
+
+    /// The routes of [`enter_node_network`], by output interface.
+    fn out_of(&self, frame: Vec<u8>, uplink: u32, hash: u32) -> Fate {
+        let [a, b, c, d] = destination(&frame);
+        let routed = match (uplink, [a, b, c]) {
+            (UPLINK, [172, 18, 0]) => !matches!(d, 11 | 255),
+            (UPLINK, _) | (SECOND_UPLINK, [198, 51, 100]) => true,
+            (SECOND_UPLINK, [192, 0, 2]) => !matches!(d, 11 | 255),
+            _ => false,
+        };
+        if routed { self.redirect(frame, hash, None) } else { Fate::Drop(DropReason::NoRoute) }
+    }
+
+    /// The same routes, by the way back to who sent the packet.
+    fn up_by_uplink(&self, mut frame: Vec<u8>, packet: &Packet) -> Fate {
+        let interface = match packet.tuple.source.v4_octets() {
+            [172, 18, 0, 11 | 255] | [192, 0, 2, 11 | 255] => None,
+            [192, 0, 2, _] | [198, 51, 100, _] => self.memory.interface(SECOND_UPLINK),
+            _ => self.memory.interface(UPLINK),
+        };
+        let Some(interface) = interface else { return Fate::Drop(DropReason::NoRoute) };
+        frame[..6].copy_from_slice(&interface.mac);
+        self.redirect(frame, self.input.hash, None)
+    }
+
+    fn arp(&self) -> Fate {
+        let frame = &self.input.frame;
+        let field = |at: usize| [frame[at], frame[at + 1], frame[at + 2], frame[at + 3]];
+        if frame.len() < 42 || frame[12..14] != [8, 6] || frame[14..22] != [0, 1, 8, 0, 6, 4, 0, 1] {
+            return self.untouched();
+        }
+        let (sender, target) = (field(28), field(38));
+        let held = claims(self.memory, self.input.ifindex, &Ip::v4(target)) && sender != target;
+        let Some(interface) = self.memory.interface(self.input.ifindex).filter(|_| held) else {
+            return self.untouched();
+        };
+        let mut mac = [0; 6];
+        mac.copy_from_slice(&frame[22..28]);
+        let mut answer = arp(2, (interface.mac, target), (mac, sender));
+        answer.extend(&frame[42..]);
+        Fate::Goes {
+            verdict: Verdict::Redirect,
+            output: Output { frame: answer, mark: self.input.mark },
+            observed: Observed { hash: self.input.hash, tunnel: None },
+        }
+    }
+
+    fn untouched(&self) -> Fate {
+        self.next(self.input.frame.clone(), self.input.hash)
+    }
+
+    fn next(&self, frame: Vec<u8>, hash: u32) -> Fate {
+        let output = Output { frame, mark: self.input.mark };
+        Fate::Goes { verdict: Verdict::Next, output, observed: Observed { hash, tunnel: None } }
+    }
+
+    #[expect(clippy::unused_self, reason = "reads like its siblings")]
+    fn redirect(&self, frame: Vec<u8>, hash: u32, tunnel: Option<Tunnel>) -> Fate {
+        let output = Output { frame, mark: 0 };
+        Fate::Goes { verdict: Verdict::Redirect, output, observed: Observed { hash, tunnel } }
+    }
+}
+
+fn destination(frame: &[u8]) -> [u8; 4] {
+    Decoded::of(frame).map(|d| d.destination()).expect("it was IPv4 before")
+}
+
+/// Random tables: all that a decision asks for is there, or not, or odd.
+fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
+    let mut t = Memory::new(1, capacity);
+    t.now.set(now);
+    t.settings = Settings {
+        node: if rng.percent(3) { 0 } else { SELF },
+        tunnel_port: TUNNEL_PORT,
+        tunnel_vni: VNI,
+        tunnel_ifindex: TUNNEL,
+        tunnel_mss: rng.pick(&[0, 536, 1410]),
+        pass_token: rng.next() as u32 | 1,
+        unassigned: u8::from(rng.percent(30)),
+        spread: rng.pick(&[1, 2]),
+        hold_unknown: u8::from(rng.percent(60)),
+        tcp_established: 7440,
+        tcp_transitory: 240,
+        udp: 300,
+        icmp: 60,
+        rest: 65,
+        ..Settings::default()
+    };
+    for (ip, id, ifindex) in PODS {
+        let ip = Ip::v4(ip);
+        let policy = rng.pick(&[0, 1, 1, 1, 1, 2]);
+        if rng.percent(93) {
+            t.pods.insert(ip, Pod { id, policy, ifindex, pad: 0 });
+        }
+        let ifindex = if rng.percent(10) { 0 } else { ifindex };
+        if rng.percent(93) {
+            t.delivery.insert(id, Delivery { ip, ifindex, mode: rng.pick(&[1, 2]), ..Delivery::default() });
+        }
+    }
+    for (ifindex, kind, bridge) in [
+        (POD, InterfaceKind::Pod, 0),
+        (OTHER_POD, InterfaceKind::Pod, 0),
+        (PORT, InterfaceKind::Pod, BRIDGE),
+        (BRIDGE, InterfaceKind::Bridge, 0),
+        (UPLINK, InterfaceKind::Uplink, 0),
+        (SECOND_UPLINK, InterfaceKind::Uplink, 0),
+        (TUNNEL, InterfaceKind::Other, 0),
+    ] {
+        let guarded = u8::from(rng.percent(60));
+        if rng.percent(95) {
+            let mac = [2, 0, 0, 0, rng.next() as u8, ifindex as u8];
+            t.interfaces.insert(ifindex, Interface { kind: kind as u8, guarded, mac, bridge });
+        }
+    }
+    for (ip, len, kind) in [
+        ([10, 244, 0, 0], 16, NetworkKind::Pods),
+        ([10, 244, 2, 0], 24, NetworkKind::Pods),
+        ([10, 96, 0, 0], 16, NetworkKind::Services),
+        ([10, 0, 0, 0], 8, NetworkKind::Services),
+        (NODE_IPS[0], 32, NetworkKind::Node),
+        (NODE_IPS[1], 32, NetworkKind::Node),
+        (OUTSIDE[5], 31, NetworkKind::Node),
+    ] {
+        let often = if ip[3] == 8 || len == 8 { 10 } else { 95 };
+        if rng.percent(often) {
+            let mut ip = ip;
+            ip[3] &= if len == 31 { 0xfe } else { 0xff };
+            t.networks.insert(NetworkKey { prefix_len: 96 + len, ip: Ip::v4(ip) }, kind as u32);
+        }
+    }
+    for (id, ip) in (1..).zip(NODE_IPS) {
+        if rng.percent(97) {
+            t.nodes.insert(id, Node { tunnel_ip: Ip::v4(ip) });
+        }
+    }
+    for (id, ip) in (1..).zip(EGRESS) {
+        egress_tables(rng, &mut t, id, Ip::v4(ip));
+    }
+    for id in 1..=2 {
+        let mut policy = Policy { len: rng.below(4) as u32 + 1, ..Policy::default() };
+        for slot in &mut policy.egress[..4] {
+            *slot = rng.below(5) as u32;
+        }
+        if rng.percent(95) {
+            t.policies.insert(id, policy);
+        }
+    }
+    flow_tables(rng, &t);
+    t
+}
+
+fn egress_tables(rng: &mut Rng, t: &mut Memory, id: EgressId, ip: Ip) {
+    if rng.percent(95) {
+        t.egress_addrs.insert(ip, id);
+    }
+    let uplink = rng.pick(&[UPLINK, UPLINK, UPLINK, UPLINK, SECOND_UPLINK, SECOND_UPLINK, 0, 77]);
+    let holder = rng.pick(&[1, 1, 1, 1, 2, 2, 2, 3, 0, 9]);
+    let policy = rng.pick(&[1, 1, 1, 2]);
+    if rng.percent(95) {
+        t.egress_ips.insert(id, EgressIp { ip, policy, uplink, holder, pad: [0; 3] });
+    }
+    let mut table = GranuleTable::default();
+    for node in &mut table.node[..10] {
+        *node = rng.pick(&[0, 1, 1, 1, 2, 3, 9]);
+    }
+    table.node[1007] = 1;
+    let first = rng.below(9) as u16;
+    let mut ranges = vec![GranuleRange { first, count: 1 }];
+    if rng.percent(20) {
+        ranges.push(GranuleRange { first: 1007, count: 1 });
+    }
+    for range in &ranges {
+        table.node[usize::from(range.first)] = SELF;
+    }
+    if rng.percent(95) {
+        t.granules.insert(id, table);
+    }
+    if rng.percent(90) {
+        t.leases.insert(id, if rng.percent(5) { Lease::default() } else { Lease::of(&ranges) });
+    }
+}
+
+/// Flows, most of them sound, and tokens under way. In some worlds few ports are left towards one destination.
+fn flow_tables(rng: &mut Rng, t: &Memory) {
+    let now = t.now.get();
+    for i in 0..rng.below(24).min(t.flow_capacity) {
+        let (key, flow) = random_flow(rng, t);
+        add_flow(rng, t, key, flow, 95);
+        if i % 4 == 0 {
+            let by = rng.pick(&[1, 2, 2]);
+            t.openers.borrow_mut().insert(key, Opener { seen: ago(rng, now), by, pad: [0; 3] });
+        }
+    }
+    let crowded = rng.percent(25) && t.flow_capacity > 100;
+    if crowded {
+        let left = rng.pick(&[0, 0, 1]);
+        for (egress, lease) in &t.leases {
+            for nth in left..lease.granules * u32::from(GRANULE_PORTS) {
+                let (key, flow) = random_flow(rng, t);
+                let (remote, local_port) = (Ip::v4(OUTSIDE[0]), 20000 + 200 * *egress as u16 + nth as u16);
+                let pod = t.delivery.keys().next().copied().unwrap_or(1);
+                let key = FlowKey { pod, remote, remote_port: 80, local_port, protocol: TCP, path: 0, ..key };
+                let egress_port = nth_port(lease, nth).expect("it is in the lease");
+                let seen = if rng.below(300) > 0 { now } else { flow.seen };
+                add_flow(rng, t, key, Flow { egress: *egress, egress_port, seen, state: 2, ..flow }, 100);
+            }
+            let destination = ReplyKey {
+                egress: *egress,
+                remote: Ip::v4(OUTSIDE[1]),
+                remote_port: 80,
+                protocol: TCP,
+                ..ReplyKey::default()
+            };
+            let until = if rng.percent(50) { now.wrapping_add(seconds(9)) } else { ago(rng, now) };
+            if rng.percent(20) {
+                t.full.borrow_mut().insert(destination, until);
+            }
+        }
+    }
+    for _ in 0..12 {
+        let (ip, id, _) = rng.pick(&PODS);
+        let crowd = crowded && rng.percent(70);
+        let tuple = Tuple {
+            source: Ip::v4(ip),
+            destination: Ip::v4(if crowd { OUTSIDE[0] } else { rng.pick(&OUTSIDE) }),
+            source_port: rng.pick(&PORTS),
+            destination_port: if crowd { 80 } else { rng.pick(&PORTS) },
+            protocol: if crowd { TCP } else { rng.pick(&[TCP, UDP, ICMP]) },
+            pad: [0; 3],
+        };
+        let policy = t.pods.get(&tuple.source).map_or(1, |pod| pod.policy);
+        let policy = if rng.percent(92) { policy } else { rng.pick(&[0, 1, 2, 3]) };
+        t.tokens.borrow_mut().insert(rng.next() as u32 | 1, Token { pod: id, policy, tuple });
+    }
+}
+
+fn ago(rng: &mut Rng, now: Ticks) -> Ticks {
+    now.wrapping_sub(seconds(rng.pick(&AGES)))
+}
+
+fn own_port(rng: &mut Rng, t: &Memory, egress: EgressId) -> u16 {
+    let ports = t.lease(egress).map_or(0, |lease| lease.granules) * u32::from(GRANULE_PORTS);
+    let nth = rng.next() as u32 % ports.max(1);
+    t.lease(egress).and_then(|lease| nth_port(lease, nth)).unwrap_or(FIRST_PORT)
+}
+
+/// A flow of a pod with an address of its policy; sometimes of another.
+fn random_flow(rng: &mut Rng, t: &Memory) -> (FlowKey, Flow) {
+    let now = t.now.get();
+    let (ip, pod, _) = rng.pick(&PODS);
+    let policy = t.pods.get(&Ip::v4(ip)).map_or(1, |pod| pod.policy.max(1));
+    let policy = if rng.percent(92) { policy } else { rng.pick(&[1, 2]) };
+    let fitting: Vec<_> =
+        t.egress_ips.iter().filter(|(_, e)| e.policy == policy).map(|(id, _)| *id).collect();
+    let egress =
+        if fitting.is_empty() || rng.percent(8) { rng.pick(&[1, 2, 3, 4]) } else { rng.pick(&fitting) };
+    let protocol = rng.pick(&[TCP, TCP, UDP, ICMP]);
+    let key = FlowKey {
+        pod,
+        remote: Ip::v4(rng.pick(&OUTSIDE)),
+        local_port: rng.pick(&PORTS),
+        remote_port: if protocol == ICMP { 0 } else { rng.pick(&PORTS) },
+        protocol,
+        path: u8::from(rng.percent(20)),
+        pad: 0,
+    };
+    let flow = Flow {
+        egress,
+        policy,
+        egress_port: own_port(rng, t, egress),
+        state: rng.pick(&[1, 2, 2, 2, 3, 4, 5]),
+        seen: ago(rng, now),
+        walked: ago(rng, now),
+        packets: 3,
+        bytes: 300,
+        ..Flow::default()
+    };
+    (key, flow)
+}
+
+/// Adds a flow's two entries, each as likely as `complete` percent.
+fn add_flow(rng: &mut Rng, t: &Memory, key: FlowKey, flow: Flow, complete: usize) {
+    let reply_key = ReplyKey {
+        egress: flow.egress,
+        remote: key.remote,
+        egress_port: flow.egress_port,
+        remote_port: key.remote_port,
+        protocol: key.protocol,
+        pad: [0; 3],
+    };
+    let pod = PODS[key.pod as usize - 1].0;
+    let local = Ip::v4(if key.path == 1 { NODE_IPS[0] } else { pod });
+    let reply = Reply { pod: key.pod, local_port: key.local_port, path: key.path, pad: 0, local };
+    if rng.percent(complete) {
+        let _ = t.insert_flow(&key, &flow); // there may be one, or no room
+    }
+    if rng.percent(complete) {
+        let _ = t.insert_reply(&reply_key, &reply);
+    }
+}
+
+/// A random program and a packet for it, one that it may know as often as not.
+fn case(rng: &mut Rng, t: &Memory) -> (Program, Input) {
+    let program = rng.pick(&[
+        Program::FromPod,
+        Program::FromPod,
+        Program::ToUplink,
+        Program::ToUplink,
+        Program::FromUplink,
+        Program::FromTunnel,
+        Program::ToPod,
+    ]);
+    let flow = {
+        let flows = t.flows.borrow();
+        let nth = rng.below(flows.len().max(1));
+        flows.iter().nth(nth).filter(|_| rng.percent(65)).map(|(key, flow)| (*key, *flow))
+    };
+    let mut input = Input { mark: rng.pick(&[0, 7]), ..Input::default() };
+    if rng.percent(20) {
+        input.hash = rng.next() as u32;
+    }
+    let frame = match program {
+        Program::FromPod => {
+            input.ifindex = rng.pick(&[POD, POD, POD, OTHER_POD, PORT]);
+            outward(rng, flow, &mut input)
+        }
+        Program::ToPod => {
+            input.ifindex = rng.pick(&[POD, OTHER_POD, PORT]);
+            let from = end(rng, &[OUTSIDE[0], OUTSIDE[1], INSIDE[0], NODE_IPS[1], INSIDE[5]]);
+            let to = end(rng, &PODS.map(|(ip, ..)| ip));
+            any_packet(rng, from, to)
+        }
+        Program::ToUplink => at_uplink(rng, t, &mut input),
+        Program::FromUplink => {
+            input.ifindex = rng.pick(&[UPLINK, UPLINK, SECOND_UPLINK]);
+            if rng.percent(12) { question(rng) } else { inward(rng, t, flow) }
+        }
+        Program::FromTunnel => {
+            input.ifindex = TUNNEL;
+            let sender = match rng.below(16) {
+                0 => NODE_IPS[0],
+                1 => OUTSIDE[0],
+                2 | 3 => NODE_IPS[2],
+                _ => NODE_IPS[1],
+            };
+            let vni = if rng.percent(97) { VNI } else { 1 };
+            input.tunnel = rng.percent(98).then_some((Ip::v4(sender), vni));
+            if rng.percent(40) { steered_out(rng, t) } else { inward(rng, t, flow) }
+        }
+    };
+    input.frame = frame;
+    if rng.percent(8) {
+        damage(rng, &mut input.frame);
+    }
+    without_padded_header(&mut input.frame);
+    (program, input)
+}
+
+/// Cuts padding off that a program could take for the rest of a header: the parser looks at the frame's length,
+/// not at the IP packet's.
+fn without_padded_header(frame: &mut Vec<u8>) {
+    let Some(packet) = Decoded::of(frame) else { return };
+    let (l4, end) = (packet.l4, packet.end);
+    let byte = |at: usize| frame.get(l4 + at).copied().unwrap_or(0);
+    let whole = match packet.protocol {
+        TCP => 20.max(usize::from(byte(12) >> 4) * 4),
+        ICMP if matches!(byte(0), 3 | 11 | 12) => usize::MAX - l4, // the quote
+        _ => 8,
+    };
+    if l4 + whole > end {
+        frame.truncate(end);
+    }
+}
+
+/// One of these addresses, with a port.
+fn end(rng: &mut Rng, addresses: &[[u8; 4]]) -> End {
+    (rng.pick(addresses), rng.pick(&PORTS))
+}
+
+/// Somebody outside, or inside.
+fn anybody(rng: &mut Rng) -> End {
+    if rng.percent(70) { end(rng, &OUTSIDE) } else { end(rng, &INSIDE) }
+}
+
+/// A packet of a pod, as it sends it: of a flow, or anything.
+fn outward(rng: &mut Rng, flow: Option<(FlowKey, Flow)>, input: &mut Input) -> Vec<u8> {
+    let ifindex = input.ifindex;
+    if let Some((key, _)) = flow {
+        let (pod, _, own) = PODS[key.pod as usize - 1];
+        if rng.percent(92) {
+            input.ifindex = if own == BRIDGE { PORT } else { own };
+        }
+        return of_flow(
+            rng,
+            key.protocol,
+            (pod, key.local_port),
+            (key.remote.v4_octets(), key.remote_port),
+            true,
+        );
+    }
+    let own: Vec<_> = PODS
+        .iter()
+        .filter(|(_, _, of)| *of == ifindex || (ifindex == PORT && *of == BRIDGE))
+        .map(|(ip, ..)| *ip)
+        .collect();
+    let source = match rng.below(10) {
+        0 => rng.pick(&EGRESS),
+        1 => rng.pick(&[[10, 244, 1, 99], [8, 8, 4, 4], PODS[0].0, PODS[1].0]),
+        _ => rng.pick(&own),
+    };
+    let (from, to) = (end(rng, &[source]), anybody(rng));
+    any_packet(rng, from, to)
+}
+
+/// A packet at an uplink: what a token says, rewritten by the host or not; or anything.
+fn at_uplink(rng: &mut Rng, t: &Memory, input: &mut Input) -> Vec<u8> {
+    input.ifindex = rng.pick(&[UPLINK, UPLINK, SECOND_UPLINK]);
+    input.ingress = rng.pick(&[POD, POD, POD, OTHER_POD, PORT, BRIDGE, UPLINK, UNKNOWN, 0]);
+    let token = {
+        let tokens = t.tokens.borrow();
+        let nth = rng.below(tokens.len().max(1));
+        tokens.iter().nth(nth).filter(|_| rng.percent(70)).map(|(number, token)| (*number, *token))
+    };
+    let Some((number, token)) = token else {
+        if rng.percent(30) {
+            input.hash = t.settings.pass_token;
+        }
+        let (from, to) = (end(rng, &[NODE_IPS[0], PODS[0].0, PODS[1].0, EGRESS[0]]), anybody(rng));
+        return any_packet(rng, from, to);
+    };
+    input.hash = number;
+    let tuple = &token.tuple;
+    let mut from = (tuple.source.v4_octets(), tuple.source_port);
+    let mut to = (tuple.destination.v4_octets(), tuple.destination_port);
+    if rng.percent(50) {
+        from = (NODE_IPS[0], rng.pick(&[61000, 61001]));
+    }
+    if rng.percent(25) {
+        to = anybody(rng);
+    }
+    of_flow(rng, tuple.protocol, from, to, true)
+}
+
+/// A packet from outside, or from the tunnel to a source node: an answer to a flow, or anything.
+fn inward(rng: &mut Rng, t: &Memory, flow: Option<(FlowKey, Flow)>) -> Vec<u8> {
+    if let Some((key, flow)) = flow {
+        let egress = EGRESS[flow.egress as usize - 1];
+        let (from, to) = ((key.remote.v4_octets(), key.remote_port), (egress, flow.egress_port));
+        return of_flow(rng, key.protocol, from, to, false);
+    }
+    let egress = rng.below(4);
+    let to = if rng.percent(85) { EGRESS[egress] } else { NODE_IPS[0] };
+    let port = match rng.below(4) {
+        0 => own_port(rng, t, egress as u32 + 1),
+        1 => rng.pick(&[80, 1023, 1024, 65535]),
+        _ => FIRST_PORT + rng.below(12 * 64) as u16,
+    };
+    let from = end(rng, &OUTSIDE);
+    any_packet(rng, from, (to, port))
+}
+
+/// What another node sends to this one as a gateway.
+fn steered_out(rng: &mut Rng, t: &Memory) -> Vec<u8> {
+    let egress = rng.below(4);
+    let theirs = |node: &NodeId| *node == 2;
+    let granule = t.granules.get(&(egress as u32 + 1)).and_then(|table| table.node.iter().position(theirs));
+    let port = match granule {
+        Some(granule) if rng.percent(85) => FIRST_PORT + granule as u16 * 64 + rng.below(64) as u16,
+        _ => FIRST_PORT + rng.below(12 * 64) as u16,
+    };
+    let protocol = rng.pick(&[TCP, UDP, ICMP]);
+    let (from, to) = ((EGRESS[egress], port), end(rng, &OUTSIDE));
+    if rng.percent(90) { of_flow(rng, protocol, from, to, true) } else { any_packet(rng, from, to) }
+}
+
+/// An ARP question, or what looks like one.
+fn question(rng: &mut Rng) -> Vec<u8> {
+    let target = if rng.percent(80) { rng.pick(&EGRESS) } else { rng.pick(&NODE_IPS) };
+    let sender = if rng.percent(10) { target } else { [172, 18, 0, 1] };
+    let operation = if rng.percent(90) { 1 } else { 2 };
+    let mut frame = arp(operation, ([2, 9, 9, 9, 9, rng.next() as u8], sender), ([0; 6], target));
+    if rng.percent(30) {
+        frame.resize(60, 0);
+    }
+    frame
+}
+
+/// A packet of a protocol between two ends; `asks`: from the side that opens connections.
+fn of_flow(rng: &mut Rng, protocol: u8, from: End, to: End, asks: bool) -> Vec<u8> {
+    if rng.percent(8) {
+        return error_about(rng, protocol, from, to, asks);
+    }
+    let built = match protocol {
+        TCP if rng.percent(3) => {
+            let whole = tcp(from, to, rng.pick(&[SYN, ACK])).frame();
+            raw(from.0, to.0, TCP, &whole[34..34 + rng.below(21)])
+        }
+        TCP => {
+            let flags = if rng.percent(if asks { 35 } else { 0 }) {
+                SYN
+            } else {
+                rng.pick(&[SYN, SYN | ACK, SYN | ACK, ACK, ACK, ACK, FIN | ACK, FIN | ACK, RST, 0, 0xff])
+            };
+            let options = tcp_options(rng);
+            tcp(from, to, flags).tcp_options(&options).payload(&rng.bytes(30))
+        }
+        UDP => {
+            let built = udp(from, to).payload(&rng.bytes(30));
+            if rng.percent(20) { built.no_checksum() } else { built }
+        }
+        _ => {
+            let (kind, identifier) = if asks { (8, from.1) } else { (0, to.1) };
+            icmp(from.0, to.0, kind, identifier).payload(&rng.bytes(30))
+        }
+    };
+    dressed(rng, built)
+}
+
+/// An ICMP error from one end to the other, about a packet of the other.
+fn error_about(rng: &mut Rng, protocol: u8, from: End, to: End, asks: bool) -> Vec<u8> {
+    let mut about = match protocol {
+        TCP => tcp(to, from, ACK).payload(b"quoted"),
+        UDP if rng.percent(20) => udp(to, from).no_checksum(),
+        UDP => udp(to, from).payload(&rng.bytes(9)),
+        _ => icmp(to.0, from.0, if asks { 0 } else { 8 }, if asks { from.1 } else { to.1 }),
+    };
+    if rng.percent(10) {
+        about = about.ip_options(&[1, 1, 1, 0]);
+    }
+    if rng.percent(10) {
+        about = about.fragment(rng.pick(&[0x2000, 0x2010, 0x0010]));
+    }
+    let frame = about.frame();
+    let quoted = rng.pick(&[8, 20, 27, 28, 32, 60]).min(frame.len() - 14);
+    let sender = if asks || rng.percent(50) { from.0 } else { rng.pick(&OUTSIDE) };
+    let built = icmp(sender, to.0, rng.pick(&[3, 11, 12, 5]), 0).payload(&frame[14..14 + quoted]);
+    dressed(rng, built)
+}
+
+/// Any packet between two ends.
+fn any_packet(rng: &mut Rng, from: End, to: End) -> Vec<u8> {
+    let built = match rng.below(12) {
+        0 => icmp(from.0, to.0, rng.pick(&[0, 3, 5, 8, 11, 13]), from.1),
+        1 => raw(from.0, to.0, rng.pick(&[47, 50, 132]), &rng.bytes(20)),
+        2 => raw(from.0, to.0, rng.pick(&[TCP, UDP, ICMP]), &rng.bytes(24)),
+        3 => udp(from, to).fragment(rng.pick(&[0x2000, 0x00b9, 0x4000])),
+        n => return of_flow(rng, [TCP, UDP, ICMP][n % 3], from, to, n < 8),
+    };
+    dressed(rng, built)
+}
+
+fn tcp_options(rng: &mut Rng) -> Vec<u8> {
+    let mut options = vec![];
+    for _ in 0..rng.below(4) {
+        match rng.below(6) {
+            0 => options.push(1),
+            1 => options.extend([3, 3, 7]),
+            2 => options.extend([8, 10, 0, 0, 0, 1, 0, 0, 0, 0]),
+            3 => options.extend(rng.bytes(4)),
+            _ => options.extend([2, 4, rng.next() as u8, rng.next() as u8]),
+        }
+    }
+    options.truncate(40);
+    options
+}
+
+fn dressed(rng: &mut Rng, mut built: Built) -> Vec<u8> {
+    built.ttl = rng.pick(&[64, 64, 64, 64, 64, 255, 2, 1, 0]);
+    if rng.percent(5) {
+        built = built.ip_options(&[1, 1, 1, 0, 1, 1, 1, 0]);
+    }
+    if rng.percent(5) {
+        built.padding = rng.below(20);
+    }
+    built.frame()
+}
+
+/// Breaks a frame somewhere behind its Ethernet header. The kernel takes no frame with less than an IP header.
+fn damage(rng: &mut Rng, frame: &mut Vec<u8>) {
+    if rng.percent(40) {
+        frame.truncate(34 + rng.below(frame.len() - 33));
+    } else {
+        let at = 14 + rng.below((frame.len() - 14).min(60));
+        frame[at] ^= 1 << rng.below(8);
+    }
+}
+
+/// What the kernel drew, told by what changed in its maps.
+fn drawn(before: &State, after: &State, dropped: Option<DropReason>) -> Draw {
+    if let Some(number) = after.tokens.keys().find(|number| !before.tokens.contains_key(number)) {
+        return Draw::Token(*number);
+    }
+    let made = after.flows.iter().find(|(key, flow)| {
+        before
+            .flows
+            .get(key)
+            .is_none_or(|old| (old.egress, old.egress_port) != (flow.egress, flow.egress_port))
+    });
+    let remade = after
+        .flows
+        .iter()
+        .find(|(key, flow)| before.flows.get(key).is_some_and(|old| flow.packets < old.packets));
+    if let Some((_, flow)) = made.or(remade) {
+        return Draw::Port(flow.egress, flow.egress_port);
+    }
+    if let Some(key) = before.replies.keys().find(|key| !after.replies.contains_key(key)) {
+        return Draw::Port(key.egress, key.egress_port);
+    }
+    if dropped == Some(DropReason::FlowTableFull) { Draw::FreePort } else { Draw::Any }
+}
+
+/// The clock may tick while a case runs: then both readings count as one.
+fn at_one_time(mut state: State, [before, after]: [Ticks; 2]) -> State {
+    let settle = |ticks: &mut Ticks| {
+        if *ticks == after {
+            *ticks = before;
+        }
+    };
+    for flow in state.flows.values_mut() {
+        settle(&mut flow.seen);
+        settle(&mut flow.walked);
+    }
+    state.openers.values_mut().for_each(|opener| settle(&mut opener.seen));
+    for until in state.full.values_mut() {
+        if *until == after.wrapping_add(seconds(1)) {
+            *until = before.wrapping_add(seconds(1));
+        }
+    }
+    state
+}
+
+/// The one reason that was counted, if any.
+fn dropped(before: &[DropCount], after: &[DropCount], bytes: usize) -> Result<Option<DropReason>, String> {
+    let mut found = None;
+    for (reason, (old, new)) in DropReason::ALL.iter().zip(before.iter().zip(after)) {
+        if old == new {
+            continue;
+        }
+        let once = new.packets == old.packets + 1 && new.bytes == old.bytes + bytes as u64;
+        if found.is_some() || !once {
+            return Err(format!("{}: counted {old:?}, then {new:?}", reason.name()));
+        }
+        found = Some(*reason);
+    }
+    Ok(found)
+}
+
+/// How often each outcome was met.
+type Met = BTreeMap<String, u32>;
+
+/// Runs one case in the kernel and in memory. Gives what differs.
+fn compare(
+    kernel: &mut Kernel,
+    t: &mut Memory,
+    program: Program,
+    input: &Input,
+    observe: bool,
+    met: &mut Met,
+) -> Result<(), String> {
+    let before = State::of(t);
+    let counts = kernel.drops();
+    let start = kernel::now();
+    let (verdict, observed, output) = if observe {
+        let (observed, output) = kernel.observe(program, input);
+        (None, Some(observed), output)
+    } else {
+        let (verdict, output) = kernel.run(program, input);
+        (Some(verdict), None, output)
+    };
+    let times = [start, kernel::now()];
+    let after = kernel.state();
+    let reason = dropped(&counts, &kernel.drops(), input.frame.len())?;
+    if !observe && reason.is_some() != (verdict == Some(Verdict::Drop)) {
+        return Err(format!("{verdict:?}, counted as {reason:?}"));
+    }
+    let draw = drawn(&before, &after, reason);
+    let routers = matches!(program, Program::FromUplink | Program::FromTunnel);
+    let packet = Decoded::of(&input.frame).map(|decoded| decoded.packet(routers));
+    let mut problem = None;
+    for now in times {
+        let memory = t.clone();
+        memory.now.set(now);
+        let expected = Oracle { memory: &memory, input, packet }.fate(program, draw);
+        let found = match reason {
+            Some(reason) => Fate::Drop(reason),
+            None => match &expected {
+                // What this run does not show is taken as expected.
+                Fate::Goes { verdict: v, observed: o, .. } => Fate::Goes {
+                    verdict: verdict.unwrap_or(*v),
+                    output: output.clone(),
+                    observed: observed.unwrap_or(*o),
+                },
+                Fate::Drop(_) => Fate::Goes {
+                    verdict: verdict.unwrap_or(Verdict::Drop),
+                    output: output.clone(),
+                    observed: observed.unwrap_or(Observed { hash: 0, tunnel: None }),
+                },
+            },
+        };
+        let states = (at_one_time(State::of(&memory), times), at_one_time(after.clone(), times));
+        if expected == found && states.0 == states.1 {
+            *met.entry(label(program, &expected)).or_default() += 1;
+            problem = None;
+            break;
+        }
+        let difference = format!(
+            "memory: {expected:x?}\nkernel: {found:x?}\ndrawn: {draw:?}\nmaps agree: {}\nmemory: {:#?}\nkernel: {:#?}",
+            states.0 == states.1,
+            changes(&before, &states.0),
+            changes(&before, &states.1),
+        );
+        problem = Some(difference);
+    }
+    t.flows.replace(after.flows);
+    t.replies.replace(after.replies);
+    t.full.replace(after.full);
+    t.openers.replace(after.openers);
+    t.tokens.replace(after.tokens);
+    problem.map_or(Ok(()), Err)
+}
+
+/// Entries that are not in both.
+fn changes(before: &State, after: &State) -> Vec<String> {
+    fn of<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug>(
+        name: &str,
+        before: &BTreeMap<K, V>,
+        after: &BTreeMap<K, V>,
+    ) -> Vec<String> {
+        let gone =
+            before.iter().filter(|(k, _)| !after.contains_key(k)).map(|(k, _)| format!("{name} - {k:?}"));
+        let set = after
+            .iter()
+            .filter(|(k, v)| before.get(k) != Some(v))
+            .map(|(k, v)| format!("{name} + {k:?}: {v:?}, was {:?}", before.get(k)));
+        gone.chain(set).collect()
+    }
+    [
+        of("FLOWS", &before.flows, &after.flows),
+        of("REPLIES", &before.replies, &after.replies),
+        of("FULL", &before.full, &after.full),
+        of("OPENERS", &before.openers, &after.openers),
+        of("TOKENS", &before.tokens, &after.tokens),
+    ]
+    .concat()
+}
+
+fn label(program: Program, fate: &Fate) -> String {
+    match fate {
+        Fate::Drop(reason) => format!("{program:?}: {}", reason.name()),
+        Fate::Goes { verdict, observed, .. } => {
+            let tunnel = if observed.tunnel.is_some() { " to the tunnel" } else { "" };
+            format!("{program:?}: {verdict:?}{tunnel}")
+        }
+    }
+}
+
+fn environment(name: &str) -> Option<u64> {
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: not a number")))
+}
+
+/// Cases of one set of tables.
+const CASES_PER_WORLD: u64 = 60;
+
+#[test]
+fn kernel_and_memory_agree() {
+    let cases = environment("OUTGATE_PARITY_CASES").unwrap_or(21_000);
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970");
+    let seed = environment("OUTGATE_PARITY_SEED").unwrap_or(u64::from(clock.subsec_nanos()));
+    println!("OUTGATE_PARITY_SEED={seed} OUTGATE_PARITY_CASES={cases}");
+    enter_node_network();
+    // One with room, one that is soon full.
+    let mut kernels = [(Kernel::load(600), 600), (Kernel::load(12), 12)];
+    let begin = Instant::now();
+    let mut met = Met::new();
+    let mut done = 0;
+    while done < cases {
+        let world = done / CASES_PER_WORLD;
+        let mut rng = Rng(seed.wrapping_add(world.wrapping_mul(0x1234_5678_9abc_def1)));
+        let (kernel, capacity) = &mut kernels[usize::from(world % 5 == 4)];
+        let mut t = tables(&mut rng, kernel::now(), *capacity);
+        kernel.write(&t);
+        for _ in 0..CASES_PER_WORLD {
+            let (program, input) = case(&mut rng, &t);
+            let before = t.clone();
+            let observe = rng.percent(50);
+            if let Err(problem) = compare(kernel, &mut t, program, &input, observe, &mut met) {
+                panic!(
+                    "{program:?} on {input:x?}, {}\n{problem}\ncase {done} of OUTGATE_PARITY_SEED={seed}\ntables: {before:?}",
+                    if observe { "observed" } else { "run" }
+                );
+            }
+            done += 1;
+        }
+    }
+    for (outcome, count) in &met {
+        println!("{count:>8} {outcome}");
+    }
+    println!("{done} cases agree, {:.1} s, seed {seed}", begin.elapsed().as_secs_f32());
+    if cases >= 20_000 {
+        for reason in DropReason::ALL {
+            let rare = [DropReason::TokenTableFull, DropReason::UnknownInterface, DropReason::NotReady];
+            let met = met.keys().any(|outcome| outcome.ends_with(&format!(": {}", reason.name())));
+            assert!(met || rare.contains(reason), "no case met {}", reason.name());
+        }
+    }
+}
