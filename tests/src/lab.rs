@@ -264,10 +264,16 @@ impl Lab {
             );
         }
         for node in &self.nodes {
-            let _ = writeln!(text, "\n=== drops of {}: {:?}", node.name, self.drops(&node.name));
+            let _ = writeln!(text, "=== drops of {}: {:?}", node.name, self.drops(&node.name));
         }
-        for netns in [&self.router, &self.web.netns, &self.other.netns, &self.neighbour.netns] {
+        let outside = [&self.router, &self.web.netns, &self.other.netns, &self.neighbour.netns];
+        for netns in outside {
             look(&mut text, netns, &["ip -br addr", "ip route", "ip neigh", "nft list ruleset"]);
+        }
+        let described = self.nodes.iter().map(|node| &node.netns).chain(outside);
+        let described: Vec<_> = described.map(Netns::name).collect();
+        for name in namespaces(&self.home.id).iter().filter(|name| !described.contains(&name.as_str())) {
+            let _ = writeln!(text, "=== nsenter --net=/run/netns/{name}");
         }
         text
     }
@@ -428,12 +434,7 @@ pub fn reap(id: &str) -> io::Result<()> {
 
 /// Removes everything of one lab: its programs, its BPF filesystem, its namespaces, its directory.
 pub fn remove(id: &str) -> io::Result<()> {
-    let prefix = format!("{id}-");
-    let names: Vec<String> = match fs::read_dir("/run/netns") {
-        Ok(entries) => entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect(),
-        Err(_) => Vec::new(),
-    };
-    let names: Vec<_> = names.into_iter().filter(|name| name.starts_with(&prefix)).collect();
+    let names = namespaces(id);
 
     // Programs first. A program that is just starting another needs a second look.
     let gone = eventually(Duration::from_secs(10), || {
@@ -464,6 +465,16 @@ pub fn remove(id: &str) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// The names of a lab's network namespaces.
+fn namespaces(id: &str) -> Vec<String> {
+    let prefix = format!("{id}-");
+    let entries = fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with(&prefix)).collect();
+    names.sort();
+    names
 }
 
 /// Every lab's directory that exists now, with whether it was kept on purpose.

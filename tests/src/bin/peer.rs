@@ -321,6 +321,7 @@ fn stream_udp(destination: SocketAddr, interval: Duration) -> io::Result<()> {
     });
     let mut tally = Tally::default();
     let mut seen = std::collections::BTreeSet::new();
+    let mut first = None;
     let mut last = Instant::now();
     let mut buffer = [0; 2048];
     loop {
@@ -332,7 +333,14 @@ fn stream_udp(destination: SocketAddr, interval: Duration) -> io::Result<()> {
                     println!("running");
                 }
                 if seen.insert(answer[at + 1..].to_vec()) {
-                    tally.add(Ok(String::from_utf8_lossy(&answer[..at]).into_owned()));
+                    let now = String::from_utf8_lossy(&answer[..at]).into_owned();
+                    let first = first.get_or_insert_with(|| now.clone());
+                    if *first == now {
+                        tally.add(Ok(now));
+                    } else {
+                        // Another port is another flow, and another peer to many a server.
+                        tally.add(Err(io::Error::other(format!("seen as {now} after {first}"))));
+                    }
                     tally.longest_gap = tally.longest_gap.max(last.elapsed());
                     last = Instant::now();
                 }
@@ -340,7 +348,7 @@ fn stream_udp(destination: SocketAddr, interval: Duration) -> io::Result<()> {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
             Err(error) => tally.add(Err(error)),
         }
-        let all = tally.ok == sent.load(Ordering::Relaxed);
+        let all = seen.len() as u64 == sent.load(Ordering::Relaxed);
         if done.load(Ordering::Relaxed) && (all || last.elapsed() > Duration::from_secs(1)) {
             break;
         }
@@ -348,7 +356,7 @@ fn stream_udp(destination: SocketAddr, interval: Duration) -> io::Result<()> {
     if let Ok(Err(error)) = sender.join() {
         tally.add(Err(error));
     }
-    let missing = sent.load(Ordering::Relaxed) - tally.ok;
+    let missing = sent.load(Ordering::Relaxed) - seen.len() as u64;
     for _ in 0..missing {
         tally.add(Err(io::Error::other("no answer")));
     }
