@@ -645,6 +645,10 @@ fn add_flow(rng: &mut Rng, t: &Memory, key: FlowKey, flow: Flow, complete: usize
     if rng.percent(complete) {
         let _ = t.insert_reply(&reply_key, &reply);
     }
+    // What an older flow of the same key left behind, under another port.
+    if rng.percent(20) && complete < 100 {
+        let _ = t.insert_reply(&ReplyKey { egress_port: flow.egress_port ^ 1, ..reply_key }, &reply);
+    }
 }
 
 /// A random program and a packet for it, one that it may know as often as not.
@@ -793,7 +797,8 @@ fn at_uplink(rng: &mut Rng, t: &Memory, input: &mut Input) -> Vec<u8> {
 fn inward(rng: &mut Rng, t: &Memory, flow: Option<(FlowKey, Flow)>) -> Vec<u8> {
     if let Some((key, flow)) = flow {
         let egress = EGRESS[flow.egress as usize - 1];
-        let (from, to) = ((key.remote.v4_octets(), key.remote_port), (egress, flow.egress_port));
+        let port = if rng.percent(15) { flow.egress_port ^ 1 } else { flow.egress_port };
+        let (from, to) = ((key.remote.v4_octets(), key.remote_port), (egress, port));
         return of_flow(rng, key.protocol, from, to, false);
     }
     let egress = rng.below(4);

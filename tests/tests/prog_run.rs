@@ -7,7 +7,7 @@ use datapath::addr::Ip;
 use datapath::conntrack::FlowState;
 use datapath::keys::{
     Delivery, DeliveryMode, EgressIp, GranuleRange, GranuleTable, Interface, InterfaceKind, Lease,
-    NetworkKey, NetworkKind, Node, Pod, Policy, Settings,
+    NetworkKey, NetworkKind, Node, Pod, Policy, ReplyKey, Settings,
 };
 use datapath::memory::Memory;
 use datapath::packet::{ACK, FIN, SYN};
@@ -427,6 +427,20 @@ fn the_mss_is_lowered_wherever_its_option_stands() {
         let expected = tcp(server, pod, SYN | ACK).tcp_options(&options(prefix, after)).hop();
         assert_eq!(rig.fate(Program::FromTunnel, &reply), redirected(&expected), "{prefix:?} {before}");
     }
+}
+
+#[test]
+fn a_port_that_a_flow_has_left_answers_no_more() {
+    let mut rig = Rig::new(&tables(B));
+    let (pod, server) = ((POD, 40000), (SERVER, 80));
+    rig.walk_up(&tcp(pod, server, SYN), &tcp(pod, server, SYN));
+    let port = rig.port();
+    let mut state = rig.kernel.state();
+    let (key, reply) = state.replies.pop_first().expect("there is one");
+    state.replies.insert(ReplyKey { egress_port: port ^ 1, ..key }, reply);
+    rig.kernel.write_state(&state);
+    let old = from_tunnel(&tcp(server, (EGRESS, port ^ 1), SYN | ACK));
+    assert_eq!(rig.fate(Program::FromTunnel, &old), Fate::Drop(DropReason::NoReplyFlow));
 }
 
 #[test]
