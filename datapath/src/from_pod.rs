@@ -47,6 +47,8 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     match packet.kind {
         Kind::Tcp | Kind::Udp | Kind::EchoRequest => {}
         Kind::EchoReply => return untranslatable(t, settings, &key, DropReason::NoFlow, to),
+        // The host's stack answers no error with another (RFC 1122, 3.2.2).
+        Kind::IcmpError if packet.ttl <= 1 => return to.act(FromPod::Drop(DropReason::TtlExpired)),
         Kind::IcmpError => return error(t, settings, &pod, &key, to),
         Kind::OtherIcmp => return untranslatable(t, settings, &key, DropReason::IcmpType, to),
         Kind::Fragment => return untranslatable(t, settings, &key, DropReason::Fragment, to),

@@ -79,8 +79,10 @@ drop_reasons! {
     NotReady = 22,
     /// The packet came into the node by an interface that the agent has not looked at yet: a new pod's.
     UnknownInterface = 23,
-    /// A reply whose time to live ends here.
+    /// A packet past the host's stack whose time to live ends here: a reply, or a pod's ICMP error.
     TtlExpired = 24,
+    /// A packet that is larger than the uplink that it leaves by carries.
+    TooBig = 25,
 }
 
 /// Where a translated packet goes next.

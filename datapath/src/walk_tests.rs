@@ -107,9 +107,9 @@ fn add_egress(t: &mut Memory, id: u32, ip: Ip, holder: u16) {
 fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
     let protocol = match kind {
         Kind::Tcp => TCP,
-        Kind::Udp => UDP,
+        // The tuple of an error is the quoted packet's.
+        Kind::Udp | Kind::IcmpError => UDP,
         Kind::EchoRequest | Kind::EchoReply | Kind::OtherIcmp => ICMP,
-        Kind::IcmpError => UDP, // of the quoted packet
         Kind::Fragment | Kind::Other | Kind::Malformed => 132,
     };
     let tuple = Tuple {
@@ -250,6 +250,11 @@ fn a_time_to_live_that_ends_here() {
     let snat = translated(walk_up(&a, &out, &out));
     out.ttl = 1;
     assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(_)), "the host's stack answers it");
+    let mut error = packet(Kind::IcmpError, (POD, 5000), (SERVER, 53), 0);
+    for ttl in [0, 1] {
+        error.ttl = ttl;
+        assert_eq!(from_pod(&a, POD_IF, &error), FromPod::Drop(DropReason::TtlExpired));
+    }
     let mut reply = udp((SERVER, 53), (EGRESS, snat.source_port));
     reply.ttl = 1;
     assert_eq!(from_tunnel(&a, &NODE_B, VNI, &reply, &Keep), FromOutside::Drop(DropReason::TtlExpired));

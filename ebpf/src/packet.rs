@@ -4,7 +4,7 @@ use datapath::addr::Ip;
 use datapath::keys::Tuple;
 use datapath::packet::{ICMP, Kind, Packet, TCP, UDP};
 
-use crate::ctx::Skb;
+use crate::ctx::{Refused, Skb};
 
 /// Length of an Ethernet header; a VLAN tag at a TC hook is held outside the packet.
 pub const ETHERNET_LEN: usize = 14;
@@ -77,6 +77,8 @@ fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
         return Parsed::Other;
     }
     let l4 = ETHERNET_LEN + header_len;
+    // Behind the packet's own end there may be Ethernet padding, which is no header of it.
+    let end = ETHERNET_LEN + if total_len == 0 { on_wire } else { total_len };
     let protocol = ip[9];
     let mut tuple = Tuple {
         source: Ip::v4([ip[12], ip[13], ip[14], ip[15]]),
@@ -91,7 +93,7 @@ fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
     let kind = if u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_BITS != 0 {
         Kind::Fragment
     } else if protocol == TCP {
-        match skb.load::<[u8; 14]>(l4) {
+        match load_within::<20>(skb, l4, end) {
             Ok(tcp) => {
                 ports(&mut tuple, &tcp);
                 tcp_flags = tcp[13];
@@ -100,7 +102,7 @@ fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
             Err(_) => Kind::Malformed,
         }
     } else if protocol == UDP {
-        match skb.load::<[u8; 8]>(l4) {
+        match load_within::<8>(skb, l4, end) {
             Ok(udp) => {
                 ports(&mut tuple, &udp);
                 Kind::Udp
@@ -108,7 +110,7 @@ fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
             Err(_) => Kind::Malformed,
         }
     } else if protocol == ICMP {
-        match skb.load::<[u8; 8]>(l4) {
+        match load_within::<8>(skb, l4, end) {
             Ok(icmp) => {
                 let identifier = u16::from_be_bytes([icmp[4], icmp[5]]);
                 match icmp[0] {
@@ -121,7 +123,7 @@ fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
                         Kind::EchoReply
                     }
                     ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM => {
-                        match quoted_reversed(skb, l4 + ICMP_LEN, &mut tuple, routers) {
+                        match quoted_reversed(skb, l4 + ICMP_LEN, end, &mut tuple, routers) {
                             Quote::Unknown => Kind::OtherIcmp,
                             Quote::ByHost => Kind::IcmpError,
                             Quote::ByRouter => {
@@ -139,9 +141,15 @@ fn parse_v4(skb: &Skb, routers: bool) -> Parsed {
         Kind::Other
     };
     Parsed::Ip(Headers {
-        packet: Packet { tuple, len: on_wire as u32, kind, tcp_flags, ttl: ip[8], by_router },
+        packet: Packet { tuple, len: (end - ETHERNET_LEN) as u32, kind, tcp_flags, ttl: ip[8], by_router },
         l4,
     })
+}
+
+/// Copies a header out, if it ends within the packet.
+#[inline(always)]
+fn load_within<const N: usize>(skb: &Skb, at: usize, end: usize) -> Result<[u8; N], Refused> {
+    if at + N > end { Err(Refused) } else { skb.load(at) }
 }
 
 #[inline(always)]
@@ -167,8 +175,8 @@ enum Quote {
 ///
 /// A function of its own: it needs stack that its callers do not have to spare.
 #[inline(never)]
-fn quoted_reversed(skb: &Skb, at: usize, tuple: &mut Tuple, routers: bool) -> Quote {
-    let Ok(ip) = skb.load::<[u8; 20]>(at) else { return Quote::Unknown };
+fn quoted_reversed(skb: &Skb, at: usize, end: usize, tuple: &mut Tuple, routers: bool) -> Quote {
+    let Ok(ip) = load_within::<20>(skb, at, end) else { return Quote::Unknown };
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     // A later fragment has no ports to tell.
     let offset = u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_OFFSET;
@@ -181,7 +189,7 @@ fn quoted_reversed(skb: &Skb, at: usize, tuple: &mut Tuple, routers: bool) -> Qu
         return Quote::Unknown;
     }
     // Eight bytes are all that is sure to be quoted (RFC 792), and enough.
-    let Ok(l4) = skb.load::<[u8; 8]>(at + header_len) else { return Quote::Unknown };
+    let Ok(l4) = load_within::<8>(skb, at + header_len, end) else { return Quote::Unknown };
     let (from_port, to_port) = match (ip[9], l4[0]) {
         (TCP | UDP, _) => (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]])),
         (ICMP, ICMP_ECHO_REQUEST) => (u16::from_be_bytes([l4[4], l4[5]]), 0),

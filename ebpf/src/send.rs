@@ -1,8 +1,8 @@
 //! Ways a packet takes: out of an uplink, through the tunnel, to a pod, into the host's stack.
 
 use aya_ebpf::bindings::{
-    BPF_F_INGRESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
-    BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup as FibLookup, bpf_redir_neigh,
+    BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+    BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup as FibLookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use datapath::addr::Ip;
@@ -65,14 +65,14 @@ pub fn through_tunnel(skb: &Skb, node: &Ip) -> i32 {
 #[inline(always)]
 pub fn out_of(skb: &Skb, tuple: &Tuple, uplink: u32) -> i32 {
     match route(skb, tuple, uplink, BPF_FIB_LOOKUP_OUTPUT) {
-        Some((_, mut next_hop)) => {
+        Ok((_, mut next_hop)) => {
             skb.clear_mark();
             // SAFETY: the helper reads the struct at its full size.
             unsafe {
                 bpf_redirect_neigh(uplink, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
             }
         }
-        None => drop(skb, DropReason::NoRoute),
+        Err(reason) => drop(skb, reason),
     }
 }
 
@@ -114,8 +114,9 @@ pub fn into_uplink(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
     }
     let tuple = &headers.packet.tuple;
     let back = Tuple { source: reverse.destination, destination: tuple.source, ..*tuple };
-    let Some((ifindex, _)) = route(skb, &back, skb.ifindex(), 0) else {
-        return drop(skb, DropReason::NoRoute);
+    let ifindex = match route(skb, &back, skb.ifindex(), 0) {
+        Ok((ifindex, _)) => ifindex,
+        Err(reason) => return drop(skb, reason),
     };
     let Some(interface) = Maps.interface(ifindex) else { return drop(skb, DropReason::NoRoute) };
     // The stack takes what is addressed to the interface's own hardware address.
@@ -142,7 +143,7 @@ fn clamp_mss(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
 /// Asks the node's routes, all tables and rules, for interface and next hop. `ifindex` is the interface to
 /// leave by with `BPF_FIB_LOOKUP_OUTPUT`, else the one the packet came in by.
 #[inline(always)]
-fn route(skb: &Skb, tuple: &Tuple, ifindex: u32, flags: u32) -> Option<(u32, bpf_redir_neigh)> {
+fn route(skb: &Skb, tuple: &Tuple, ifindex: u32, flags: u32) -> Result<(u32, bpf_redir_neigh), DropReason> {
     // SAFETY: all zeros is a value of this plain struct.
     let mut fib: FibLookup = unsafe { core::mem::zeroed() };
     fib.family = AF_INET;
@@ -161,8 +162,14 @@ fn route(skb: &Skb, tuple: &Tuple, ifindex: u32, flags: u32) -> Option<(u32, bpf
             flags | BPF_FIB_LOOKUP_SKIP_NEIGH,
         )
     };
-    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) && result != i64::from(BPF_FIB_LKUP_RET_NO_NEIGH) {
-        return None;
+    const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
+    const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
+    const FRAG_NEEDED: i64 = BPF_FIB_LKUP_RET_FRAG_NEEDED as i64;
+    match result {
+        SUCCESS | NO_NEIGH => {}
+        // The helper compares the packet with the device's MTU (bpf_ipv4_fib_lookup, net/core/filter.c).
+        FRAG_NEEDED => return Err(DropReason::TooBig),
+        _ => return Err(DropReason::NoRoute),
     }
     // An IPv4 destination may have an IPv6 next hop (RFC 5549).
     let next_hop = if fib.family == AF_INET6 {
@@ -177,7 +184,7 @@ fn route(skb: &Skb, tuple: &Tuple, ifindex: u32, flags: u32) -> Option<(u32, bpf
         // SAFETY: the helper wrote the IPv4 member, as the family says.
         next_hop_v4(unsafe { fib.__bindgen_anon_4.ipv4_dst })
     };
-    Some((fib.ifindex, next_hop))
+    Ok((fib.ifindex, next_hop))
 }
 
 #[inline(always)]

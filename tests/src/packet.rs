@@ -302,8 +302,8 @@ impl<'a> Decoded<'a> {
         self.word(ETHERNET + 6).is_some_and(|word| word & 0x3fff != 0)
     }
 
-    /// What `ebpf`'s parser should make of the frame. Transport headers count as there if their first bytes
-    /// are in the frame: 14 of TCP, 8 of UDP and ICMP. Whether an ICMP error by a router, about a packet to
+    /// What `ebpf`'s parser should make of the frame. Transport headers count as there if their fixed parts are
+    /// in the IP packet: 20 bytes of TCP, 8 of UDP and ICMP. Whether an ICMP error by a router, about a packet to
     /// somebody else, is believed depends on where it is met.
     #[must_use]
     pub fn packet(&self, routers: bool) -> Packet {
@@ -314,10 +314,10 @@ impl<'a> Decoded<'a> {
             ..Tuple::default()
         };
         let (mut tcp_flags, mut by_router) = (0, false);
-        let transport = self.frame.get(self.l4..).unwrap_or_default();
+        let transport = self.frame.get(self.l4..self.end).unwrap_or_default();
         let kind = match self.protocol {
             _ if self.is_fragment() => Kind::Fragment,
-            TCP if transport.len() < 14 => Kind::Malformed,
+            TCP if transport.len() < 20 => Kind::Malformed,
             UDP | ICMP if transport.len() < 8 => Kind::Malformed,
             TCP | UDP => {
                 tuple.source_port = u16::from_be_bytes([transport[0], transport[1]]);
@@ -355,7 +355,7 @@ impl<'a> Decoded<'a> {
         };
         Packet {
             tuple,
-            len: (self.frame.len() - ETHERNET) as u32,
+            len: (self.end - ETHERNET) as u32,
             kind,
             tcp_flags,
             ttl: self.frame[ETHERNET + 8],
@@ -365,7 +365,7 @@ impl<'a> Decoded<'a> {
 
     /// The packet that an ICMP error quotes, as a frame whose Ethernet header is the 14 bytes before it.
     fn quote(&self) -> Option<Decoded<'a>> {
-        let frame = self.frame.get(self.l4 + 8 - ETHERNET..)?;
+        let frame = self.frame.get(self.l4 + 8 - ETHERNET..self.end)?;
         let ip = frame.get(ETHERNET..ETHERNET + IPV4)?;
         let l4 = ETHERNET + usize::from(ip[0] & 15) * 4;
         let first = u16::from_be_bytes([ip[6], ip[7]]) << 3 == 0; // without the flags
