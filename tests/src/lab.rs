@@ -436,13 +436,16 @@ pub fn reap(id: &str) -> io::Result<()> {
 pub fn remove(id: &str) -> io::Result<()> {
     let names = namespaces(id);
 
-    // Programs first. A program that is just starting another needs a second look.
+    // Programs first. One that is just starting another may slip through a look at /proc while its child has
+    // not shown there yet: only the second look in a row that finds none is believed.
+    let mut empty_looks = 0;
     let gone = eventually(Duration::from_secs(10), || {
         let pids = pids_in(&names);
         for pid in &pids {
             signal(*pid, Signal::KILL);
         }
-        pids.is_empty().then_some(())
+        empty_looks = if pids.is_empty() { empty_looks + 1 } else { 0 };
+        (empty_looks >= 2).then_some(())
     });
     if gone.is_none() {
         return Err(io::Error::other(format!("processes survive: {:?}", pids_in(&names))));
