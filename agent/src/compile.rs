@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, DeliveryMode, EgressIp, GranuleTable, IfIndex, Interface, InterfaceKind, Lease, Network,
-    NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
+    NetworkKey, NetworkKind, Node, NodeId, Offload, Pod, PodName, Policy, PolicyId, Settings,
 };
 use datapath::limits;
 use ipnet::IpNet;
@@ -196,7 +196,12 @@ impl Compiler<'_> {
         let id = self.ids.egress(policy, key);
         let owner = self.allocation(&ip).and_then(|a| a.owner.as_ref());
         let holder = owner.and_then(|n| self.node_ids.get(n)).copied().unwrap_or(0);
-        self.out.image.egress_ips.insert(id, EgressIp { ip: key, policy, uplink, holder, pad: [0; 3] });
+        let uplink_mtu =
+            self.facts.uplinks.get(&uplink).map_or(0, |u| u16::try_from(u.mtu).unwrap_or(u16::MAX));
+        self.out
+            .image
+            .egress_ips
+            .insert(id, EgressIp { ip: key, policy, uplink, holder, uplink_mtu, pad: 0 });
         self.out.image.egress_addrs.insert(key, id);
         if uplink != 0 || used {
             let mut table = GranuleTable::default();
@@ -290,7 +295,7 @@ impl Compiler<'_> {
                 // Also while its interface is not known, for the identity in it.
                 image.delivery.insert(
                     id,
-                    Delivery { ip: key, ifindex: device, mode: mode as u8, pad: [0; 3], identity },
+                    Delivery { ip: key, ifindex: device, mode: mode as u8, pad: 0, mtu: 0, identity },
                 );
                 image.pod_names.insert(id, pod_name(namespace, name));
             }
@@ -397,7 +402,8 @@ impl Compiler<'_> {
             tunnel_port: tunnel.port,
             tunnel_vni: tunnel.vni,
             tunnel_ifindex: self.facts.tunnel_ifindex,
-            tunnel_mss: tunnel_mss(self.facts),
+            mtu: tunnel_mtu(self.facts),
+            offload: Offload::Auto as u8,
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
             hold_unknown: u8::from(config.hold_unknown),
@@ -417,13 +423,11 @@ impl Compiler<'_> {
 
 /// What the tunnel takes of a packet over IPv4: Ethernet, VXLAN, UDP and IPv4 headers (RFC 7348, 5).
 const TUNNEL_OVERHEAD: u32 = 14 + 8 + 8 + 20;
-/// IPv4 and TCP headers without options.
-const TCP_OVERHEAD: u32 = 20 + 20;
 
-/// The largest TCP segment that fits the tunnel out of any uplink; 0 without one.
-fn tunnel_mss(facts: &Facts) -> u16 {
+/// The largest packet that fits the tunnel out of any uplink; 0 without one.
+fn tunnel_mtu(facts: &Facts) -> u16 {
     let mtu = facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0);
-    u16::try_from(mtu.saturating_sub(TUNNEL_OVERHEAD + TCP_OVERHEAD)).unwrap_or(u16::MAX)
+    u16::try_from(mtu.saturating_sub(TUNNEL_OVERHEAD)).unwrap_or(u16::MAX)
 }
 
 fn capacity(limit: u32) -> usize {

@@ -53,7 +53,9 @@ pub struct Delivery {
     /// A [`DeliveryMode`].
     pub mode: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: u8,
+    /// The largest IP packet that the way to the pod carries, in bytes; 0: not known.
+    pub mtu: u16,
     /// A hash of the pod's namespace, name and UID: by it a restarted agent knows the pod again.
     pub identity: u64,
 }
@@ -94,8 +96,10 @@ pub struct EgressIp {
     pub uplink: IfIndex,
     /// The node that holds it; 0: nobody does.
     pub holder: NodeId,
+    /// The largest IP packet that `uplink` carries, in bytes; 0: not known.
+    pub uplink_mtu: u16,
     /// Zero.
-    pub pad: [u16; 3],
+    pub pad: u32,
 }
 
 /// `GRANULES`, by egress id: the node that leases each granule, 0 for none.
@@ -351,6 +355,17 @@ pub enum Unassigned {
     NodeIp = 1,
 }
 
+/// `EgressConfig.offload`: which packets skip the host's stack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Offload {
+    /// All but a flow's first.
+    Auto = 1,
+    /// None.
+    Never = 2,
+    /// All: the node has no netfilter rules to honour.
+    Always = 3,
+}
+
 /// `SETTINGS`, one entry.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -363,10 +378,13 @@ pub struct Settings {
     pub tunnel_vni: u32,
     /// The tunnel's device.
     pub tunnel_ifindex: IfIndex,
-    /// The largest TCP segment that the tunnel carries whole over IPv4, in bytes; 0: not known, no clamping.
-    pub tunnel_mss: u16,
+    /// The largest IP packet that an egress flow carries whole, in bytes: what the tunnel takes out of any
+    /// uplink, for the holder may move. 0: not known, nothing is clamped or refused.
+    pub mtu: u16,
+    /// An [`Offload`].
+    pub offload: u8,
     /// Zero.
-    pub pad_mss: u16,
+    pub pad_offload: u8,
     /// The skb hash by which `from_pod` says "seen, let pass"; random, never 0.
     pub pass_token: u32,
     /// An [`Unassigned`].
@@ -393,6 +411,10 @@ pub struct Settings {
     pub next_policy: PolicyId,
     /// The next egress id to give.
     pub next_egress: EgressId,
+    /// This node's address that IPv4 errors made by the programs come from; unspecified: none are made.
+    pub router_v4: Ip,
+    /// The same for IPv6.
+    pub router_v6: Ip,
 }
 
 /// Types that are plain bytes: `repr(C)`, no padding that is not named, every bit pattern a value.
@@ -414,7 +436,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 56,
+    Token = 48, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 88,
     u32 = 4,
 }
 

@@ -83,6 +83,10 @@ drop_reasons! {
     TtlExpired = 24,
     /// A packet that is larger than the uplink that it leaves by carries.
     TooBig = 25,
+    /// The route to the destination leaves by an interface that is no uplink.
+    NotAnUplink = 26,
+    /// The pod has as many flows as one pod may.
+    PodFlowLimit = 27,
 }
 
 /// Where a translated packet goes next.

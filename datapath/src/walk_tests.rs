@@ -95,7 +95,7 @@ fn node(me: u16, holder: u16) -> Memory {
 
 fn add_egress(t: &mut Memory, id: u32, ip: Ip, holder: u16) {
     t.egress_addrs.insert(ip, id);
-    t.egress_ips.insert(id, EgressIp { ip, policy: POLICY, uplink: UPLINK, holder, pad: [0; 3] });
+    t.egress_ips.insert(id, EgressIp { ip, policy: POLICY, uplink: UPLINK, holder, ..EgressIp::default() });
     let mut table = GranuleTable::default();
     table.node[..10].fill(A);
     table.node[10..20].fill(B);

@@ -17,6 +17,8 @@ const IP_DESTINATION: usize = ETHERNET_LEN + 16;
 const UDP_FLAGS: u64 = BPF_F_MARK_MANGLED_0 as u64;
 /// Bytes of a TCP header that options may take (RFC 9293, 3.1).
 const MAX_OPTIONS: u32 = 40;
+/// IPv4 and TCP headers without options.
+const TCP_OVERHEAD: u16 = 20 + 20;
 const OPTION_END: u8 = 0;
 const OPTION_NOP: u8 = 1;
 const OPTION_MSS: u8 = 2;
@@ -24,11 +26,11 @@ const OPTION_MSS: u8 = 2;
 /// Lowers the MSS option of a SYN or SYN-ACK to what the tunnel carries whole: both ends would else send
 /// segments that must be fragmented. Other packets, and SYNs without the option, are left as they are.
 #[inline(always)]
-pub fn clamp_mss(skb: &Skb, headers: &Headers, mss: u16) -> Result<(), Refused> {
-    if headers.packet.kind != Kind::Tcp || headers.packet.tcp_flags & SYN == 0 || mss == 0 {
+pub fn clamp_mss(skb: &Skb, headers: &Headers, mtu: u16) -> Result<(), Refused> {
+    if headers.packet.kind != Kind::Tcp || headers.packet.tcp_flags & SYN == 0 || mtu == 0 {
         return Ok(());
     }
-    lower_mss(skb, headers.l4, mss)
+    lower_mss(skb, headers.l4, mtu.saturating_sub(TCP_OVERHEAD))
 }
 
 /// A function of its own: it needs stack that its callers do not have to spare.

@@ -137,7 +137,7 @@ fn reverse_snat(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> Result<(
 /// Every SYN and SYN-ACK is clamped, through the tunnel or not: the holder may move while the flow lives.
 #[inline(always)]
 fn clamp_mss(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
-    rewrite::clamp_mss(skb, headers, Maps.settings().map_or(0, |s| s.tunnel_mss))
+    rewrite::clamp_mss(skb, headers, Maps.settings().map_or(0, |s| s.mtu))
 }
 
 /// Asks the node's routes, all tables and rules, for interface and next hop. `ifindex` is the interface to

@@ -322,7 +322,7 @@ impl Oracle<'_> {
     }
 
     fn translated(&self, frame: &[u8], (source, port): (Ip, u16), way: Way, hash: u32) -> Fate {
-        let mss = self.memory.settings.tunnel_mss;
+        let mss = self.memory.settings.mtu.saturating_sub(40);
         let Some(frame) = translate(frame, Side::Source, (source.v4_octets(), port), mss) else {
             return Fate::Drop(DropReason::Rewrite);
         };
@@ -334,7 +334,7 @@ impl Oracle<'_> {
     }
 
     fn reversed(&self, frame: &[u8], to: &ReverseSnat, then: impl FnOnce(Vec<u8>) -> Fate) -> Fate {
-        let mss = self.memory.settings.tunnel_mss;
+        let mss = self.memory.settings.mtu.saturating_sub(40);
         let end = (to.destination.v4_octets(), to.destination_port);
         translate(frame, Side::Destination, end, mss).map_or(Fate::Drop(DropReason::Rewrite), then)
     }
@@ -422,7 +422,7 @@ fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
         tunnel_port: TUNNEL_PORT,
         tunnel_vni: VNI,
         tunnel_ifindex: TUNNEL,
-        tunnel_mss: rng.pick(&[0, 536, 1410]),
+        mtu: rng.pick(&[0, 576, 1450]),
         pass_token: rng.next() as u32 | 1,
         unassigned: u8::from(rng.percent(30)),
         spread: rng.pick(&[1, 2]),
@@ -505,7 +505,7 @@ fn egress_tables(rng: &mut Rng, t: &mut Memory, id: EgressId, ip: Ip) {
     let holder = rng.pick(&[1, 1, 1, 1, 2, 2, 2, 3, 0, 9]);
     let policy = rng.pick(&[1, 1, 1, 2]);
     if rng.percent(95) {
-        t.egress_ips.insert(id, EgressIp { ip, policy, uplink, holder, pad: [0; 3] });
+        t.egress_ips.insert(id, EgressIp { ip, policy, uplink, holder, ..EgressIp::default() });
     }
     let mut table = GranuleTable::default();
     for node in &mut table.node[..10] {

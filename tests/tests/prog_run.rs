@@ -47,7 +47,7 @@ fn tables(holder: u16) -> Memory {
         tunnel_port: 4795,
         tunnel_vni: VNI,
         tunnel_ifindex: TUNNEL,
-        tunnel_mss: 1410,
+        mtu: 1450,
         pass_token: PASS,
         hold_unknown: 1,
         spread: 1,
@@ -86,7 +86,7 @@ fn tables(holder: u16) -> Memory {
     for (id, ip, uplink, holder) in [(1, EGRESS, UPLINK, holder), (2, SECOND_EGRESS, SECOND_UPLINK, A)] {
         let ip = Ip::v4(ip);
         t.egress_addrs.insert(ip, id);
-        t.egress_ips.insert(id, EgressIp { ip, policy: 1, uplink, holder, pad: [0; 3] });
+        t.egress_ips.insert(id, EgressIp { ip, policy: 1, uplink, holder, ..EgressIp::default() });
         let mut table = GranuleTable::default();
         (table.node[0], table.node[10]) = (A, B);
         t.granules.insert(id, table);
