@@ -39,7 +39,7 @@ drop_reasons! {
     UnknownPod = 2,
     /// A selected pod's packet whose protocol cannot be translated.
     Protocol = 3,
-    /// A fragment of a selected pod's packet, or of an answer to it.
+    /// A fragment whose datagram's first fragment was not seen, or of a protocol that cannot be translated so.
     Fragment = 4,
     /// An ICMP message of a selected pod that is neither echo request nor an answer, or one to an egress IP.
     IcmpType = 5,
@@ -81,7 +81,7 @@ drop_reasons! {
     UnknownInterface = 23,
     /// A packet past the host's stack whose time to live ends here: a reply, or a pod's ICMP error.
     TtlExpired = 24,
-    /// A packet that is larger than the uplink that it leaves by carries.
+    /// A packet that is larger than its way carries: its sender was told, or it is an error itself.
     TooBig = 25,
     /// The route to the destination leaves by an interface that is no uplink.
     NotAnUplink = 26,
@@ -125,6 +125,8 @@ pub enum FromPod {
     Identify(u32),
     /// Of a known flow.
     Translate(Snat),
+    /// Too big for the way out: the pod is told the size that fits, in bytes.
+    TooBig(u16),
     /// Dropped.
     Drop(DropReason),
 }
