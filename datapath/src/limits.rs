@@ -41,3 +41,6 @@ pub const WALK_AGAIN_SECONDS: u32 = 30;
 pub const FULL_SECONDS: u32 = 1;
 /// Destinations remembered as full. Least recently used goes first and is scanned again.
 pub const FULL: u32 = 4096;
+/// Bytes of memory that a CPU has to make an answer in: the longest, 1,280 bytes of IPv6 (RFC 4443, 3.2), and
+/// what bounds that the verifier can follow need beyond.
+pub const ANSWER: usize = 1600;

@@ -6,9 +6,11 @@
 #![no_std]
 #![no_main]
 
+mod answer;
 mod arp;
 mod ctx;
 mod maps;
+mod nd;
 mod packet;
 mod report;
 mod rewrite;
@@ -123,6 +125,9 @@ impl Act<ToUplink> for BeforeUplink<'_> {
 #[classifier]
 pub fn from_uplink(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
+    if nd::is_solicitation(&skb) {
+        return nd::answer(&skb);
+    }
     let parsed = match packet::parse(&skb) {
         Parsed::Ip(parsed) => parsed,
         Parsed::Arp => return arp::answer(&skb),

@@ -74,6 +74,10 @@ pub static TOKENS: LruHashMap<u32, Token, { limits::TOKENS as usize }> = LruHash
 #[btf_map]
 pub static TAKEN_TOKEN: PerCpuArray<Token, 1> = PerCpuArray::new();
 
+/// The answer that a CPU makes to a packet: here for the same reason.
+#[btf_map]
+pub static ANSWER: PerCpuArray<[u8; limits::ANSWER], 1> = PerCpuArray::new();
+
 /// Who opened a connection. Racing writers write the same, or the later one of two openings.
 #[btf_map]
 pub static OPENERS: LruHashMap<FlowKey, Opener, { limits::OPENERS as usize }> = LruHashMap::new();

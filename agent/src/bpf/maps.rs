@@ -58,6 +58,7 @@ pub const SPECS: &[Spec] = &[
     spec::<NetworkKey, Network>("NETWORKS", MapType::LpmTrie, limits::NETWORKS),
     spec::<u32, Token>("TOKENS", MapType::LruHash, limits::TOKENS),
     spec::<u32, Token>("TAKEN_TOKEN", MapType::PerCpuArray, 1),
+    spec::<u32, [u8; limits::ANSWER]>("ANSWER", MapType::PerCpuArray, 1),
     spec::<FlowKey, Opener>("OPENERS", MapType::LruHash, limits::OPENERS),
     spec::<FlowKey, Flow>("FLOWS", MapType::Hash, limits::FLOWS),
     spec::<ReplyKey, Reply>("REPLIES", MapType::Hash, limits::FLOWS),
