@@ -13,9 +13,13 @@ mod maps;
 mod nd;
 mod packet;
 mod report;
+#[expect(dead_code, reason = "called once the decisions ask for it")]
+mod reset;
 mod rewrite;
 mod send;
 mod tables;
+#[expect(dead_code, reason = "called once the decisions ask for it")]
+mod too_big;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
