@@ -8,7 +8,7 @@ use crate::keys::{
     EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, NetworkKind, Offload, Reply,
     ReplyKey, Settings, Token, Tuple, Unassigned,
 };
-use crate::packet::{Kind, Packet, Part};
+use crate::packet::{Kind, Packet, Part, RST};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
 use crate::tables::{InsertError, Tables};
@@ -104,6 +104,13 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     match translated {
         Ok((egress, source_port, way)) => {
             to.act(ToUplink::Translate(Snat { source: egress.ip, source_port, way }))
+        }
+        Err(DropReason::NoFlow) if packet.kind == Kind::Tcp && packet.part == Part::Whole => {
+            to.act(if packet.tcp_flags & RST != 0 {
+                ToUplink::Drop(DropReason::NoFlow)
+            } else {
+                ToUplink::Reset
+            })
         }
         Err(reason) => to.act(ToUplink::Drop(reason)),
     }

@@ -55,7 +55,7 @@ drop_reasons! {
     TokenTableFull = 10,
     /// A selected pod's packet reached the uplink without the token that says whose it is.
     TokenLost = 11,
-    /// A TCP packet that opens nothing and belongs to no flow.
+    /// A packet that opens nothing and belongs to no flow. TCP is answered with RST.
     NoFlow = 12,
     /// A packet to an egress IP that answers no flow.
     NoReplyFlow = 13,
@@ -140,6 +140,8 @@ pub enum ToUplink {
     Pass,
     /// Translated.
     Translate(Snat),
+    /// A TCP packet of no flow: answered with RST, and counted as [`DropReason::NoFlow`].
+    Reset,
     /// Dropped.
     Drop(DropReason),
 }

@@ -407,7 +407,7 @@ fn nothing_leaves_without_a_lease() {
 fn what_belongs_to_no_flow_is_dropped() {
     let a = node(A, B);
     let ack = tcp((POD, 40000), (SERVER, 80), ACK);
-    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Drop(DropReason::NoFlow));
+    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Reset);
     for (kind, reason) in [
         (Kind::Other, DropReason::Protocol),
         (Kind::OtherIcmp, DropReason::IcmpType),
@@ -584,7 +584,7 @@ fn a_flow_ends_with_its_policy_pod_and_address() {
     let (mut a, _) = opened();
     a.pods.get_mut(&POD).unwrap().policy = 2;
     a.policies.insert(2, a.policies[&POLICY]);
-    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Drop(DropReason::NoFlow));
+    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Reset);
     assert_eq!(
         walk_up(&a, &syn, &masqueraded(&syn)),
         ToUplink::Drop(DropReason::NoOwner),

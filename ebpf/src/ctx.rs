@@ -6,7 +6,8 @@ use aya_ebpf::bindings::{
     bpf_tunnel_key,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_csum_diff, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_load_bytes, bpf_skb_set_tunnel_key,
+    bpf_csum_diff, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_change_type, bpf_skb_get_tunnel_key,
+    bpf_skb_load_bytes, bpf_skb_set_tunnel_key,
 };
 use aya_ebpf::programs::TcContext;
 use datapath::addr::Ip;
@@ -113,9 +114,8 @@ impl Skb {
     #[inline(always)]
     pub fn load_into<const N: usize>(&self, offset: usize, to: &mut [u8; N]) -> Result<(), Refused> {
         // SAFETY: the helper writes `N` bytes, or zeros where it fails.
-        let done = unsafe {
-            bpf_skb_load_bytes(self.raw().cast(), offset as u32, to.as_mut_ptr().cast(), N as u32)
-        };
+        let done =
+            unsafe { bpf_skb_load_bytes(self.raw().cast(), offset as u32, to.as_mut_ptr().cast(), N as u32) };
         if done == 0 { Ok(()) } else { Err(Refused) }
     }
 
@@ -252,7 +252,8 @@ const BPF_F_IPV6: u64 = 1 << 7;
 /// IPv4 address cancel out.
 #[inline(always)]
 pub fn difference(from: &Ip, to: &Ip) -> u32 {
-    let (from, to) = (from.octets.as_ptr().cast::<u32>().cast_mut(), to.octets.as_ptr().cast::<u32>().cast_mut());
+    let (from, to) =
+        (from.octets.as_ptr().cast::<u32>().cast_mut(), to.octets.as_ptr().cast::<u32>().cast_mut());
     // SAFETY: the helper reads sixteen bytes of each, and no alignment is asked of them.
     unsafe { bpf_csum_diff(from, 16, to, 16, 0) as u32 }
 }

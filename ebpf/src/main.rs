@@ -6,14 +6,18 @@
 #![no_std]
 #![no_main]
 
+mod answer;
 mod arp;
 mod ctx;
 mod maps;
+mod nd;
 mod packet;
 mod report;
+mod reset;
 mod rewrite;
 mod send;
 mod tables;
+mod too_big;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
@@ -65,7 +69,7 @@ impl Act<FromPod> for AfterPod<'_> {
                 NEXT
             }
             FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
-            FromPod::TooBig(_) => drop(skb, DropReason::TooBig),
+            FromPod::TooBig(mtu) => send::too_big(skb, headers, mtu),
             FromPod::Drop(reason) => drop(skb, reason),
         }
     }
@@ -118,6 +122,7 @@ impl Act<ToUplink> for BeforeUplink<'_> {
                 skb.clear_hash();
                 send::translated(skb, headers, &snat)
             }
+            ToUplink::Reset => send::reset(skb, headers),
             ToUplink::Drop(reason) => drop(skb, reason),
         }
     }
@@ -130,7 +135,8 @@ pub fn from_uplink(ctx: TcContext) -> i32 {
     let parsed = match packet::parse(&skb) {
         Parsed::Ip(parsed) => parsed,
         Parsed::Arp => return arp::answer(&skb),
-        Parsed::Solicitation | Parsed::Other => return NEXT,
+        Parsed::Solicitation => return nd::answer(&skb),
+        Parsed::Other => return NEXT,
     };
     recall(&Maps, Place::FromOutside, &mut parsed.packet);
     datapath::from_uplink::from_uplink(&Maps, &parsed.packet, &AfterUplink { skb: &skb, headers: parsed })

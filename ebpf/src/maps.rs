@@ -5,8 +5,8 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use datapath::addr::Ip;
 use datapath::keys::{
-    Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface, Lease, Network, Node, Opener, Pod,
-    PodName, Policy, Reply, ReplyKey, Settings, Token,
+    Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface, Lease,
+    Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -84,6 +84,10 @@ pub static REQUEST: PerCpuArray<Request, 1> = PerCpuArray::new();
 /// The packet that a CPU works on.
 #[btf_map]
 pub static HEADERS: PerCpuArray<Headers, 1> = PerCpuArray::new();
+
+/// The answer that a CPU makes to a packet.
+#[btf_map]
+pub static ANSWER: PerCpuArray<[u8; limits::ANSWER], 1> = PerCpuArray::new();
 
 /// Who opened a connection. Racing writers write the same, or the later one of two openings.
 #[btf_map]

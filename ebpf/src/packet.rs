@@ -58,6 +58,8 @@ pub struct Headers {
     pub l4: usize,
     /// Where the packet ends; behind it there may be Ethernet padding, which is no part of it.
     end: usize,
+    /// Source and destination of the packet that an ICMP error quotes.
+    quoted: [Ip; 2],
 }
 
 /// Parses a packet that came from outside.
@@ -246,7 +248,7 @@ fn skip_extension(skb: &Skb, headers: &mut Headers) -> bool {
 /// Reads the transport header: kind, ports and flags. Refused: it is short.
 #[inline(always)]
 fn read_transport(skb: &Skb, headers: &mut Headers) -> Result<What, Refused> {
-    let Headers { packet, l4, end } = headers;
+    let Headers { packet, l4, end, .. } = headers;
     let (l4, end) = (*l4, *end);
     let v4 = packet.tuple.source.is_v4();
     let protocol = packet.tuple.protocol;
@@ -361,8 +363,8 @@ fn quoted_reversed(skb: &Skb, headers: &mut Headers, routers: bool) -> Quote {
     let at = headers.l4 + ICMP_LEN;
     let end = headers.end;
     let tuple = &mut headers.packet.tuple;
+    let [from, to] = &mut headers.quoted;
     let v4 = tuple.source.is_v4();
-    let (mut from, mut to) = (Ip::UNSPECIFIED, Ip::UNSPECIFIED);
     let (protocol, l4) = if v4 {
         let Ok(ip) = load_within::<IPV4_LEN>(skb, at, end) else { return Quote::Unknown };
         let header_len = usize::from(ip[0] & 0x0f) * 4;
@@ -371,8 +373,8 @@ fn quoted_reversed(skb: &Skb, headers: &mut Headers, routers: bool) -> Quote {
         if ip[0] >> 4 != 4 || header_len < IPV4_LEN || offset != 0 {
             return Quote::Unknown;
         }
-        from = Ip::v4([ip[12], ip[13], ip[14], ip[15]]);
-        to = Ip::v4([ip[16], ip[17], ip[18], ip[19]]);
+        *from = Ip::v4([ip[12], ip[13], ip[14], ip[15]]);
+        *to = Ip::v4([ip[16], ip[17], ip[18], ip[19]]);
         (ip[9], at + header_len)
     } else {
         let Ok(ip) = load_within::<8>(skb, at, end) else { return Quote::Unknown };
@@ -385,8 +387,8 @@ fn quoted_reversed(skb: &Skb, headers: &mut Headers, routers: bool) -> Quote {
         }
         (ip[6], at + IPV6_LEN)
     };
-    let by_host = to == tuple.source;
-    if from != tuple.destination || !(by_host || routers) {
+    let by_host = *to == tuple.source;
+    if *from != tuple.destination || !(by_host || routers) {
         return Quote::Unknown;
     }
     // Eight bytes are all that is sure to be quoted (RFC 792), and enough.
@@ -403,7 +405,7 @@ fn quoted_reversed(skb: &Skb, headers: &mut Headers, routers: bool) -> Quote {
         },
         _ => return Quote::Unknown,
     };
-    tuple.source = to;
+    tuple.source = *to;
     tuple.source_port = to_port;
     tuple.destination_port = from_port;
     tuple.protocol = protocol;

@@ -8,8 +8,8 @@ use datapath::tables::Tables as _;
 use datapath::verdict::ReverseSnat;
 
 use crate::ctx::{Refused, Skb, difference};
-use crate::tables::Maps;
 use crate::packet::{ETHERNET_LEN, Headers, ICMP_LEN};
+use crate::tables::Maps;
 
 const IP_TTL: usize = ETHERNET_LEN + 8;
 const IP_CHECKSUM: usize = ETHERNET_LEN + 10;

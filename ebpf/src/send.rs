@@ -2,7 +2,8 @@
 
 use aya_ebpf::bindings::{
     BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-    BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup as FibLookup, bpf_redir_neigh,
+    BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
+    bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use datapath::addr::Ip;
@@ -13,9 +14,9 @@ use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
 use crate::NEXT;
 use crate::ctx::{Refused, Request, Skb, from_words, request, words};
 use crate::packet::Headers;
-use crate::report::drop;
-use crate::rewrite;
+use crate::report::{count, drop};
 use crate::tables::Maps;
+use crate::{reset, rewrite, too_big};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -99,6 +100,34 @@ pub fn to_pod(skb: &Skb, headers: &Headers, reverse: &ReverseSnat, delivery: &De
     }
 }
 
+/// Tells a pod that its packet is too big for the way out: `mtu` bytes of IP fit.
+#[inline(always)]
+pub fn too_big(skb: &Skb, headers: &Headers, mtu: u16) -> i32 {
+    let Some(settings) = Maps.settings() else { return drop(skb, DropReason::NotReady) };
+    let v4 = headers.packet.tuple.source.is_v4();
+    let router = if v4 { &settings.router_v4 } else { &settings.router_v6 };
+    if *router == Ip::UNSPECIFIED {
+        return drop(skb, DropReason::TooBig);
+    }
+    count(skb, DropReason::TooBig);
+    too_big::answer(skb, mtu, router)
+}
+
+/// Answers a TCP packet of no flow with RST, as if the server had sent it: it comes in by the uplink that the
+/// packet was to leave by, so that the host's stack undoes what it had done to the packet.
+#[inline(always)]
+pub fn reset(skb: &Skb, headers: &Headers) -> i32 {
+    let Some(interface) = Maps.interface(skb.ifindex()) else { return drop(skb, DropReason::NoFlow) };
+    count(skb, DropReason::NoFlow);
+    if reset::turn(skb, headers).is_err() || skb.store(0, &interface.mac).is_err() {
+        return TC_ACT_SHOT;
+    }
+    skb.clear_hash();
+    skb.clear_mark();
+    // SAFETY: plain integers.
+    unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
+}
+
 /// Lets a reply go on up the host's stack from the uplink that it came by.
 #[inline(always)]
 pub fn up(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
@@ -170,8 +199,7 @@ fn route(
     }
     let flags = flags | BPF_FIB_LOOKUP_SKIP_NEIGH;
     // SAFETY: the helper reads and writes the struct at its full size.
-    let result =
-        unsafe { bpf_fib_lookup(skb.as_ptr(), &raw mut *fib, size_of::<FibLookup>() as i32, flags) };
+    let result = unsafe { bpf_fib_lookup(skb.as_ptr(), &raw mut *fib, size_of::<FibLookup>() as i32, flags) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
     const FRAG_NEEDED: i64 = BPF_FIB_LKUP_RET_FRAG_NEEDED as i64;

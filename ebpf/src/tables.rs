@@ -6,8 +6,8 @@ use core::ffi::c_void;
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
 use datapath::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, IfIndex, Interface, Lease, Node, NodeId, Opener, Pod, PodId,
-    Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, IfIndex, Interface, Lease, Node,
+    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
 };
 use datapath::limits::GRANULES as GRANULE_COUNT;
 use datapath::tables::{InsertError, Tables};
