@@ -19,7 +19,9 @@ const LAST_L4: usize = 256;
 
 /// Answers a TCP segment with RST, from the segment's destination, back out of the interface that it came by.
 /// What may not be answered is dropped: an RST, or a segment to a link-layer group.
-#[inline(always)]
+///
+/// A function of its own: it needs stack that its callers do not have to spare.
+#[inline(never)]
 pub fn answer(skb: &Skb, headers: &Headers) -> i32 {
     match turn(skb, headers, &headers.packet.tuple) {
         Ok(()) => send_back(skb),
@@ -31,8 +33,8 @@ pub fn answer(skb: &Skb, headers: &Headers) -> i32 {
 /// `tuple` is the segment's as its sender knows it: translated meanwhile, its own headers tell another. An RST,
 /// or a segment to a link-layer group, is refused. A refused packet may be spoilt and is to be dropped.
 ///
-/// A function of its own: it needs stack that its callers do not have to spare.
-#[inline(never)]
+/// For functions of their own: it needs stack that programs do not have to spare.
+#[inline(always)]
 pub fn turn(skb: &Skb, headers: &Headers, tuple: &Tuple) -> Result<(), Refused> {
     if tuple.source.is_v4() {
         make::<V4>(skb, headers.l4, headers.packet.len, tuple)
