@@ -53,7 +53,7 @@ fn sum(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// An ICMPv6 packet in a frame; its checksum is made right.
+/// A packet of `ICMPv6` in a frame; its checksum is made right.
 fn icmpv6(macs: [[u8; 6]; 2], source: &str, destination: &str, hop_limit: u8, message: &[u8]) -> Vec<u8> {
     let (source, destination) = (address(source).octets(), address(destination).octets());
     let length = (message.len() as u16).to_be_bytes();
