@@ -1,15 +1,21 @@
-//! Answers that the programs make themselves: neighbour discovery. Every expected packet is built from nothing.
+//! Answers that the programs make themselves: neighbour discovery, "too big", RST. Every expected packet is built
+//! from nothing.
 
 use std::net::Ipv6Addr;
 
 use datapath::addr::Ip;
-use datapath::keys::{EgressIp, Interface, InterfaceKind, Settings};
+use datapath::keys::{
+    Delivery, DeliveryMode, EgressIp, Interface, InterfaceKind, NetworkKey, NetworkKind, Pod, Policy,
+    Settings,
+};
 use datapath::memory::Memory;
+use datapath::packet::{ACK, FIN, RST, SYN};
 use datapath::verdict::DropReason;
 use lab::kernel::{
     Input, Kernel, Program, Verdict, enter_node_network,
-    interfaces::{SECOND_UPLINK, UPLINK},
+    interfaces::{POD as POD_IF, SECOND_UPLINK, UPLINK},
 };
+use lab::packet::{Built, Transport, icmp, raw, tcp, udp, verify_checksums};
 
 const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0xa, 2];
 const ASKER_MAC: [u8; 6] = [2, 0, 0, 0, 0xb, 1];
@@ -18,15 +24,36 @@ const OTHERS_EGRESS: &str = "2001:db8:18::101";
 const SECOND_EGRESS: &str = "2001:db8:19::100";
 const ROUTER: &str = "2001:db8:18::1";
 const ICMPV6: u8 = 58;
+const POD: [u8; 4] = [10, 244, 1, 10];
+const REMOTE_POD: [u8; 4] = [10, 244, 2, 10];
+const NODE: [u8; 4] = [172, 18, 0, 11];
+const SERVER: [u8; 4] = [203, 0, 113, 5];
+const MTU: u16 = 1450;
+/// "Don't fragment".
+const DF: u16 = 0x4000;
 
-/// Node 1 holds `EGRESS` on the uplink and `SECOND_EGRESS` on the second, node 2 holds `OTHERS_EGRESS`.
+/// `POD` is selected. Node 1 holds `EGRESS` on the uplink and `SECOND_EGRESS` on the second, node 2 holds `OTHERS_EGRESS`.
 fn tables() -> Memory {
     let mut t = Memory::new(1, 64);
-    t.settings = Settings { node: 1, ..Settings::default() };
-    for (id, address, uplink, holder) in
-        [(1, EGRESS, UPLINK, 1), (2, OTHERS_EGRESS, UPLINK, 2), (3, SECOND_EGRESS, SECOND_UPLINK, 1)]
-    {
-        let ip = ip(address);
+    let router_v4 = Ip::v4(NODE);
+    t.settings = Settings { node: 1, mtu: MTU, pass_token: 7, router_v4, ..Settings::default() };
+    t.pods.insert(Ip::v4(POD), Pod { id: 1, policy: 1, ifindex: POD_IF, pad: 0 });
+    let mode = DeliveryMode::Peer as u8;
+    let delivery = Delivery { ip: Ip::v4(POD), ifindex: POD_IF, mode, ..Delivery::default() };
+    t.delivery.insert(1, delivery);
+    let pods = NetworkKey { prefix_len: 96 + 16, ip: Ip::v4([10, 244, 0, 0]) };
+    t.networks.insert(pods, NetworkKind::Pods as u32);
+    let mut policy = Policy { len: 1, ..Policy::default() };
+    policy.egress[0] = 4;
+    t.policies.insert(1, policy);
+    let facing = Interface { kind: InterfaceKind::Pod as u8, guarded: 1, ..Interface::default() };
+    t.interfaces.insert(POD_IF, facing);
+    for (id, ip, uplink, holder) in [
+        (1, ip(EGRESS), UPLINK, 1),
+        (2, ip(OTHERS_EGRESS), UPLINK, 2),
+        (3, ip(SECOND_EGRESS), SECOND_UPLINK, 1),
+        (4, Ip::v4([172, 18, 0, 100]), UPLINK, 1),
+    ] {
         t.egress_addrs.insert(ip, id);
         t.egress_ips.insert(id, EgressIp { ip, policy: 1, uplink, holder, ..EgressIp::default() });
     }
@@ -103,14 +130,17 @@ impl Rig {
         Self { kernel }
     }
 
-    /// What becomes of a packet; nothing is dropped.
+    /// What becomes of a packet; nothing is dropped, and what is answered because it is too big is counted.
     fn run(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> (Verdict, Vec<u8>) {
         let before = self.kernel.drops();
         let (verdict, output) =
             self.kernel.run(program, &Input { frame: frame.to_vec(), ifindex, ..Input::default() });
         for reason in DropReason::ALL {
             let i = *reason as usize;
-            assert_eq!(before[i], self.kernel.drops()[i], "{}", reason.name());
+            let answered = u64::from(
+                *reason == DropReason::TooBig && program == Program::FromPod && verdict == Verdict::Redirect,
+            );
+            assert_eq!(before[i].packets + answered, self.kernel.drops()[i].packets, "{}", reason.name());
         }
         (verdict, output.frame)
     }
@@ -187,5 +217,127 @@ fn other_neighbour_discovery_is_the_kernels() {
         ("cut short", sound[..70].to_vec()),
     ] {
         assert_eq!(rig.run(Program::FromUplink, UPLINK, &frame), (Verdict::Next, frame), "{what}");
+    }
+}
+
+/// The frame that goes back, after the Ethernet header, to the sender of `sent`.
+fn back(sent: &Built, packet: &Built) -> Vec<u8> {
+    let [to, from] = sent.macs;
+    let frame = Built { macs: [from, to], fragment: DF, ..packet.clone() }.frame();
+    verify_checksums(&frame).expect("the expected packet is right");
+    // The builder numbers packets; what may not be fragmented needs no number.
+    let mut frame = frame;
+    frame[18..20].fill(0);
+    frame
+}
+
+/// With the IP header's checksum made right.
+fn summed(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[24..26].fill(0);
+    let checksum = !sum(&frame[14..34]);
+    frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+    frame
+}
+
+/// "Fragmentation needed" about a packet: class 0xc0, and as much of the packet as 576 bytes hold.
+fn needs_fragmentation(sent: &Built) -> Vec<u8> {
+    let frame = sent.frame();
+    let ip = &frame[14..frame.len() - sent.padding];
+    let quoted = &ip[..ip.len().min(548)];
+    let [high, low] = MTU.to_be_bytes();
+    let mut message = [&[3, 4, 0, 0, 0, 0, high, low], quoted].concat();
+    let checksum = !sum(&message);
+    message[2..4].copy_from_slice(&checksum.to_be_bytes());
+    let mut frame = back(sent, &raw(NODE, POD, 1, &message));
+    frame[15] = 0xc0;
+    summed(frame)
+}
+
+#[test]
+fn what_is_too_big_and_may_not_be_fragmented_is_answered() {
+    let mut rig = Rig::new(&tables());
+    let data = |len: usize| (0..len).map(|i| i as u8).collect::<Vec<_>>();
+    let built = |len: usize| {
+        [
+            ("udp", udp((POD, 5000), (SERVER, 53)).payload(&data(len - 28))),
+            ("tcp", tcp((POD, 5000), (SERVER, 80), ACK).payload(&data(len - 40))),
+            ("echo", icmp(POD, SERVER, 8, 77).payload(&data(len - 28))),
+        ]
+    };
+    for len in [1451, 1452, 1500, 3000] {
+        for (what, packet) in built(len) {
+            let packet = packet.fragment(DF);
+            assert_eq!(
+                rig.run(Program::FromPod, POD_IF, &packet.frame()),
+                (Verdict::Redirect, needs_fragmentation(&packet)),
+                "{what} of {len} bytes"
+            );
+            let mut padded = packet.ip_options(&[1; 40]);
+            padded.padding = 3;
+            assert_eq!(
+                rig.run(Program::FromPod, POD_IF, &padded.frame()),
+                (Verdict::Redirect, needs_fragmentation(&padded)),
+                "{what} of {len} bytes with options and padding"
+            );
+        }
+    }
+    // What fits, what may be fragmented, and what stays in the cluster goes on.
+    let mut on: Vec<Built> = built(1450).into_iter().map(|(_, packet)| packet.fragment(DF)).collect();
+    on.extend(built(1500).into_iter().map(|(_, packet)| packet));
+    on.push(udp((POD, 5000), (REMOTE_POD, 53)).payload(&data(1472)).fragment(DF));
+    for packet in on {
+        let frame = packet.frame();
+        assert_eq!(rig.run(Program::FromPod, POD_IF, &frame), (Verdict::Next, frame), "{packet:?}");
+    }
+}
+
+/// The RST that answers a segment as masquerade left it, coming in by the uplink: the builder's sequence number is
+/// 0x01020304, its acknowledgment 0x05060708.
+fn rst(sent: &Built, flags: u8, seq: u32, ack: u32) -> Vec<u8> {
+    let mut packet = tcp((SERVER, 80), (NODE, 61000), flags);
+    let [[s0, s1], [d0, d1]] = [80_u16.to_be_bytes(), 61000_u16.to_be_bytes()];
+    let mut bytes = [&[s0, s1, d0, d1][..], &seq.to_be_bytes(), &ack.to_be_bytes()].concat();
+    bytes.extend([0x50, flags, 0, 0, 0, 0, 0, 0]);
+    let pseudo = [&SERVER[..], &NODE, &[0, 6, 0, 20], &bytes].concat();
+    bytes[16..18].copy_from_slice(&(!sum(&pseudo)).to_be_bytes());
+    packet.transport = Transport::Raw { protocol: 6, bytes };
+    let mut frame = summed(back(sent, &packet));
+    frame[..6].copy_from_slice(&UPLINK_MAC);
+    frame
+}
+
+#[test]
+fn a_segment_of_no_flow_is_answered_with_rst() {
+    let mut rig = Rig::new(&tables());
+    let segment = |flags| tcp((POD, 5000), (SERVER, 80), flags);
+    // The segment walks up; at the uplink masquerade has given it the node's address.
+    let mut run = |sent: &Built| {
+        let frame = sent.frame();
+        assert_eq!(rig.run(Program::FromPod, POD_IF, &frame), (Verdict::Next, frame));
+        let hash = *rig.kernel.state().tokens.keys().next().expect("a token");
+        let mut at_uplink = sent.clone();
+        at_uplink.source = NODE;
+        let Transport::Tcp { ports, .. } = &mut at_uplink.transport else { unreachable!() };
+        ports.0 = 61000;
+        let input =
+            Input { frame: at_uplink.frame(), ifindex: UPLINK, ingress: POD_IF, hash, ..Input::default() };
+        let (verdict, output) = rig.kernel.run(Program::ToUplink, &input);
+        (verdict, output.frame)
+    };
+    const SEQ: u32 = 0x0102_0304;
+    for (sent, flags, seq, ack) in [
+        (segment(ACK), RST, 0x0506_0708, 0),
+        (segment(ACK | FIN).payload(b"last words"), RST, 0x0506_0708, 0),
+        (segment(SYN | ACK).tcp_options(&[2, 4, 5, 180]), RST, 0x0506_0708, 0),
+        (segment(0), RST | ACK, 0, SEQ),
+        (segment(0).payload(b"odd"), RST | ACK, 0, SEQ + 3),
+        (segment(FIN).payload(b"last words").tcp_options(&[1, 1, 1, 1]), RST | ACK, 0, SEQ + 11),
+        (segment(ACK).ip_options(&[1; 40]), RST, 0x0506_0708, 0),
+    ] {
+        assert_eq!(run(&sent), (Verdict::Redirect, rst(&sent, flags, seq, ack)), "{sent:?}");
+    }
+    // An RST is never answered.
+    for flags in [RST, RST | ACK] {
+        assert_eq!(run(&segment(flags)).0, Verdict::Drop);
     }
 }
