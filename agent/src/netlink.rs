@@ -13,20 +13,28 @@ use datapath::keys::IfIndex;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags};
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteType};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteProtocol, RouteType,
+};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup, RouteMessageBuilder};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use crate::facts::{Facts, PodInterface, Uplink};
+use crate::facts::{Bridge, Facts, PodInterface, Proxy, Uplink};
 
 /// The tunnel's device.
 pub const TUNNEL: &str = "outgate0";
+
+/// By this `NDA_PROTOCOL` the agent knows its proxy-neighbour entries again, also after a restart; none of
+/// the numbers that include/uapi/linux/rtnetlink.h has a name for. The kernel only keeps it.
+const PROXY_PROTOCOL: RouteProtocol = RouteProtocol::Other(79);
 
 /// A burst of netlink events is read as one, this long after its first.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -120,19 +128,27 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
 }
 
 /// Makes sure that the tunnel's device exists with this UDP port, and is up.
+///
+/// One device carries both families: in metadata mode it opens a socket of each, and does with IPv4's alone
+/// where the kernel has no IPv6 (`vxlan_sock_add`, drivers/net/vxlan/vxlan_core.c). With
+/// `net.ipv6.conf.all.disable_ipv6=1` it still opens both (tried on 6.18).
 pub async fn ensure_tunnel(port: u16) -> Result<IfIndex, Error> {
     let handle = connect()?;
     if let Some(link) = find(&handle, TUNNEL).await? {
-        if vxlan_port(&link) == Some(port) {
+        if vxlan_fits(&link, port) {
             return Ok(link.header.index);
         }
+        // The kernel changes neither of an existing device (`vxlan_nl2conf`: "cannot change").
         delete(&handle, link.header.index).await?;
     }
-    // Metadata mode: VNI and addresses come with each packet. It learns nothing and resolves nothing.
+    // Metadata mode: VNI and addresses come with each packet. It learns nothing and resolves nothing. Packets
+    // over IPv6 may come without a UDP checksum (RFC 6935): who sends decides, `bpf_skb_set_tunnel_key` has a
+    // flag for it; without this the receiver would drop them (`udp6_csum_init`, net/ipv6/ip6_checksum.c).
     let message = LinkMessageBuilder::<LinkVxlan>::new(TUNNEL)
         .collect_metadata(true)
         .learning(false)
         .port(port)
+        .udp_zero_csum6_rx(true)
         .up()
         .build();
     handle.link().add(message).execute().await.map_err(|source| Error::Tunnel { port, source })?;
@@ -187,13 +203,23 @@ fn is_kind(link: &LinkMessage, kind: &InfoKind) -> bool {
     link_infos(link).iter().any(|info| matches!(info, LinkInfo::Kind(k) if k == kind))
 }
 
-fn vxlan_port(link: &LinkMessage) -> Option<u16> {
-    link_infos(link).iter().find_map(|info| match info {
+/// Whether it is a device as [`ensure_tunnel`] makes them.
+fn vxlan_fits(link: &LinkMessage, port: u16) -> bool {
+    link_infos(link).iter().any(|info| match info {
         LinkInfo::Data(InfoData::Vxlan(data)) => {
-            data.iter().find_map(|d| if let InfoVxlan::Port(port) = d { Some(*port) } else { None })
+            data.contains(&InfoVxlan::Port(port))
+                && data.contains(&InfoVxlan::CollectMetadata(true))
+                && data.contains(&InfoVxlan::UDPZeroCsumRX(true))
         }
-        _ => None,
+        _ => false,
     })
+}
+
+fn mtu_of(link: &LinkMessage) -> u32 {
+    link.attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
+        .unwrap_or(0)
 }
 
 fn mac_of(link: &LinkMessage) -> [u8; 6] {
@@ -208,6 +234,12 @@ struct Route {
     destination: IpNet,
     by_gateway: bool,
     interfaces: Vec<IfIndex>,
+    /// Lower is better.
+    priority: u32,
+    /// From a router's advertisement.
+    advertised: bool,
+    /// In the main table.
+    main: bool,
 }
 
 async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
@@ -250,6 +282,7 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
             bridge: controller(link),
             peer_elsewhere: is_kind(link, &InfoKind::Veth)
                 && link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkNetNsId(_))),
+            mtu: mtu_of(link),
         };
         facts.pod_interfaces.insert(*index, interface);
     }
@@ -259,7 +292,7 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         let index = link.header.index;
         let name = link_name(link);
         if bridges.contains(&index) {
-            facts.bridges.insert(index, mac_of(link));
+            facts.bridges.insert(index, Bridge { mac: mac_of(link), mtu: mtu_of(link) });
         }
         if name == TUNNEL {
             facts.tunnel_ifindex = index;
@@ -271,41 +304,69 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         };
         // The programs expect Ethernet headers.
         if chosen && link.header.link_layer_type == LinkLayerType::Ether && !pod_facing.contains_key(&index) {
-            facts.uplinks.insert(index, uplink(link, addresses.get(&index).map_or(&[][..], Vec::as_slice)));
+            let networks = addresses.get(&index).map_or(&[][..], Vec::as_slice);
+            facts.uplinks.insert(index, uplink(link, networks, &routes));
         } else if !pod_facing.contains_key(&index) && !bridges.contains(&index) {
             facts.others.insert(index);
         }
     }
     for route in &routes {
         let [interface] = route.interfaces[..] else { continue };
+        // `fe80::/64` is on every interface.
+        if route.by_gateway || is_link_local(&route.destination.addr()) {
+            continue;
+        }
         let single = route.destination.prefix_len() == route.destination.max_prefix_len();
-        if !route.by_gateway && single && pod_facing.contains_key(&interface) {
+        if single && pod_facing.contains_key(&interface) {
             facts.host_routes.insert(route.destination.addr(), interface);
-        } else if !route.by_gateway && bridges.contains(&interface) {
+        } else if bridges.contains(&interface) {
             facts.bridge_networks.insert(route.destination, interface);
         }
     }
     if !bridges.is_empty() {
         facts.bridge_ports = bridge_ports(handle, &bridges, &pod_facing).await?;
     }
+    facts.default_v4 = default_uplink(&routes, &facts, true);
+    facts.default_v6 = default_uplink(&routes, &facts, false);
+    facts.proxies = proxies(handle).await?;
+    facts.proxies.retain(|(index, _), proxy| *proxy == Proxy::Ours || facts.uplinks.contains_key(index));
     facts.addresses = addresses.into_values().flatten().map(|net| net.addr()).filter(is_global).collect();
     facts.addresses.sort_unstable();
     facts.addresses.dedup();
     Ok(facts)
 }
 
-fn uplink(link: &LinkMessage, addresses: &[IpNet]) -> Uplink {
-    let mtu = link
-        .attributes
+/// The uplink that the main table's best default route of a family leaves by.
+fn default_uplink(routes: &[Route], facts: &Facts, v4: bool) -> Option<IfIndex> {
+    let is_default =
+        |r: &&Route| r.main && r.destination.prefix_len() == 0 && r.destination.addr().is_ipv4() == v4;
+    let best = routes.iter().filter(is_default).min_by_key(|r| r.priority)?;
+    best.interfaces.iter().copied().find(|index| facts.uplinks.contains_key(index))
+}
+
+fn uplink(link: &LinkMessage, addresses: &[IpNet], routes: &[Route]) -> Uplink {
+    let mut on_link: Vec<_> = routes
         .iter()
-        .find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
-        .unwrap_or(0);
+        .filter(|r| r.advertised && !r.by_gateway && r.interfaces == [link.header.index])
+        .map(|r| r.destination)
+        .filter(|n| n.prefix_len() > 0 && !is_link_local(&n.addr()))
+        .collect();
+    on_link.sort_unstable();
+    on_link.dedup();
     Uplink {
         name: link_name(link).to_owned(),
         mac: mac_of(link),
         networks: addresses.iter().filter(|net| is_global(&net.addr())).copied().collect(),
-        mtu,
+        on_link,
+        mtu: mtu_of(link),
         up: link.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
+    }
+}
+
+const fn is_link_local(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local() || ip.is_multicast(),
     }
 }
 
@@ -322,6 +383,14 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Err
     let mut found: BTreeMap<IfIndex, Vec<IpNet>> = BTreeMap::new();
     let mut messages = handle.address().get().execute();
     while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+        // Another host has it: the kernel does not use it (RFC 4862, 5.4.5).
+        if message
+            .attributes
+            .iter()
+            .any(|a| matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed)))
+        {
+            continue;
+        }
         // On point-to-point interfaces `Address` is the peer, `Local` is ours.
         let local = message.attributes.iter().find_map(|a| match a {
             AddressAttribute::Local(ip) => Some(*ip),
@@ -354,15 +423,21 @@ async fn routes(handle: &Handle) -> Result<Vec<Route>, Error> {
         while let Some(message) =
             messages.try_next().await.map_err(|source| Error::Request { what, source })?
         {
-            if message.header.kind != RouteType::Unicast {
+            // Path MTUs and redirects that the kernel has learnt come as routes of their own, "cloned".
+            if message.header.kind != RouteType::Unicast || message.header.flags.contains(RouteFlags::Cloned)
+            {
                 continue;
             }
             let mut address =
                 if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
             let mut by_gateway = false;
             let mut interfaces = Vec::new();
+            let mut priority = 0;
+            let mut table = u32::from(message.header.table);
             for attribute in &message.attributes {
                 match attribute {
+                    RouteAttribute::Priority(metric) => priority = *metric,
+                    RouteAttribute::Table(number) => table = *number,
                     RouteAttribute::Destination(RouteAddress::Inet(ip)) => address = IpAddr::V4(*ip),
                     RouteAttribute::Destination(RouteAddress::Inet6(ip)) => address = IpAddr::V6(*ip),
                     RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => by_gateway = true,
@@ -375,7 +450,9 @@ async fn routes(handle: &Handle) -> Result<Vec<Route>, Error> {
                 }
             }
             if let Ok(destination) = IpNet::new(address, message.header.destination_prefix_length) {
-                found.push(Route { destination, by_gateway, interfaces });
+                let advertised = message.header.protocol == RouteProtocol::Ra;
+                let main = table == u32::from(RouteHeader::RT_TABLE_MAIN);
+                found.push(Route { destination, by_gateway, interfaces, priority, advertised, main });
             }
         }
     }
@@ -424,17 +501,13 @@ async fn bridge_ports(
             if !bridges.contains(&entry.header.ifindex) {
                 continue;
             }
-            let mut ip = None;
-            let mut mac = None;
-            for attribute in &entry.attributes {
-                match attribute {
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => ip = Some(IpAddr::V4(*a)),
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => ip = Some(IpAddr::V6(*a)),
-                    NeighbourAttribute::LinkLayerAddress(address) => mac = Some(address.clone()),
-                    _ => {}
-                }
-            }
+            let ip = destination(&entry);
+            let mac = entry.attributes.iter().find_map(|a| match a {
+                NeighbourAttribute::LinkLayerAddress(address) => Some(address.clone()),
+                _ => None,
+            });
             if let (Some(ip), Some(mac)) = (ip, mac)
+                && !is_link_local(&ip)
                 && let Some(port) = ports.get(&(entry.header.ifindex, mac))
             {
                 found.insert(ip, *port);
@@ -443,6 +516,103 @@ async fn bridge_ports(
     }
     Ok(found)
 }
+
+fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
+    entry.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    })
+}
+
+/// All IPv6 proxy-neighbour entries.
+async fn proxies(handle: &Handle) -> Result<BTreeMap<(IfIndex, Ipv6Addr), Proxy>, Error> {
+    let what = "list proxy neighbours";
+    let mut found = BTreeMap::new();
+    let mut entries = handle.neighbours().get().proxies().set_address_family(AddressFamily::Inet6).execute();
+    while let Some(entry) = entries.try_next().await.map_err(|source| Error::Request { what, source })? {
+        let ours = entry.attributes.contains(&NeighbourAttribute::Protocol(PROXY_PROTOCOL));
+        if entry.header.flags.contains(NeighbourFlags::Proxy)
+            && let Some(IpAddr::V6(ip)) = destination(&entry)
+        {
+            found.insert((entry.header.ifindex, ip), if ours { Proxy::Ours } else { Proxy::Foreign });
+        }
+    }
+    Ok(found)
+}
+
+/// Makes our IPv6 proxy-neighbour entries be these, and leaves others' alone.
+///
+/// An entry makes the kernel join the address's solicited-node group on the interface (`pndisc_constructor`,
+/// net/ipv6/ndisc.c), without which snooping switches and filtering NICs keep the solicitations away. With
+/// `proxy_ndp` off the kernel itself answers none. The kernel drops all entries of an interface that goes
+/// down (`pneigh_ifdown_and_unlock`, net/core/neighbour.c): `have` is what is there now.
+pub async fn set_proxies(
+    want: &BTreeSet<(IfIndex, Ipv6Addr)>,
+    have: &BTreeMap<(IfIndex, Ipv6Addr), Proxy>,
+) -> Result<(), Error> {
+    let gone = have.iter().filter(|(key, proxy)| **proxy == Proxy::Ours && !want.contains(key));
+    let gone: Vec<_> = gone.map(|(key, _)| *key).collect();
+    // To add one that another program has would make it ours, and remove it in the end.
+    let new: Vec<_> = want.iter().filter(|key| !have.contains_key(key)).copied().collect();
+    if gone.is_empty() && new.is_empty() {
+        return Ok(());
+    }
+    let handle = connect()?;
+    for (index, ip) in gone {
+        remove_proxy(&handle, index, ip).await?;
+    }
+    let what = "add a proxy neighbour";
+    for (index, ip) in new {
+        let mut request = handle.neighbours().add(index, ip.into()).flags(NeighbourFlags::Proxy);
+        request.message_mut().attributes.push(NeighbourAttribute::Protocol(PROXY_PROTOCOL));
+        request.execute().await.map_err(|source| Error::Request { what, source })?;
+    }
+    Ok(())
+}
+
+/// Whether the kernel answers solicitations for proxy neighbours on an interface itself (`ndisc_recv_ns`,
+/// net/ipv6/ndisc.c: `proxy_ndp` of the interface or of all; that forwarding is needed too is no reason to
+/// rely on it).
+#[must_use]
+pub fn answers_for_proxies(interface: &str) -> bool {
+    ["all", interface].iter().any(|name| {
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/proxy_ndp");
+        // No file: no IPv6, or no such interface.
+        std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0")
+    })
+}
+
+/// Removes every proxy-neighbour entry that an agent has made. Returns their addresses.
+pub async fn remove_proxies() -> Result<Vec<Ipv6Addr>, Error> {
+    let handle = connect()?;
+    let mut removed = Vec::new();
+    for ((index, ip), proxy) in proxies(&handle).await? {
+        if proxy == Proxy::Ours {
+            remove_proxy(&handle, index, ip).await?;
+            removed.push(ip);
+        }
+    }
+    Ok(removed)
+}
+
+async fn remove_proxy(handle: &Handle, index: IfIndex, ip: Ipv6Addr) -> Result<(), Error> {
+    let mut entry = NeighbourMessage::default();
+    entry.header.family = AddressFamily::Inet6;
+    entry.header.ifindex = index;
+    entry.header.state = NeighbourState::Permanent;
+    entry.header.flags = NeighbourFlags::Proxy;
+    entry.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)));
+    let what = "remove a proxy neighbour";
+    match handle.neighbours().del(entry).execute().await {
+        // It went with its interface meanwhile.
+        Err(rtnetlink::Error::NetlinkError(error)) if matches!(-error.raw_code(), ENOENT | ENODEV) => Ok(()),
+        done => done.map_err(|source| Error::Request { what, source }),
+    }
+}
+
+const ENOENT: i32 = 2;
+const ENODEV: i32 = 19;
 
 /// Whether a name matches a pattern in which `*` stands for any characters.
 fn matches(pattern: &str, name: &str) -> bool {

@@ -81,7 +81,10 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
     let (kind, number, ports) = match protocol {
         Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, destination.port())),
         Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, destination.port())),
-        Protocol::Icmp => (Kind::EchoRequest, packet::ICMP, (SOURCE_PORT, 0)),
+        Protocol::Icmp => {
+            let number = if to.is_v4() { packet::ICMP } else { flows::ICMPV6 };
+            (Kind::EchoRequest, number, (SOURCE_PORT, 0))
+        }
     };
     let tuple = Tuple {
         source: ip,
