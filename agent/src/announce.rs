@@ -32,7 +32,7 @@ const BURST: [Duration; 7] = [
 /// Pause between announcements while the address is held. A neighbour that missed the whole burst, because a
 /// switch's port was blocked for longer (spanning tree: 30 s) or a line was down, would send to the old holder
 /// until its own entry ages, which takes some routers four hours. A frame a minute bounds that.
-const AGAIN: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_mins(1);
 
 /// An egress IP on an uplink with its hardware address.
 type Claim = (Ip, IfIndex, [u8; 6]);

@@ -876,18 +876,18 @@ spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}"
             &objects(
                 "kind: EgressConfig
 metadata: {name: default}
-spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {udpSeconds: 7}}",
+spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, offload: Never, timeouts: {udpSeconds: 7}}",
             ),
             "a",
         );
         desired.tunnel = Some(crate::objects::Tunnel { port: 4795, vni: 99 });
         let mut ids = Ids::default();
         let s = compile(&desired, &facts(), &mut ids).image.settings;
-        assert_eq!((s.unassigned, s.spread, s.hold_unknown), (1, 2, 0));
+        assert_eq!((s.unassigned, s.spread, s.hold_unknown, s.offload), (1, 2, 0, 2));
         assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex), (4795, 99, 9));
         assert_eq!((s.tcp_established, s.tcp_transitory, s.udp, s.icmp, s.rest), (7440, 240, 7, 60, 65));
         let s = of(&cluster(&[])).image.settings;
-        assert_eq!((s.unassigned, s.spread, s.hold_unknown), (0, 1, 1));
+        assert_eq!((s.unassigned, s.spread, s.hold_unknown, s.offload), (0, 1, 1, 1));
     }
 
     #[test]
@@ -911,6 +911,216 @@ spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {ud
         let config = model::Config::default();
         let of = |s: &str| uplink_for(&config, &f, &s.parse().unwrap());
         assert_eq!((of("192.0.2.200"), of("192.0.2.100"), of("198.51.100.1")), (Some(3), Some(2), None));
+    }
+
+    /// Node a with both families: uplink 2 (the networks of both, and default routes), uplink 3 with a second
+    /// network of each and no route out, pods by host route, bridge and neighbour entries of both.
+    fn dual_facts() -> Facts {
+        let mut f = facts();
+        let all = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<IpNet>>();
+        f.uplinks.get_mut(&2).unwrap().networks = all(&["192.0.2.5/24", "2001:db8::5/64"]);
+        let second = Uplink {
+            name: "eth1".into(),
+            networks: all(&["198.51.100.5/24", "2001:db8:1::5/128"]),
+            on_link: all(&["2001:db8:1::/64"]),
+            mtu: 1400,
+            ..f.uplinks[&2].clone()
+        };
+        f.uplinks.insert(3, second);
+        f.default_v6 = Some(2);
+        f.host_routes.insert("fd00:1::1".parse().unwrap(), 10);
+        f.bridge_networks.insert("fd00:1:0:2::/64".parse().unwrap(), 20);
+        f.bridge_ports.insert("fd00:1:0:2::21".parse().unwrap(), 21);
+        f.bridge_ports.insert("fd00:1:0:2::22".parse().unwrap(), 22);
+        f.addresses.extend(["2001:db8::5".parse::<IpAddr>().unwrap()]);
+        f
+    }
+
+    const DUAL: &str = "---
+kind: EgressConfig
+metadata: {name: default}
+spec: {clusterCIDRs: [10.1.0.0/16, 'fd00:1::/48'], serviceCIDRs: [10.96.0.0/12, 'fd00:96::/112'], routedCIDRs: [203.0.113.0/24, '2001:db8:ff::/64']}
+---
+kind: EgressIP
+metadata: {name: six, uid: us, creationTimestamp: '2026-01-01T00:00:00Z'}
+spec: {egressIPs: ['2001:db8::100', '2001:db8:1::100', '2001:db8:ff::100', '2001:db8:2::100', 198.51.100.100, 203.0.113.100], namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: shop}}}
+---
+kind: EgressAllocation
+metadata: {name: 2001-0db8-0000-0000-0000-0000-0000-0100, uid: y, generation: 1}
+spec: {egressIP: '2001:db8::100', owner: a, leases: [{node: a, nodeUID: ua, generation: 1, ranges: [{first: 0, count: 10}]}]}";
+
+    fn dual_cluster() -> String {
+        let pod = |name: &str, v4: &str, v6: &str| {
+            let both = format!("{{podIPs: [{{ip: {v4}}}, {{ip: '{v6}'}}]}}");
+            pod("shop", name, v4).replace(&format!("{{podIP: {v4}}}"), &both)
+        };
+        let pods = [
+            pod("routed", "10.1.0.1", "fd00:1::1"),
+            pod("bridged", "10.1.2.21", "fd00:1:0:2::21"),
+            pod("macvlan", "10.1.2.22", "fd00:1:0:2::22"),
+            pod("quiet", "10.1.2.23", "fd00:1:0:2::23"),
+            pod("new", "10.1.9.1", "fd00:1:0:9::1"),
+        ];
+        let cluster = CLUSTER
+            .replace("{type: Hostname", "{type: InternalIP, address: '2001:db8::5'}, {type: Hostname")
+            .replace("tunnelAddress: 192.0.2.5, ", "tunnelAddresses: [192.0.2.5, '2001:db8::5'], ")
+            .replace("tunnelAddress: 192.0.2.6, ", "tunnelAddresses: [192.0.2.6, '2001:db8::6'], ");
+        format!("{cluster}\n{}\n{DUAL}", pods.join("\n"))
+    }
+
+    #[test]
+    fn both_families_of_a_pod_have_the_same_way_back() {
+        let c = with(&dual_cluster(), &dual_facts(), &mut Ids::default());
+        assert_eq!(c.problems, BTreeSet::new());
+        assert_eq!(c.image.pods.len(), 10);
+        for (v4, v6, ways) in [
+            ("10.1.0.1", "fd00:1::1", (10, DeliveryMode::Peer, 10, 1400)),
+            ("10.1.2.21", "fd00:1:0:2::21", (21, DeliveryMode::Peer, 21, 1400)),
+            ("10.1.2.22", "fd00:1:0:2::22", (22, DeliveryMode::Neighbour, 20, 1400)),
+            ("10.1.2.23", "fd00:1:0:2::23", (20, DeliveryMode::Neighbour, 20, 1300)),
+            ("10.1.9.1", "fd00:1:0:9::1", (0, DeliveryMode::Neighbour, 0, 0)),
+        ] {
+            for address in [v4, v6] {
+                let p = c.image.pods[&ip(address)];
+                let d = c.image.delivery[&p.id];
+                assert!(p.policy != 0);
+                assert_eq!(d.ip, ip(address));
+                let (ifindex, mode, device, mtu) = ways;
+                let got = (p.ifindex, d.mode, d.ifindex, d.mtu);
+                assert_eq!(got, (ifindex, mode as u8, device, mtu), "{address}");
+            }
+            assert_ne!(c.image.pods[&ip(v4)].id, c.image.pods[&ip(v6)].id);
+        }
+    }
+
+    #[test]
+    fn egress_ips_of_both_families_have_their_uplink() {
+        let c = with(&dual_cluster(), &dual_facts(), &mut Ids::default());
+        let uplink = |address: &str| {
+            let e = c.image.egress_ips[&egress(&c, address)];
+            (e.uplink, e.uplink_mtu)
+        };
+        assert_eq!(uplink("2001:db8::100"), (2, 1500));
+        assert_eq!(
+            uplink("2001:db8:1::100"),
+            (3, 1400),
+            "on the link by the router's word, without a route out"
+        );
+        assert_eq!(uplink("198.51.100.100"), (3, 1400));
+        assert_eq!(uplink("2001:db8:ff::100"), (2, 1500), "routed to the node: by its default route");
+        assert_eq!(uplink("203.0.113.100"), (2, 1500));
+        assert_eq!(uplink("2001:db8:2::100"), (0, 0));
+        let e = egress(&c, "2001:db8::100");
+        assert_eq!(c.image.egress_ips[&e].holder, c.image.settings.node);
+        assert_eq!(c.image.leases[&e], Lease::of(&[GranuleRange { first: 0, count: 10 }]));
+        assert_eq!(c.image.granules[&e].node[9], c.image.settings.node);
+        assert!(c.loaded.contains_key(&"2001:db8::100".parse::<IpAddr>().unwrap()));
+        // A default route of the other family is none.
+        let f = Facts { default_v6: None, ..dual_facts() };
+        let c = with(&dual_cluster(), &f, &mut Ids::default());
+        assert_eq!(c.image.egress_ips[&egress(&c, "2001:db8:ff::100")].uplink, 0);
+    }
+
+    #[test]
+    fn solicitations_are_let_through_for_what_a_node_holds_or_may_hold_on_its_link() {
+        let f = dual_facts();
+        let image = with(&dual_cluster(), &f, &mut Ids::default()).image;
+        let all = |answering: bool| {
+            proxies(&image, &f, |_| answering)
+                .into_iter()
+                .map(|(i, ip)| (i, ip.to_string()))
+                .collect::<Vec<_>>()
+        };
+        let held = (2, "2001:db8::100".to_owned());
+        let may_hold = (3, "2001:db8:1::100".to_owned());
+        assert_eq!(all(false), [held.clone(), may_hold], "not the routed one");
+        assert_eq!(all(true), [held], "the kernel would answer for another node's");
+        let unlabelled = dual_cluster().replace(", labels: {k8s.ovn.org/egress-assignable: ''}", "");
+        let image = with(&unlabelled, &f, &mut Ids::default()).image;
+        let wanted = proxies(&image, &f, |_| false);
+        assert_eq!(wanted, BTreeSet::from([(2, "2001:db8::100".parse().unwrap())]), "held still");
+    }
+
+    #[test]
+    fn nodes_are_reached_over_the_family_that_all_have_and_known_by_both() {
+        let yaml = dual_cluster();
+        let tunnel = |c: &Compiled, address: &str| {
+            c.image
+                .node_addrs
+                .get(&ip(address))
+                .map(|id| IpAddr::from(c.image.nodes[id].tunnel_ip).to_string())
+        };
+        let mut ids = Ids::default();
+        let both = with(&yaml, &dual_facts(), &mut ids);
+        for address in ["192.0.2.6", "2001:db8::6"] {
+            assert_eq!(tunnel(&both, address).as_deref(), Some("192.0.2.6"));
+        }
+        assert_eq!(
+            both.image.settings.mtu, 1350,
+            "the smaller uplink's 1400 less IPv4, UDP, VXLAN and Ethernet"
+        );
+        // A node that has only IPv6 comes.
+        let third = "---
+kind: Node
+metadata: {name: c, uid: uc}
+---
+kind: EgressNode
+metadata: {name: c}
+status: {nodeUID: uc, tunnelAddresses: ['2001:db8::7']}
+---
+kind: Node
+metadata: {name: b, uid: ub}";
+        let yaml = format!("{yaml}\n{third}");
+        let six = with(&yaml, &dual_facts(), &mut ids);
+        assert_eq!(six.problems, BTreeSet::new());
+        for (address, at) in [
+            ("192.0.2.5", "2001:db8::5"),
+            ("192.0.2.6", "2001:db8::6"),
+            ("2001:db8::6", "2001:db8::6"),
+            ("2001:db8::7", "2001:db8::7"),
+        ] {
+            assert_eq!(tunnel(&six, address).as_deref(), Some(at));
+        }
+        assert_eq!(six.image.settings.mtu, 1330);
+        assert_eq!(six.image.settings.node, both.image.settings.node, "nodes keep their ids");
+        // Without an address in common, those that have not what most have are named.
+        let lonely = yaml.replace("tunnelAddresses: [192.0.2.6, '2001:db8::6']", "tunnelAddress: 192.0.2.6");
+        let c = with(&lonely, &dual_facts(), &mut Ids::default());
+        assert!(
+            c.problems.iter().any(|p| p.about == "Node c" && p.message.contains("is IPv6 only")),
+            "{:?}",
+            c.problems
+        );
+        assert_eq!(tunnel(&c, "2001:db8::7"), None);
+        assert_eq!(tunnel(&c, "192.0.2.6").as_deref(), Some("192.0.2.6"));
+    }
+
+    #[test]
+    fn sizes_and_router_addresses() {
+        let s = with(&dual_cluster(), &dual_facts(), &mut Ids::default()).image.settings;
+        assert_eq!((s.router_v4, s.router_v6), (ip("192.0.2.5"), ip("2001:db8::5")));
+        // The Node names none that is there: an uplink's, the default route's first.
+        let unnamed = dual_cluster().replace("InternalIP", "Hostname");
+        let mut f = dual_facts();
+        f.default_v4 = Some(3);
+        let s = with(&unnamed, &f, &mut Ids::default()).image.settings;
+        assert_eq!((s.router_v4, s.router_v6), (ip("198.51.100.5"), ip("2001:db8::5")));
+        assert_eq!(of(&cluster(&[])).image.settings.router_v6, Ip::UNSPECIFIED);
+        assert_eq!(of(&cluster(&[])).image.settings.mtu, 1450);
+        // Alone, a node has no tunnel to fit into.
+        let alone = "kind: Node
+metadata: {name: a}
+---
+kind: EgressNode
+metadata: {name: a}
+status: {tunnelAddress: 192.0.2.5}";
+        assert_eq!(of(alone).image.settings.mtu, 1500);
+        assert_eq!(with(alone, &dual_facts(), &mut Ids::default()).image.settings.mtu, 1400);
+        let mut f = facts();
+        f.uplinks.get_mut(&2).unwrap().mtu = 65_536;
+        assert_eq!(with(alone, &f, &mut Ids::default()).image.settings.mtu, 65_535);
+        f.uplinks.clear();
+        assert_eq!(with(alone, &f, &mut Ids::default()).image.settings.mtu, 0);
     }
 
     #[test]

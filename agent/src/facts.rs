@@ -61,8 +61,8 @@ pub struct Uplink {
     pub mac: [u8; 6],
     /// Its addresses with their networks, as configured (`192.0.2.7/24`: host bits kept); no link-local ones.
     pub networks: Vec<IpNet>,
-    /// IPv6 prefixes that routers advertise as on the link: an address got by DHCPv6 has no network of its own,
-    /// it is a /128 (RFC 5942, 4).
+    /// IPv6 prefixes that routers advertise as on the link: an address that DHCP gave is a /128 and
+    /// has no network of its own (RFC 5942, 4).
     pub on_link: Vec<IpNet>,
     /// Its MTU.
     pub mtu: u32,

@@ -163,8 +163,8 @@ mod tests {
     fn a_node_keeps_its_number_while_it_keeps_an_address() {
         let mut ids = Ids::default();
         assert_eq!(ids.nodes(&[vec![ip(1)], vec![ip(2), ip(12)]]), [Some(1), Some(2)]);
-        let mut image = MapImage::default();
-        image.node_addrs = BTreeMap::from([(ip(1), 1), (ip(2), 2), (ip(12), 2)]);
+        let node_addrs = BTreeMap::from([(ip(1), 1), (ip(2), 2), (ip(12), 2)]);
+        let image = MapImage { node_addrs, ..MapImage::default() };
         assert_eq!(Ids::recover(&image).nodes(&[vec![ip(12)]]), [Some(2)]);
         assert_eq!(ids.nodes(&[vec![ip(11), ip(1)], vec![ip(12)]]), [Some(1), Some(2)]);
         assert_eq!(ids.nodes(&[vec![ip(1)], vec![ip(11)]]), [Some(1), Some(3)], "two where one was");

@@ -130,7 +130,7 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
 /// Makes sure that the tunnel's device exists with this UDP port, and is up.
 ///
 /// One device carries both families: in metadata mode it opens a socket of each, and does with IPv4's alone
-/// where the kernel has no IPv6 (`vxlan_sock_add`, drivers/net/vxlan/vxlan_core.c). With
+/// where the kernel has no IPv6 (`vxlan_sock_add`, `drivers/net/vxlan/vxlan_core.c`). With
 /// `net.ipv6.conf.all.disable_ipv6=1` it still opens both (tried on 6.18).
 pub async fn ensure_tunnel(port: u16) -> Result<IfIndex, Error> {
     let handle = connect()?;
