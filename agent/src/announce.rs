@@ -2,10 +2,12 @@
 //! announcements (RFC 5227, 3) and unsolicited neighbour advertisements (RFC 4861, 7.2.6), a burst when the
 //! address is taken over and one now and then while it is held.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::rc::Rc;
 use std::time::Duration;
 
 use datapath::addr::Ip;
@@ -41,6 +43,9 @@ type Claim = (Ip, IfIndex, [u8; 6]);
 #[derive(Default)]
 pub struct Announcer {
     claims: BTreeMap<Claim, JoinHandle<()>>,
+    /// Kept open: to close one waits for all CPUs to have left it (`packet_release`, net/packet/af_packet.c),
+    /// 10 ms and more, for which thousands of addresses that move at once have no time.
+    socket: Rc<OnceCell<OwnedFd>>,
 }
 
 impl Announcer {
@@ -62,7 +67,10 @@ impl Announcer {
     /// traffic.
     pub fn announce(&mut self, image: &MapImage, facts: &Facts) {
         for claim in claims(image, facts) {
-            self.claims.entry(claim).or_insert_with(|| tokio::task::spawn_local(keep_announcing(claim)));
+            let socket = &self.socket;
+            self.claims
+                .entry(claim)
+                .or_insert_with(|| tokio::task::spawn_local(keep_announcing(claim, Rc::clone(socket))));
         }
     }
 }
@@ -91,11 +99,11 @@ fn claims(image: &MapImage, facts: &Facts) -> BTreeSet<Claim> {
         .collect()
 }
 
-async fn keep_announcing((ip, ifindex, mac): Claim) {
+async fn keep_announcing((ip, ifindex, mac): Claim, socket: Rc<OnceCell<OwnedFd>>) {
     let mut failing = false;
     for pause in BURST.into_iter().chain(std::iter::repeat(AGAIN)) {
         tokio::time::sleep(pause).await;
-        match announcements(ip, mac).iter().try_for_each(|frame| send(ifindex, frame)) {
+        match announcements(ip, mac).iter().try_for_each(|frame| send(&socket, ifindex, frame)) {
             Ok(()) => {
                 debug!(%ip, ifindex, "announced");
                 failing = false;
@@ -185,17 +193,29 @@ fn internet_checksum(octets: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Sends a frame out of an interface.
+/// A socket that frames can be sent by, on any interface.
 #[expect(unsafe_code, reason = "no kept crate offers packet(7) sockets without unsafe at the caller")]
-fn send(ifindex: IfIndex, frame: &[u8]) -> io::Result<()> {
-    // Protocol 0: a socket to send with, which receives nothing.
+fn packet_socket() -> io::Result<OwnedFd> {
+    // Protocol 0: it receives nothing.
     // SAFETY: plain integers.
     let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: just opened, owned by nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends a frame out of an interface. It does not wait: what a full queue has no room for is lost.
+#[expect(unsafe_code, reason = "no kept crate offers packet(7) sockets without unsafe at the caller")]
+fn send(socket: &OnceCell<OwnedFd>, ifindex: IfIndex, frame: &[u8]) -> io::Result<()> {
+    let socket = match socket.get() {
+        Some(socket) => socket,
+        None => {
+            let opened = packet_socket()?;
+            socket.get_or_init(|| opened)
+        }
+    };
     // SAFETY: all zeros is a value of this plain struct.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as u16;
@@ -206,7 +226,7 @@ fn send(ifindex: IfIndex, frame: &[u8]) -> io::Result<()> {
             socket.as_raw_fd(),
             frame.as_ptr().cast(),
             frame.len(),
-            0,
+            libc::MSG_DONTWAIT,
             (&raw const to).cast(),
             size_of::<libc::sockaddr_ll>() as u32,
         )
