@@ -109,8 +109,8 @@ impl Kernel for NodeKernel {
     }
 
     async fn settle(&mut self, image: &MapImage, facts: &Facts) -> Result<(), String> {
-        let wanted = proxies(image, facts, netlink::answers_for_proxies);
-        netlink::set_proxies(&wanted, &facts.proxies).await.map_err(|e| e.to_string())
+        let wanted = proxies(image, facts, netlink::proxies::are_answered);
+        netlink::proxies::set(&wanted, &facts.proxies).await.map_err(|e| e.to_string())
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {

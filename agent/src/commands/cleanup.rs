@@ -20,7 +20,7 @@ pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()
     if device {
         writeln!(out, "removed device {}", netlink::TUNNEL)?;
     }
-    let proxies = runtime.block_on(netlink::remove_proxies())?;
+    let proxies = runtime.block_on(netlink::proxies::remove_all())?;
     for ip in &proxies {
         writeln!(out, "removed proxy neighbour {ip}")?;
     }

@@ -5,8 +5,11 @@
     reason = "netlink's attributes are many, and more with every kernel"
 )]
 
+pub mod proxies;
+mod routes;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use datapath::keys::IfIndex;
@@ -18,12 +21,9 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteProtocol, RouteType,
-};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
@@ -31,10 +31,6 @@ use crate::facts::{Bridge, Facts, PodInterface, Proxy, Uplink};
 
 /// The tunnel's device.
 pub const TUNNEL: &str = "outgate0";
-
-/// By this `NDA_PROTOCOL` the agent knows its proxy-neighbour entries again, also after a restart; none of
-/// the numbers that include/uapi/linux/rtnetlink.h has a name for. The kernel only keeps it.
-const PROXY_PROTOCOL: RouteProtocol = RouteProtocol::Other(79);
 
 /// A burst of netlink events is read as one, this long after its first.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -229,23 +225,10 @@ fn mac_of(link: &LinkMessage) -> [u8; 6] {
         .unwrap_or_default()
 }
 
-/// A unicast route, reduced to what matters here.
-struct Route {
-    destination: IpNet,
-    by_gateway: bool,
-    interfaces: Vec<IfIndex>,
-    /// Lower is better.
-    priority: u32,
-    /// From a router's advertisement.
-    advertised: bool,
-    /// In the main table.
-    main: bool,
-}
-
 async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
     let links = links(handle).await?;
     let addresses = addresses(handle).await?;
-    let routes = routes(handle).await?;
+    let routes = routes::list(handle).await?;
 
     let controller = |link: &LinkMessage| {
         link.attributes
@@ -304,31 +287,16 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         };
         // The programs expect Ethernet headers.
         if chosen && link.header.link_layer_type == LinkLayerType::Ether && !pod_facing.contains_key(&index) {
-            let networks = addresses.get(&index).map_or(&[][..], Vec::as_slice);
-            facts.uplinks.insert(index, uplink(link, networks, &routes));
+            facts.uplinks.insert(index, uplink(link, addresses.get(&index).map_or(&[][..], Vec::as_slice)));
         } else if !pod_facing.contains_key(&index) && !bridges.contains(&index) {
             facts.others.insert(index);
         }
     }
-    for route in &routes {
-        let [interface] = route.interfaces[..] else { continue };
-        // `fe80::/64` is on every interface.
-        if route.by_gateway || is_link_local(&route.destination.addr()) {
-            continue;
-        }
-        let single = route.destination.prefix_len() == route.destination.max_prefix_len();
-        if single && pod_facing.contains_key(&interface) {
-            facts.host_routes.insert(route.destination.addr(), interface);
-        } else if bridges.contains(&interface) {
-            facts.bridge_networks.insert(route.destination, interface);
-        }
-    }
+    routes::put_into(&routes, &mut facts);
     if !bridges.is_empty() {
         facts.bridge_ports = bridge_ports(handle, &bridges, &pod_facing).await?;
     }
-    facts.default_v4 = default_uplink(&routes, &facts, true);
-    facts.default_v6 = default_uplink(&routes, &facts, false);
-    facts.proxies = proxies(handle).await?;
+    facts.proxies = proxies::list(handle).await?;
     facts.proxies.retain(|(index, _), proxy| *proxy == Proxy::Ours || facts.uplinks.contains_key(index));
     facts.addresses = addresses.into_values().flatten().map(|net| net.addr()).filter(is_global).collect();
     facts.addresses.sort_unstable();
@@ -336,28 +304,12 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
     Ok(facts)
 }
 
-/// The uplink that the main table's best default route of a family leaves by.
-fn default_uplink(routes: &[Route], facts: &Facts, v4: bool) -> Option<IfIndex> {
-    let is_default =
-        |r: &&Route| r.main && r.destination.prefix_len() == 0 && r.destination.addr().is_ipv4() == v4;
-    let best = routes.iter().filter(is_default).min_by_key(|r| r.priority)?;
-    best.interfaces.iter().copied().find(|index| facts.uplinks.contains_key(index))
-}
-
-fn uplink(link: &LinkMessage, addresses: &[IpNet], routes: &[Route]) -> Uplink {
-    let mut on_link: Vec<_> = routes
-        .iter()
-        .filter(|r| r.advertised && !r.by_gateway && r.interfaces == [link.header.index])
-        .map(|r| r.destination)
-        .filter(|n| n.prefix_len() > 0 && !is_link_local(&n.addr()))
-        .collect();
-    on_link.sort_unstable();
-    on_link.dedup();
+fn uplink(link: &LinkMessage, addresses: &[IpNet]) -> Uplink {
     Uplink {
         name: link_name(link).to_owned(),
         mac: mac_of(link),
         networks: addresses.iter().filter(|net| is_global(&net.addr())).copied().collect(),
-        on_link,
+        on_link: Vec::new(),
         mtu: mtu_of(link),
         up: link.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
     }
@@ -408,53 +360,6 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Err
     }
     for nets in found.values_mut() {
         nets.sort_unstable();
-    }
-    Ok(found)
-}
-
-async fn routes(handle: &Handle) -> Result<Vec<Route>, Error> {
-    let what = "list routes";
-    let queries =
-        [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
-    let mut found = Vec::new();
-    for query in queries {
-        let v4 = query.header.address_family == AddressFamily::Inet;
-        let mut messages = handle.route().get(query).execute();
-        while let Some(message) =
-            messages.try_next().await.map_err(|source| Error::Request { what, source })?
-        {
-            // Path MTUs and redirects that the kernel has learnt come as routes of their own, "cloned".
-            if message.header.kind != RouteType::Unicast || message.header.flags.contains(RouteFlags::Cloned)
-            {
-                continue;
-            }
-            let mut address =
-                if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
-            let mut by_gateway = false;
-            let mut interfaces = Vec::new();
-            let mut priority = 0;
-            let mut table = u32::from(message.header.table);
-            for attribute in &message.attributes {
-                match attribute {
-                    RouteAttribute::Priority(metric) => priority = *metric,
-                    RouteAttribute::Table(number) => table = *number,
-                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => address = IpAddr::V4(*ip),
-                    RouteAttribute::Destination(RouteAddress::Inet6(ip)) => address = IpAddr::V6(*ip),
-                    RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => by_gateway = true,
-                    RouteAttribute::Oif(index) => interfaces.push(*index),
-                    RouteAttribute::MultiPath(hops) => {
-                        by_gateway = true;
-                        interfaces.extend(hops.iter().map(|hop| hop.interface_index));
-                    }
-                    _ => {}
-                }
-            }
-            if let Ok(destination) = IpNet::new(address, message.header.destination_prefix_length) {
-                let advertised = message.header.protocol == RouteProtocol::Ra;
-                let main = table == u32::from(RouteHeader::RT_TABLE_MAIN);
-                found.push(Route { destination, by_gateway, interfaces, priority, advertised, main });
-            }
-        }
     }
     Ok(found)
 }
@@ -524,95 +429,6 @@ fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
         _ => None,
     })
 }
-
-/// All IPv6 proxy-neighbour entries.
-async fn proxies(handle: &Handle) -> Result<BTreeMap<(IfIndex, Ipv6Addr), Proxy>, Error> {
-    let what = "list proxy neighbours";
-    let mut found = BTreeMap::new();
-    let mut entries = handle.neighbours().get().proxies().set_address_family(AddressFamily::Inet6).execute();
-    while let Some(entry) = entries.try_next().await.map_err(|source| Error::Request { what, source })? {
-        let ours = entry.attributes.contains(&NeighbourAttribute::Protocol(PROXY_PROTOCOL));
-        if entry.header.flags.contains(NeighbourFlags::Proxy)
-            && let Some(IpAddr::V6(ip)) = destination(&entry)
-        {
-            found.insert((entry.header.ifindex, ip), if ours { Proxy::Ours } else { Proxy::Foreign });
-        }
-    }
-    Ok(found)
-}
-
-/// Makes our IPv6 proxy-neighbour entries be these, and leaves others' alone.
-///
-/// An entry makes the kernel join the address's solicited-node group on the interface (`pndisc_constructor`,
-/// net/ipv6/ndisc.c), without which snooping switches and filtering NICs keep the solicitations away. With
-/// `proxy_ndp` off the kernel itself answers none. The kernel drops all entries of an interface that goes
-/// down (`pneigh_ifdown_and_unlock`, net/core/neighbour.c): `have` is what is there now.
-pub async fn set_proxies(
-    want: &BTreeSet<(IfIndex, Ipv6Addr)>,
-    have: &BTreeMap<(IfIndex, Ipv6Addr), Proxy>,
-) -> Result<(), Error> {
-    let gone = have.iter().filter(|(key, proxy)| **proxy == Proxy::Ours && !want.contains(key));
-    let gone: Vec<_> = gone.map(|(key, _)| *key).collect();
-    // To add one that another program has would make it ours, and remove it in the end.
-    let new: Vec<_> = want.iter().filter(|key| !have.contains_key(key)).copied().collect();
-    if gone.is_empty() && new.is_empty() {
-        return Ok(());
-    }
-    let handle = connect()?;
-    for (index, ip) in gone {
-        remove_proxy(&handle, index, ip).await?;
-    }
-    let what = "add a proxy neighbour";
-    for (index, ip) in new {
-        let mut request = handle.neighbours().add(index, ip.into()).flags(NeighbourFlags::Proxy);
-        request.message_mut().attributes.push(NeighbourAttribute::Protocol(PROXY_PROTOCOL));
-        request.execute().await.map_err(|source| Error::Request { what, source })?;
-    }
-    Ok(())
-}
-
-/// Whether the kernel answers solicitations for proxy neighbours on an interface itself (`ndisc_recv_ns`,
-/// net/ipv6/ndisc.c: `proxy_ndp` of the interface or of all; that forwarding is needed too is no reason to
-/// rely on it).
-#[must_use]
-pub fn answers_for_proxies(interface: &str) -> bool {
-    ["all", interface].iter().any(|name| {
-        let path = format!("/proc/sys/net/ipv6/conf/{name}/proxy_ndp");
-        // No file: no IPv6, or no such interface.
-        std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0")
-    })
-}
-
-/// Removes every proxy-neighbour entry that an agent has made. Returns their addresses.
-pub async fn remove_proxies() -> Result<Vec<Ipv6Addr>, Error> {
-    let handle = connect()?;
-    let mut removed = Vec::new();
-    for ((index, ip), proxy) in proxies(&handle).await? {
-        if proxy == Proxy::Ours {
-            remove_proxy(&handle, index, ip).await?;
-            removed.push(ip);
-        }
-    }
-    Ok(removed)
-}
-
-async fn remove_proxy(handle: &Handle, index: IfIndex, ip: Ipv6Addr) -> Result<(), Error> {
-    let mut entry = NeighbourMessage::default();
-    entry.header.family = AddressFamily::Inet6;
-    entry.header.ifindex = index;
-    entry.header.state = NeighbourState::Permanent;
-    entry.header.flags = NeighbourFlags::Proxy;
-    entry.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)));
-    let what = "remove a proxy neighbour";
-    match handle.neighbours().del(entry).execute().await {
-        // It went with its interface meanwhile.
-        Err(rtnetlink::Error::NetlinkError(error)) if matches!(-error.raw_code(), ENOENT | ENODEV) => Ok(()),
-        done => done.map_err(|source| Error::Request { what, source }),
-    }
-}
-
-const ENOENT: i32 = 2;
-const ENODEV: i32 = 19;
 
 /// Whether a name matches a pattern in which `*` stands for any characters.
 fn matches(pattern: &str, name: &str) -> bool {
