@@ -43,7 +43,8 @@ type Claim = (Ip, IfIndex, [u8; 6]);
 #[derive(Default)]
 pub struct Announcer {
     claims: BTreeMap<Claim, JoinHandle<()>>,
-    /// Kept open: to close one waits for all CPUs to have left it (`packet_release`, net/packet/af_packet.c),
+    /// Kept open: to close one waits for all CPUs to have left it (`packet_release`,
+    /// `net/packet/af_packet.c`),
     /// 10 ms and more, for which thousands of addresses that move at once have no time.
     socket: Rc<OnceCell<OwnedFd>>,
 }
@@ -209,12 +210,11 @@ fn packet_socket() -> io::Result<OwnedFd> {
 /// Sends a frame out of an interface. It does not wait: what a full queue has no room for is lost.
 #[expect(unsafe_code, reason = "no kept crate offers packet(7) sockets without unsafe at the caller")]
 fn send(socket: &OnceCell<OwnedFd>, ifindex: IfIndex, frame: &[u8]) -> io::Result<()> {
-    let socket = match socket.get() {
-        Some(socket) => socket,
-        None => {
-            let opened = packet_socket()?;
-            socket.get_or_init(|| opened)
-        }
+    let socket = if let Some(socket) = socket.get() {
+        socket
+    } else {
+        let opened = packet_socket()?;
+        socket.get_or_init(|| opened)
     };
     // SAFETY: all zeros is a value of this plain struct.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
