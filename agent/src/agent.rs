@@ -502,6 +502,8 @@ mod tests {
         history: Rc<RefCell<Vec<MapImage>>>,
         failing: Rc<RefCell<bool>>,
         unattached: Rc<RefCell<Option<String>>>,
+        unsettled: Rc<RefCell<Option<String>>>,
+        settles: Rc<RefCell<usize>>,
     }
 
     impl Kernel for Memory {
@@ -521,8 +523,10 @@ mod tests {
             self.history.borrow_mut().push(image.clone());
             Ok(self.unattached.borrow().clone())
         }
-        async fn settle(&mut self, _: &MapImage, _: &Facts) -> Result<(), String> {
-            Ok(())
+        async fn settle(&mut self, image: &MapImage, _: &Facts) -> Result<(), String> {
+            assert_eq!(*image, self.image, "after it is applied");
+            *self.settles.borrow_mut() += 1;
+            self.unsettled.borrow().clone().map_or(Ok(()), Err)
         }
         fn sweep(&mut self) -> Result<(usize, usize), std::io::Error> {
             Ok((0, 0))
@@ -637,7 +641,9 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             let uplink = Uplink {
                 name: "eth0".into(),
                 mac: [name.as_bytes()[0]; 6],
-                networks: vec![format!("{address}/24").parse().unwrap()],
+                networks: [format!("{address}/24"), format!("2001:db8::{}/64", name.as_bytes()[0])]
+                    .map(|n| n.parse().unwrap())
+                    .to_vec(),
                 on_link: Vec::new(),
                 mtu: 1500,
                 up: true,
@@ -865,6 +871,61 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             *kernel.unattached.borrow_mut() = None;
             tokio::time::sleep(RETRY).await;
             w.eventually("readiness", |w| w.get("b").state.borrow().not_ready.is_none()).await;
+        });
+    }
+
+    #[test]
+    fn an_ipv6_pod_gets_an_ipv6_egress_ip_as_an_ipv4_pod_does_ipv4() {
+        in_a_world(async || {
+            let mut w = World::usual("dual");
+            w.egress_ip("192.0.2.100, '2001:db8::100'");
+            w.put(
+                "six.yaml",
+                "apiVersion: v1
+kind: Pod
+metadata: {name: six, namespace: shop}
+spec: {nodeName: a}
+status: {podIPs: [{ip: 10.1.0.6}, {ip: 'fd00:1::6'}]}
+",
+            );
+            w.start_all();
+            for ip in ["192.0.2.100", "2001:db8::100"] {
+                w.eventually("a way out", |w| w.works("a", ip)).await;
+            }
+            let image = w.get("a").image();
+            let policy = image.pods[&key("10.1.0.6")].policy;
+            assert!(policy != 0);
+            assert_eq!(image.pods[&key("fd00:1::6")].policy, policy);
+            assert_eq!(image.policies[&policy].len, 2);
+            let gateway = w.get(&w.holder("2001:db8::100").unwrap());
+            assert_eq!(gateway.image().egress_ips[&gateway.egress("2001:db8::100")].uplink, 2);
+            let name = ".outgate/egressallocations/2001-0db8-0000-0000-0000-0000-0000-0100.yaml";
+            assert!(w.dir.join(name).exists());
+            w.egress_ip("192.0.2.100");
+            w.eventually("its end", |w| !w.dir.join(name).exists()).await;
+        });
+    }
+
+    #[test]
+    fn what_the_link_was_not_asked_for_is_asked_for_again() {
+        in_a_world(async || {
+            let mut w = World::usual("unsettled");
+            let kernel = Memory::default();
+            *kernel.unsettled.borrow_mut() = Some("no".into());
+            w.start("b", kernel.clone());
+            w.eventually("readiness", |w| w.get("b").state.borrow().not_ready.is_none()).await;
+            let settles = || *kernel.settles.borrow();
+            // Nothing else changes any more, so another attempt is because of the failure.
+            for _ in 0..2 {
+                let before = settles();
+                tokio::time::sleep(RETRY).await;
+                w.eventually("another attempt", |_| settles() > before).await;
+            }
+            *kernel.unsettled.borrow_mut() = None;
+            let before = settles();
+            tokio::time::sleep(RETRY).await;
+            w.eventually("the last attempt", |_| settles() > before).await;
+            assert_eq!(w.get("b").state.borrow().apply_failures, 0, "the maps were never wrong");
         });
     }
 

@@ -84,8 +84,9 @@ impl Drop for Announcer {
     }
 }
 
-/// What this node holds on uplinks whose network contains it. Nobody on the link asks for an address that is
-/// routed to the node, so that is not announced.
+/// What this node holds on uplinks that are up and whose network contains it: one that comes up is announced
+/// on from the beginning. Nobody on the link asks for an address that is routed to the node, so that is not
+/// announced.
 fn claims(image: &MapImage, facts: &Facts) -> BTreeSet<Claim> {
     let node = image.settings.node;
     image
@@ -93,7 +94,7 @@ fn claims(image: &MapImage, facts: &Facts) -> BTreeSet<Claim> {
         .values()
         .filter(|egress| node != 0 && egress.holder == node)
         .filter_map(|egress| {
-            let uplink = facts.uplinks.get(&egress.uplink)?;
+            let uplink = facts.uplinks.get(&egress.uplink).filter(|u| u.up)?;
             uplink.prefix_of(&egress.ip.into())?;
             Some((egress.ip, egress.uplink, uplink.mac))
         })
@@ -277,7 +278,7 @@ mod tests {
         assert_eq!(internet_checksum(&covered), 0);
     }
 
-    /// Uplinks 2 and 3; addresses held on 2 (both families), routed to 2, held by another node, and on no uplink.
+    /// Uplink 2 and, down, 3; addresses held on 2 (both families), routed to 2, held by another node, on no uplink.
     #[test]
     fn what_is_held_on_the_link_is_claimed_and_nothing_else() {
         let uplink = |networks: &[&str]| Uplink {
@@ -288,8 +289,9 @@ mod tests {
             mtu: 1500,
             up: true,
         };
+        let down = Uplink { up: false, ..uplink(&["198.51.100.5/24"]) };
         let facts = Facts {
-            uplinks: BTreeMap::from([(2, uplink(&["192.0.2.5/24", "2001:db8::5/64"]))]),
+            uplinks: BTreeMap::from([(2, uplink(&["192.0.2.5/24", "2001:db8::5/64"])), (3, down)]),
             ..Facts::default()
         };
         let mut image = MapImage::default();
@@ -303,6 +305,7 @@ mod tests {
             (6, "192.0.2.101", 2, 2),
             (7, "192.0.2.102", 0, 1),
             (8, "192.0.2.103", 2, 0),
+            (9, "198.51.100.100", 3, 1),
         ] {
             let ip = ip.parse::<IpAddr>().unwrap().into();
             image.egress_ips.insert(id, EgressIp { ip, uplink, holder, ..EgressIp::default() });

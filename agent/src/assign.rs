@@ -55,7 +55,7 @@ pub enum Unassigned {
     NotReady,
     /// No healthy node has an uplink in the address's network.
     #[error(
-        "no ready egress node has an uplink whose network contains it; is the agent running there, and is the address right? If routers outside send it to the nodes, set spec.routedCIDRs of the EgressConfig"
+        "no ready egress node has an uplink whose network contains it, or, if spec.routedCIDRs of the EgressConfig does, a default route of its family; is the agent running there, and is the address right?"
     )]
     NoUplink,
     /// All that could are full.

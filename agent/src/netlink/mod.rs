@@ -298,17 +298,19 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
     }
     facts.proxies = proxies::list(handle).await?;
     facts.proxies.retain(|(index, _), proxy| *proxy == Proxy::Ours || facts.uplinks.contains_key(index));
-    facts.addresses = addresses.into_values().flatten().map(|net| net.addr()).filter(is_global).collect();
+    facts.addresses = addresses.into_values().flatten().map(|a| a.net.addr()).filter(is_global).collect();
     facts.addresses.sort_unstable();
     facts.addresses.dedup();
     Ok(facts)
 }
 
-fn uplink(link: &LinkMessage, addresses: &[IpNet]) -> Uplink {
+fn uplink(link: &LinkMessage, addresses: &[Address]) -> Uplink {
+    // Nothing that lasts may hang on a temporary address; its network is a lasting one's, or advertised.
+    let lasting = addresses.iter().filter(|a| !a.temporary && is_global(&a.net.addr()));
     Uplink {
         name: link_name(link).to_owned(),
         mac: mac_of(link),
-        networks: addresses.iter().filter(|net| is_global(&net.addr())).copied().collect(),
+        networks: lasting.map(|a| a.net).collect(),
         on_link: Vec::new(),
         mtu: mtu_of(link),
         up: link.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
@@ -330,17 +332,24 @@ fn is_global(ip: &IpAddr) -> bool {
     }
 }
 
-async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Error> {
+/// An address with its network.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Address {
+    net: IpNet,
+    /// One of IPv6's privacy addresses, which live for a day (RFC 8981).
+    temporary: bool,
+}
+
+async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<Address>>, Error> {
     let what = "list addresses";
-    let mut found: BTreeMap<IfIndex, Vec<IpNet>> = BTreeMap::new();
+    let mut found: BTreeMap<IfIndex, Vec<Address>> = BTreeMap::new();
     let mut messages = handle.address().get().execute();
     while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+        let has = |flag: AddressFlags| {
+            message.attributes.iter().any(|a| matches!(a, AddressAttribute::Flags(f) if f.contains(flag)))
+        };
         // Another host has it: the kernel does not use it (RFC 4862, 5.4.5).
-        if message
-            .attributes
-            .iter()
-            .any(|a| matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed)))
-        {
+        if has(AddressFlags::Dadfailed) {
             continue;
         }
         // On point-to-point interfaces `Address` is the peer, `Local` is ours.
@@ -355,7 +364,9 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Err
             })
         });
         if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
-            found.entry(message.header.index).or_default().push(net);
+            // `IFA_F_TEMPORARY` is IPv4's `IFA_F_SECONDARY` (include/uapi/linux/if_addr.h).
+            let temporary = net.addr().is_ipv6() && has(AddressFlags::Secondary);
+            found.entry(message.header.index).or_default().push(Address { net, temporary });
         }
     }
     for nets in found.values_mut() {
