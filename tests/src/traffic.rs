@@ -100,6 +100,19 @@ impl Netns {
         self.client("udp", destination, &["--count", &count.to_string()])
     }
 
+    /// `count` exchanges of UDP datagrams with `size` bytes of data, of one flow or each of its own. What comes
+    /// back must be the same bytes.
+    #[track_caller]
+    #[must_use]
+    pub fn udp_sized(&self, destination: &str, size: u32, count: u64, one_flow: bool) -> Report {
+        let (size, count) = (size.to_string(), count.to_string());
+        let mut more = vec!["--size", &size, "--count", &count, "--limit-ms", "2000"];
+        if one_flow {
+            more.push("--one-flow");
+        }
+        self.client("udp", destination, &more)
+    }
+
     /// One UDP exchange from a given port, if it is answered within `limit`.
     #[track_caller]
     #[must_use]
@@ -139,8 +152,19 @@ impl Netns {
     #[track_caller]
     #[must_use]
     pub fn ping(&self, destination: &str, count: u32, interval: &str) -> u32 {
-        let words = ["ping", "-n", "-q", "-W", "1", "-c", &count.to_string(), "-i", interval, destination];
-        number_before(&self.try_exec(&words).stdout, "received")
+        self.ping_sized(destination, 56, count, interval)
+    }
+
+    /// The same with `size` bytes of data, which ping compares with the answer's.
+    #[track_caller]
+    #[must_use]
+    pub fn ping_sized(&self, destination: &str, size: u32, count: u32, interval: &str) -> u32 {
+        let (size, count) = (size.to_string(), count.to_string());
+        let words = ["ping", "-n", "-W", "1", "-c", &count, "-i", interval, "-s", &size, destination];
+        // Not `-q`: it would say nothing of wrong data.
+        let text = self.try_exec(&words).stdout;
+        assert!(!text.contains("wrong data byte"), "{text}");
+        number_before(&text, "received")
     }
 
     /// Starts pinging.
