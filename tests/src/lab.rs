@@ -42,6 +42,8 @@ const OUTSIDE: Network = Network { v4: "203.0.113", v6: "2001:db8:203" };
 pub(crate) const POD_NETWORKS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
 /// The services' networks.
 pub(crate) const SERVICE_NETWORKS: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
+/// Whether iptables sees what a namespace's bridges forward.
+const BRIDGE_CALLS: &str = "net.bridge.bridge-nf-call-iptables";
 /// The table of a node's routes by its second uplink.
 const SECOND_TABLE: u32 = 119;
 
@@ -59,6 +61,17 @@ pub enum Uplink {
     Stacked,
 }
 
+/// Who has addresses of which families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Families {
+    /// Everybody has IPv4 only.
+    V4,
+    /// Everybody has both.
+    Both,
+    /// Everybody has both, but the nodes' network, which has IPv6 only.
+    BothOverV6,
+}
+
 /// What to make.
 #[derive(Debug, Clone)]
 pub struct LabSpec {
@@ -66,8 +79,7 @@ pub struct LabSpec {
     cni: Cni,
     rp_filter: u8,
     routed_pods: bool,
-    v4_underlay: bool,
-    v6: bool,
+    families: Families,
     mtu: Option<u32>,
     pod_mtu: Option<u32>,
     uplink: Uplink,
@@ -82,8 +94,7 @@ impl Default for LabSpec {
             cni: Cni::Ptp,
             rp_filter: 1,
             routed_pods: false,
-            v4_underlay: true,
-            v6: false,
+            families: Families::V4,
             mtu: None,
             pod_mtu: None,
             uplink: Uplink::Plain,
@@ -126,15 +137,14 @@ impl LabSpec {
     /// Nodes, pods and hosts have IPv6 addresses too (no).
     #[must_use]
     pub fn dual_stack(mut self) -> Self {
-        self.v6 = true;
+        self.families = Families::Both;
         self
     }
 
     /// Dual-stack pods and outside hosts, but the nodes' network has IPv6 only.
     #[must_use]
     pub fn ipv6_only_underlay(mut self) -> Self {
-        self.v6 = true;
-        self.v4_underlay = false;
+        self.families = Families::BothOverV6;
         self
     }
 
@@ -175,15 +185,25 @@ impl LabSpec {
         self
     }
 
+    fn v6(&self) -> bool {
+        self.families != Families::V4
+    }
+
     /// Those of a pair of IPv4 and IPv6 that the nodes' network has.
     fn on_underlay<T>(&self, [v4, v6]: [T; 2]) -> Vec<T> {
-        let v4 = self.v4_underlay.then_some(v4);
-        v4.into_iter().chain(self.v6.then_some(v6)).collect()
+        match self.families {
+            Families::V4 => vec![v4],
+            Families::Both => vec![v4, v6],
+            Families::BothOverV6 => vec![v6],
+        }
     }
 
     /// Those of a pair of IPv4 and IPv6 that pods and outside hosts have.
     fn on_others<T>(&self, [v4, v6]: [T; 2]) -> Vec<T> {
-        [v4].into_iter().chain(self.v6.then_some(v6)).collect()
+        match self.families {
+            Families::V4 => vec![v4],
+            Families::Both | Families::BothOverV6 => vec![v4, v6],
+        }
     }
 }
 
@@ -210,6 +230,69 @@ pub struct Node {
 }
 
 impl Node {
+    fn new(spec: &LabSpec, index: usize, netns: impl Fn(&str) -> Netns) -> Self {
+        let name = format!("node-{}", char::from(b'a' + index as u8));
+        let addresses = spec.on_underlay(UNDERLAY.host(11 + index));
+        let of = |family| addresses.iter().find(|a| Family::of(a) == family).cloned().unwrap_or_default();
+        Self {
+            netns: netns(&name),
+            name,
+            address: of(Family::V4),
+            address6: of(Family::V6),
+            uplink: if spec.uplink == Uplink::Bridge { "br-ex" } else { "eth0" }.into(),
+            pod_prefix: format!("10.244.{}", 1 + index),
+            pod_prefix6: if spec.v6() { format!("fd00:10:244:{}", 1 + index) } else { String::new() },
+            cni: spec.cni,
+            pod_mtu: spec.pod_mtu,
+        }
+    }
+
+    /// Sets the kernel's parameters as a kubelet and a distribution do.
+    fn settle(&self, spec: &LabSpec) {
+        let mode = spec.rp_filter;
+        let mut settings = vec![
+            "net.ipv4.ip_forward=1".to_owned(),
+            format!("net.ipv4.conf.all.rp_filter={mode}"),
+            format!("net.ipv4.conf.default.rp_filter={mode}"),
+        ];
+        let bridges = Path::new("/proc/sys/net/bridge").exists();
+        // As kubeadm asks for.
+        settings.extend(bridges.then(|| format!("{BRIDGE_CALLS}=1")));
+        if spec.v6() {
+            settings.push("net.ipv6.conf.all.forwarding=1".to_owned());
+            settings.extend(bridges.then(|| "net.bridge.bridge-nf-call-ip6tables=1".to_owned()));
+        }
+        self.netns.sysctl(&settings.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+
+    /// Makes its uplink.
+    fn connect(&self, spec: &LabSpec, wire: &Netns, netns: impl Fn(&str) -> Netns) {
+        let plug = |netns: &Netns, name: &str| plug(netns, name, wire, &self.name, "br0", spec.mtu);
+        match spec.uplink {
+            Uplink::Plain => plug(&self.netns, "eth0"),
+            Uplink::Bridge => {
+                plug(&self.netns, "eth0");
+                self.netns.ip(&[
+                    "link add br-ex type bridge forward_delay 0 mcast_snooping 0",
+                    "link set eth0 master br-ex",
+                    "link set br-ex up",
+                ]);
+            }
+            Uplink::Macvlan => {
+                let machine = netns(&format!("{}-machine", self.name));
+                plug(&machine, "eth0");
+                let to = self.netns.name();
+                machine.ip(&[&format!("link add link eth0 name eth0 netns {to} type macvlan mode bridge")]);
+                self.netns.ip(&["link set eth0 up"]);
+            }
+            Uplink::Stacked => {
+                plug(&self.netns, "under0");
+                let add = "link add link under0 name eth0 type macvlan mode bridge";
+                self.netns.ip(&[add, "link set eth0 up"]);
+            }
+        }
+    }
+
     /// Its address of a family, which it must have.
     #[track_caller]
     #[must_use]
@@ -324,7 +407,7 @@ impl Lab {
         let home = Home::create();
         let netns = |name: &str| {
             let netns = Netns::create(&format!("{}-{name}", home.id), &home.dir);
-            if spec.v6 {
+            if spec.v6() {
                 netns.without_dad();
             }
             netns
@@ -338,14 +421,13 @@ impl Lab {
             wire.ip(&["link set br0 type bridge mcast_snooping 1 mcast_query_response_interval 50"]);
             wire.ip(&["link set br0 type bridge mcast_querier 1"]);
         }
-        let bridge_calls = "net.bridge.bridge-nf-call-iptables";
         if Path::new("/proc/sys/net/bridge").exists() {
-            wire.sysctl(&[&format!("{bridge_calls}=0")]);
+            wire.sysctl(&[&format!("{BRIDGE_CALLS}=0")]);
         }
 
         let router = netns("router");
         router.sysctl(&["net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0"]);
-        if spec.v6 {
+        if spec.v6() {
             router.sysctl(&["net.ipv6.conf.all.forwarding=1"]);
         }
         let gateways = UNDERLAY.host(1);
@@ -354,7 +436,7 @@ impl Lab {
         router.ip(&["link add br1 type bridge forward_delay 0", "link set br1 up"]);
         give(&router, "br1", &spec.on_others(OUTSIDE.host(1)));
         if Path::new("/proc/sys/net/bridge").exists() {
-            router.sysctl(&[&format!("{bridge_calls}=0")]);
+            router.sysctl(&[&format!("{BRIDGE_CALLS}=0")]);
         }
         let outside = |name: &str, last: usize| {
             let netns = netns(name);
@@ -368,71 +450,16 @@ impl Lab {
         let neighbour =
             Host::new(neighbour, spec.on_underlay(UNDERLAY.host(250)), &spec.on_underlay(gateways.clone()));
 
-        let nodes: Vec<Node> = (0..spec.nodes)
-            .map(|index| {
-                let name = format!("node-{}", char::from(b'a' + index as u8));
-                let [v4, v6] = UNDERLAY.host(11 + index);
-                let only = |wanted: bool, text: String| if wanted { text } else { String::new() };
-                Node {
-                    netns: netns(&name),
-                    name,
-                    address: only(spec.v4_underlay, v4),
-                    address6: only(spec.v6, v6),
-                    uplink: if spec.uplink == Uplink::Bridge { "br-ex" } else { "eth0" }.into(),
-                    pod_prefix: format!("10.244.{}", 1 + index),
-                    pod_prefix6: only(spec.v6, format!("fd00:10:244:{}", 1 + index)),
-                    cni: spec.cni,
-                    pod_mtu: spec.pod_mtu,
-                }
-            })
-            .collect();
+        let nodes: Vec<Node> = (0..spec.nodes).map(|index| Node::new(spec, index, netns)).collect();
         for (index, node) in nodes.iter().enumerate() {
-            let mode = spec.rp_filter;
-            let mut settings = vec![
-                "net.ipv4.ip_forward=1".to_owned(),
-                format!("net.ipv4.conf.all.rp_filter={mode}"),
-                format!("net.ipv4.conf.default.rp_filter={mode}"),
-            ];
-            if Path::new("/proc/sys/net/bridge").exists() {
-                // As kubeadm asks for.
-                settings.push(format!("{bridge_calls}=1"));
-            }
-            if spec.v6 {
-                settings.push("net.ipv6.conf.all.forwarding=1".to_owned());
-                if Path::new("/proc/sys/net/bridge").exists() {
-                    settings.push("net.bridge.bridge-nf-call-ip6tables=1".to_owned());
-                }
-            }
-            node.netns.sysctl(&settings.iter().map(String::as_str).collect::<Vec<_>>());
-            match spec.uplink {
-                Uplink::Plain => plug(&node.netns, "eth0", &wire, &node.name, "br0", spec.mtu),
-                Uplink::Bridge => {
-                    plug(&node.netns, "eth0", &wire, &node.name, "br0", spec.mtu);
-                    node.netns.ip(&[
-                        "link add br-ex type bridge forward_delay 0 mcast_snooping 0",
-                        "link set eth0 master br-ex",
-                        "link set br-ex up",
-                    ]);
-                }
-                Uplink::Macvlan => {
-                    let machine = netns(&format!("{}-machine", node.name));
-                    plug(&machine, "eth0", &wire, &node.name, "br0", spec.mtu);
-                    let to = node.netns.name();
-                    machine
-                        .ip(&[&format!("link add link eth0 name eth0 netns {to} type macvlan mode bridge")]);
-                    node.netns.ip(&["link set eth0 up"]);
-                }
-                Uplink::Stacked => {
-                    plug(&node.netns, "under0", &wire, &node.name, "br0", spec.mtu);
-                    node.netns
-                        .ip(&["link add link under0 name eth0 type macvlan mode bridge", "link set eth0 up"]);
-                }
-            }
+            node.settle(spec);
+            node.connect(spec, &wire, netns);
             give(&node.netns, &node.uplink, &spec.on_underlay(UNDERLAY.host(11 + index)));
-            let mut ways = Vec::new();
-            for via in spec.on_underlay(gateways.clone()) {
-                ways.push(format!("route add default via {via}"));
-            }
+            let mut ways: Vec<_> = spec
+                .on_underlay(gateways.clone())
+                .iter()
+                .map(|via| format!("route add default via {via}"))
+                .collect();
             for other in nodes.iter().filter(|other| other.name != node.name) {
                 ways.extend(other.ways_to_pods());
             }
@@ -453,7 +480,7 @@ impl Lab {
             record::watch_foreign_sources(&host.netns, &POD_NETWORKS);
         }
 
-        let objects = Objects::new(&home.dir.join("objects"), spec.v6);
+        let objects = Objects::new(&home.dir.join("objects"), spec.v6());
         Self {
             nodes,
             router,
@@ -461,7 +488,7 @@ impl Lab {
             other,
             neighbour,
             objects,
-            v6: spec.v6,
+            v6: spec.v6(),
             routed_pods: spec.routed_pods,
             home,
             tolerated: Mutex::default(),

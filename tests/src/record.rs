@@ -19,26 +19,40 @@ pub struct Recorder {
 impl Recorder {
     /// Starts counting, anew if there was a recorder in the namespace before.
     ///
-    /// Neighbour discovery and what is said about multicast groups (IGMP, ICMPv6 types 130 to 137 and 143) are
+    /// Neighbour discovery and what is said about multicast groups (IGMP, `ICMPv6` types 130 to 137 and 143) are
     /// not counted: they are the links' own talk.
     #[track_caller]
     #[must_use]
     pub fn start(netns: &Netns) -> Self {
+        Self::start_with(netns, "")
+    }
+
+    /// The same without TCP resets that acknowledge nothing: a node's own answer to what is for no connection.
+    #[track_caller]
+    #[must_use]
+    pub fn start_without_resets(netns: &Netns) -> Self {
+        Self::start_with(netns, "tcp flags & (fin | syn | rst | psh | ack) == rst return;")
+    }
+
+    #[track_caller]
+    fn start_with(netns: &Netns, first: &str) -> Self {
         // Before fragments are put together (-400): each one counts.
-        let rules = "table inet seen
-        delete table inet seen
-        table inet seen {
-            set sources4 { type ipv4_addr . inet_proto; size 65535; flags dynamic; counter; }
-            set sources6 { type ipv6_addr . inet_proto; size 65535; flags dynamic; counter; }
-            chain in {
-                type filter hook prerouting priority -450;
-                ip protocol igmp return
-                icmpv6 type { 130-137, 143 } return
-                meta nfproto ipv4 update @sources4 { ip saddr . meta l4proto }
-                meta nfproto ipv6 update @sources6 { ip6 saddr . meta l4proto }
-            }
-        }";
-        let _ = netns.exec_input(&["nft", "-f", "-"], &[], rules).expect_success();
+        let rules = format!(
+            "table inet seen
+            delete table inet seen
+            table inet seen {{
+                set sources4 {{ type ipv4_addr . inet_proto; size 65535; flags dynamic; counter; }}
+                set sources6 {{ type ipv6_addr . inet_proto; size 65535; flags dynamic; counter; }}
+                chain in {{
+                    type filter hook prerouting priority -450; {first}
+                    ip protocol igmp return
+                    icmpv6 type {{ 130-137, 143 }} return
+                    meta nfproto ipv4 update @sources4 {{ ip saddr . meta l4proto }}
+                    meta nfproto ipv6 update @sources6 {{ ip6 saddr . meta l4proto }}
+                }}
+            }}"
+        );
+        let _ = netns.exec_input(&["nft", "-f", "-"], &[], &rules).expect_success();
         Self { netns: netns.clone() }
     }
 

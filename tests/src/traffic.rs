@@ -167,6 +167,35 @@ impl Netns {
         number_before(&text, "received")
     }
 
+    /// Who answers UDP to a port that nobody listens on, with hop limits from 1 to `hops`: what traceroute shows.
+    /// Each is read from the error queue of a socket of its own.
+    #[track_caller]
+    #[must_use]
+    pub fn trace(&self, destination: &str, hops: u32) -> Vec<String> {
+        // IP_RECVERR is 11, IPV6_RECVERR 25 (linux/in.h, linux/in6.h); the offender's address follows the 16 bytes
+        // of struct sock_extended_err (linux/errqueue.h).
+        let program = "import select, socket, sys
+destination, hops = sys.argv[1], int(sys.argv[2])
+v6 = ':' in destination
+family, level = (socket.AF_INET6, socket.IPPROTO_IPV6) if v6 else (socket.AF_INET, socket.IPPROTO_IP)
+for hop in range(1, hops + 1):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.setsockopt(level, 25 if v6 else 11, 1)
+    s.setsockopt(level, socket.IPV6_UNICAST_HOPS if v6 else socket.IP_TTL, hop)
+    s.connect((destination, 33433 + hop))
+    s.send(b'x' * 24)
+    poll = select.poll()
+    poll.register(s, select.POLLERR)
+    if not poll.poll(2000):
+        print('nobody')
+        continue
+    control = s.recvmsg(512, 512, socket.MSG_ERRQUEUE)[1]
+    offender = control[0][2][16:]
+    print(socket.inet_ntop(family, offender[8:24] if v6 else offender[4:8]))";
+        let text = self.exec(&["python3", "-c", program, destination, &hops.to_string()]);
+        text.lines().map(str::to_owned).collect()
+    }
+
     /// Starts pinging.
     #[track_caller]
     #[must_use]

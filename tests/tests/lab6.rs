@@ -42,6 +42,10 @@ fn pods_talk_in_both_families(cni: Cni) {
         let to = |pod: &Pod| client.netns.tcp_source(&endpoint(pod.ip_of(family), ECHO), LIMIT);
         assert_eq!(to(&near), Ok(client.ip_of(family).to_owned()));
         assert_eq!(to(&far), Ok(a.address_of(family).to_owned()));
+        let first = ["10.244.1.1", "fd00:10:244:1::1"][family as usize];
+        let second = ["172.18.0.1", "2001:db8:172:18::1"][family as usize];
+        let web = lab.web.address_of(family);
+        assert_eq!(client.netns.trace(web, 3), [first, second, web]);
         let url = format!("http://{}/", endpoint(lab.web.address_of(family), 80));
         let page = client.exec(&["curl", "-sS", "--max-time", "2", &url]);
         assert!(page.starts_with(&format!("{} ", a.address_of(family))), "{page}");
@@ -161,8 +165,9 @@ fn bad_checksums_and_foreign_sources_fail_a_test() {
     let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
     let node = &lab.node("node-a").netns;
     // Without the plugin's masquerade a pod's own address leaves.
-    let rules = ["iptables", "ip6tables"].map(|program| [program, "-w", "-t", "nat", "-F", "POSTROUTING"]);
-    rules.iter().for_each(|rule| drop(node.exec(rule)));
+    for program in ["iptables", "ip6tables"] {
+        let _ = node.exec(&[program, "-w", "-t", "nat", "-F", "POSTROUTING"]);
+    }
     for family in Family::ALL {
         assert_eq!(pod.netns.ping(lab.web.address_of(family), 1, "0.01"), 0);
     }
