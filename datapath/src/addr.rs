@@ -5,7 +5,9 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// An IPv4 or IPv6 address in network byte order; IPv4 is held as its IPv4-mapped form
 /// `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), so that one key type and one code path serve both families.
-#[repr(C)]
+///
+/// Aligned to words: BPF reads bytes one by one where it does not know better.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Ip {
     /// The sixteen octets.

@@ -1,7 +1,7 @@
 //! Flow states and idle times: RFC 5382 (TCP), RFC 4787 (UDP), RFC 5508 (ICMP), RFC 7857 (updates).
 
-use crate::keys::{Flow, Settings};
-use crate::packet::{ACK, FIN, ICMP, RST, SYN, TCP};
+use crate::keys::{Flow, PolicyId, Settings};
+use crate::packet::{ACK, FIN, ICMP, ICMPV6, Packet, RST, SCTP, SYN, TCP};
 
 /// Time since boot in units of 2^24 ns (16.8 ms), in 32 bits: wraps after 834 days, so times are compared by
 /// their difference.
@@ -67,7 +67,16 @@ const POD_CLOSED: u8 = FlowState::PodClosed as u8;
 const SERVER_CLOSED: u8 = FlowState::ServerClosed as u8;
 const CLOSED: u8 = FlowState::Closed as u8;
 
+/// Whether a protocol's packets say that a connection opens and closes.
+#[inline(always)]
+#[must_use]
+pub const fn has_states(protocol: u8) -> bool {
+    matches!(protocol, TCP | SCTP)
+}
+
 /// The state after a packet.
+///
+/// SCTP's chunks come in TCP's words: INIT is SYN, ABORT and SHUTDOWN COMPLETE are RST (RFC 9260, 3.2).
 ///
 /// RST is believed without its sequence number: it only shortens the idle time to the resting time, and data
 /// that still flows keeps the flow alive.
@@ -75,7 +84,7 @@ const CLOSED: u8 = FlowState::Closed as u8;
 #[must_use]
 pub const fn next_state(state: u8, sender: Sender, protocol: u8, tcp_flags: u8) -> u8 {
     let server = matches!(sender, Sender::Server);
-    if protocol != TCP {
+    if !has_states(protocol) {
         return if server { ESTABLISHED } else { state };
     }
     if tcp_flags & RST != 0 {
@@ -103,10 +112,10 @@ pub const fn next_state(state: u8, sender: Sender, protocol: u8, tcp_flags: u8) 
 #[must_use]
 pub const fn idle_time(settings: &Settings, state: u8, protocol: u8) -> Ticks {
     seconds(match (protocol, state) {
-        (TCP, ESTABLISHED) => settings.tcp_established,
-        (TCP, CLOSED) => settings.rest,
-        (TCP, _) => settings.tcp_transitory,
-        (ICMP, _) => settings.icmp,
+        (TCP | SCTP, ESTABLISHED) => settings.tcp_established,
+        (TCP | SCTP, CLOSED) => settings.rest,
+        (TCP | SCTP, _) => settings.tcp_transitory,
+        (ICMP | ICMPV6, _) => settings.icmp,
         _ => settings.udp,
     })
 }
@@ -118,6 +127,27 @@ pub const fn idle_time(settings: &Settings, state: u8, protocol: u8) -> Ticks {
 pub const fn older_than(now: Ticks, seen: Ticks, idle: Ticks) -> bool {
     let age = now.wrapping_sub(seen);
     age.cast_signed() >= 0 && age > idle
+}
+
+/// A flow's next packet from the pod, if the flow is in force: it belongs to the pod's present policy and is not
+/// past its time. Returns whether it is.
+#[inline(always)]
+pub fn pod_speaks(
+    settings: &Settings,
+    now: Ticks,
+    flow: &mut Flow,
+    policy: PolicyId,
+    packet: &Packet,
+) -> bool {
+    let protocol = packet.tuple.protocol;
+    if flow.policy != policy || expired(settings, now, flow, protocol) {
+        return false;
+    }
+    flow.state = next_state(flow.state, Sender::Pod, protocol, packet.tcp_flags);
+    flow.seen = now;
+    flow.packets = flow.packets.wrapping_add(1);
+    flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
+    true
 }
 
 /// Whether a flow is past its time and counts as absent.

@@ -2,15 +2,16 @@
 //! packet of a flow is given a token and goes up the host's stack.
 
 use crate::addr::Ip;
-use crate::conntrack::{Sender, Ticks, expired, idle_time, next_state, older_than, seconds};
+use crate::conntrack::{FlowState, Ticks, expired, has_states, idle_time, older_than, pod_speaks, seconds};
+use crate::fragments::{self, Fate, Place};
 use crate::keys::{
     EgressIp, FlowKey, FlowPath, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token, Tuple,
 };
 use crate::limits::WALK_AGAIN_SECONDS;
-use crate::packet::{Kind, Packet, UDP};
+use crate::packet::{Kind, Packet, Part, UDP};
 use crate::snat::way_out;
 use crate::tables::{InsertError, Tables};
-use crate::verdict::{Act, DropReason, FromPod, Snat};
+use crate::verdict::{Act, DropReason, FromPod, Snat, Way};
 
 /// Tries to find an unused token number before the packet is dropped: with a full table of 65,536 tokens one
 /// try in 65,536 fails.
@@ -35,41 +36,72 @@ pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
 #[inline(always)]
 pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Packet, to: &A) -> A::Done {
     let Some(settings) = t.settings() else { return to.act(FromPod::NotOurs) };
-    let tuple = &packet.tuple;
-    let Some(pod) = t.pod(&tuple.source) else { return from_unknown(t, settings, ifindex, tuple, to) };
+    let Some(pod) = t.pod(&packet.tuple.source) else {
+        return from_unknown(t, settings, ifindex, &packet.tuple, to);
+    };
     if pod.policy == 0 {
         return not_selected(t, ifindex, to);
     }
     if pod.ifindex != ifindex && !is_port_of(t, ifindex, pod.ifindex) {
         return to.act(FromPod::Drop(DropReason::SpoofedSource));
     }
+    if packet.part == Part::Later {
+        match fragments::head(t, Place::FromPod, packet) {
+            Some(head) if head.fate == Fate::Flow as u8 => {}
+            Some(head) if head.fate == Fate::Pass as u8 => return to.act(FromPod::Pass),
+            // Its first went up, or will: the host's stack puts them together, or `to_uplink` knows it.
+            _ => return to.act(FromPod::Unmarked),
+        }
+    }
+    let tuple = &packet.tuple;
     let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
     match packet.kind {
-        Kind::Tcp | Kind::Udp | Kind::EchoRequest => {}
-        Kind::EchoReply => return untranslatable(t, settings, &key, DropReason::NoFlow, to),
+        // Its checksum covers the whole datagram by a sum that needs its length.
+        Kind::Sctp if packet.part != Part::Whole => {
+            return untranslatable(t, settings, packet, &key, DropReason::Fragment, to);
+        }
+        Kind::Tcp | Kind::Udp | Kind::Sctp | Kind::EchoRequest => {}
+        Kind::EchoReply => return untranslatable(t, settings, packet, &key, DropReason::NoFlow, to),
         // The host's stack answers no error with another (RFC 1122, 3.2.2).
         Kind::IcmpError if packet.ttl <= 1 => return to.act(FromPod::Drop(DropReason::TtlExpired)),
-        Kind::IcmpError => return error(t, settings, &pod, &key, to),
-        Kind::OtherIcmp => return untranslatable(t, settings, &key, DropReason::IcmpType, to),
-        Kind::Fragment => return untranslatable(t, settings, &key, DropReason::Fragment, to),
-        Kind::Other => return untranslatable(t, settings, &key, DropReason::Protocol, to),
+        Kind::IcmpError => return error(t, settings, &pod, packet, &key, to),
+        Kind::OtherIcmp => return untranslatable(t, settings, packet, &key, DropReason::IcmpType, to),
+        Kind::Fragment | Kind::Other => {
+            return untranslatable(t, settings, packet, &key, DropReason::Protocol, to);
+        }
         Kind::Malformed => return to.act(FromPod::Drop(DropReason::Malformed)),
     }
     let now = t.now();
-    if let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
-        return match way_out(t, settings, egress, 0) {
-            Ok(way) => to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way })),
-            Err(reason) => to.act(FromPod::Drop(reason)),
-        };
+    let too_big = packet.too_big_for(settings.mtu);
+    if !too_big && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
+        match way_out(t, settings, egress, 0) {
+            // The host's stack fragments, or says so to the pod.
+            Ok(Way::Uplink(_))
+                if packet.wire_len > u32::from(egress.uplink_mtu) && egress.uplink_mtu != 0 => {}
+            Ok(way) => {
+                fragments::remember(t, Place::FromPod, packet, Fate::Flow, None);
+                return to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }));
+            }
+            Err(reason) => return to.act(FromPod::Drop(reason)),
+        }
+    }
+    if packet.part == Part::Later {
+        return to.act(FromPod::Unmarked);
     }
     let network = t.network(&tuple.destination);
     if tuple.destination.stays_on_link() || network == NetworkKind::Pods as u32 {
+        fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
         return to.act(FromPod::Unmarked);
     }
     // A node's address may stand for a client that netfilter masqueraded, or lead outside by a NodePort.
     if network != NetworkKind::Services as u32 && answers(t, settings, now, &key, packet) {
+        fragments::remember(t, Place::FromPod, packet, Fate::Pass, None);
         return to.act(FromPod::Pass);
     }
+    if too_big && network == 0 {
+        return to.act(FromPod::TooBig(settings.mtu));
+    }
+    fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
     identify(t, &pod, tuple, to)
 }
 
@@ -85,25 +117,15 @@ fn offloaded_flow<'t, T: Tables>(
     packet: &Packet,
 ) -> Option<(&'t EgressIp, u16)> {
     let (egress, port) = t.flow(key, |flow| {
-        let state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
-        // A flow of an old policy is void. A new SYN on a flow that had got further opens a connection anew:
-        // the node's netfilter must see it (invariant 4).
-        let reopens = packet.kind == Kind::Tcp && packet.opens() && flow.state != state;
-        let walks = packet.kind != Kind::Tcp && older_than(now, flow.walked, seconds(WALK_AGAIN_SECONDS));
+        // A new SYN on a flow that had got further opens a connection anew: the node's netfilter must see it
+        // (invariant 4).
+        let reopens = has_states(key.protocol) && packet.opens() && flow.state != FlowState::Opening as u8;
+        let walks = !has_states(key.protocol) && older_than(now, flow.walked, seconds(WALK_AGAIN_SECONDS));
         // The host's stack answers a packet whose time to live ends here.
         let ends_here = packet.ttl <= 1;
-        if flow.policy != pod.policy
-            || reopens
-            || ends_here
-            || walks
-            || expired(settings, now, flow, key.protocol)
-        {
+        if reopens || ends_here || walks || !pod_speaks(settings, now, flow, pod.policy, packet) {
             return None;
         }
-        flow.state = state;
-        flow.seen = now;
-        flow.packets = flow.packets.wrapping_add(1);
-        flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
         Some((flow.egress, flow.egress_port))
     })??;
     // An address that left the object makes the flow void, too.
@@ -118,6 +140,7 @@ fn error<T: Tables, A: Act<FromPod>>(
     t: &T,
     settings: &Settings,
     pod: &Pod,
+    packet: &Packet,
     key: &FlowKey,
     to: &A,
 ) -> A::Done {
@@ -127,7 +150,7 @@ fn error<T: Tables, A: Act<FromPod>>(
         alive.then_some((flow.egress, flow.egress_port))
     });
     let Some(Some((id, source_port))) = known else {
-        return untranslatable(t, settings, key, DropReason::IcmpType, to);
+        return untranslatable(t, settings, packet, key, DropReason::IcmpType, to);
     };
     let Some(egress) = t.egress_ip(id).filter(|e| e.policy == pod.policy) else {
         return to.act(FromPod::Drop(DropReason::NoFlow));
@@ -175,13 +198,16 @@ fn not_selected<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, to: &A) -> 
 fn untranslatable<T: Tables, A: Act<FromPod>>(
     t: &T,
     settings: &Settings,
+    packet: &Packet,
     key: &FlowKey,
     reason: DropReason,
     to: &A,
 ) -> A::Done {
     if opened_by_remote(t, settings, t.now(), key) {
+        fragments::remember(t, Place::FromPod, packet, Fate::Pass, None);
         to.act(FromPod::Pass)
     } else if key.remote.stays_on_link() || t.network(&key.remote) != 0 {
+        fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
         to.act(FromPod::Unmarked)
     } else {
         to.act(FromPod::Drop(reason))

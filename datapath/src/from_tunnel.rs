@@ -2,6 +2,7 @@
 //! what the sending node may send is accepted; a gateway keeps no state.
 
 use crate::addr::Ip;
+use crate::fragments::{self, Fate, Place};
 use crate::from_uplink::steer;
 use crate::packet::{Kind, Packet};
 use crate::ports::granule_of;
@@ -23,13 +24,14 @@ pub fn from_tunnel<'t, T: Tables, A: Act<FromOutside<'t>>>(
     if vni != settings.tunnel_vni || node == settings.node {
         return drop(DropReason::UnknownTunnelPeer);
     }
-    let tuple = &packet.tuple;
     // Outwards: the source is an egress IP, and the sender leases the source port.
+    let tuple = &packet.tuple;
     if let Some(egress) = t.egress_id(&tuple.source)
-        && matches!(packet.kind, Kind::Tcp | Kind::Udp | Kind::EchoRequest | Kind::IcmpError)
+        && matches!(packet.kind, Kind::Tcp | Kind::Udp | Kind::Sctp | Kind::EchoRequest | Kind::IcmpError)
         && !packet.by_router
         && granule_of(tuple.source_port).is_some_and(|granule| t.granule(egress, granule) == node)
     {
+        fragments::remember(t, Place::FromOutside, packet, Fate::Flow, None);
         return match t.egress_ip(egress) {
             Some(egress) if egress.uplink != 0 => to.act(FromOutside::Forward(egress.uplink)),
             _ => drop(DropReason::NotAGateway),

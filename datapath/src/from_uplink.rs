@@ -3,8 +3,9 @@
 
 use crate::addr::Ip;
 use crate::conntrack::{Sender, expired, next_state};
+use crate::fragments::{self, Fate, Place};
 use crate::keys::{EgressId, FlowPath, IfIndex, ReplyKey, Settings};
-use crate::packet::{Kind, Packet};
+use crate::packet::{Kind, Packet, Part};
 use crate::ports::{flow_key_of, granule_of};
 use crate::tables::Tables;
 use crate::verdict::{Act, DropReason, FromOutside, ReverseSnat};
@@ -39,8 +40,10 @@ pub(crate) fn steer<'t, T: Tables, A: Act<FromOutside<'t>>>(
     to: &A,
 ) -> A::Done {
     let drop = |reason| to.act(FromOutside::Drop(reason));
+    fragments::remember(t, Place::FromOutside, packet, Fate::Flow, None);
     match packet.kind {
-        Kind::Tcp | Kind::Udp | Kind::EchoReply | Kind::IcmpError => {}
+        Kind::Sctp if packet.part != Part::Whole => return drop(DropReason::Fragment),
+        Kind::Tcp | Kind::Udp | Kind::Sctp | Kind::EchoReply | Kind::IcmpError => {}
         Kind::EchoRequest => return drop(DropReason::NoReplyFlow),
         Kind::OtherIcmp => return drop(DropReason::IcmpType),
         Kind::Fragment => return drop(DropReason::Fragment),

@@ -226,6 +226,44 @@ pub struct Token {
     pub tuple: Tuple,
 }
 
+/// `FRAGMENTS`: a datagram that came in fragments.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct FragmentKey {
+    /// Source address.
+    pub source: Ip,
+    /// Destination address.
+    pub destination: Ip,
+    /// The identification, 16 bits of IPv4 or 32 of IPv6.
+    pub id: u32,
+    /// A [`crate::fragments::Place`].
+    pub place: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// `FRAGMENTS`: what its first fragment is.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FragmentHead {
+    /// When it came, in [`crate::conntrack::Ticks`].
+    pub seen: u32,
+    /// Source port, host order (echo request: identifier).
+    pub source_port: u16,
+    /// Destination port, host order (echo reply: identifier).
+    pub destination_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// 1: an echo request; 2: an echo reply.
+    pub echo: u8,
+    /// A [`crate::fragments::Fate`].
+    pub fate: u8,
+    /// Zero.
+    pub pad: u8,
+    /// Behind the host's stack: whose it is, and what the pod sent.
+    pub token: Token,
+}
+
 /// Which way a flow's packets take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FlowPath {
@@ -436,7 +474,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 88,
+    Token = 48, FragmentKey = 40, FragmentHead = 60, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 88,
     u32 = 4,
 }
 

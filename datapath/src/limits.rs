@@ -41,3 +41,11 @@ pub const WALK_AGAIN_SECONDS: u32 = 30;
 pub const FULL_SECONDS: u32 = 1;
 /// Destinations remembered as full. Least recently used goes first and is scanned again.
 pub const FULL: u32 = 4096;
+/// Datagrams that are coming in fragments. Least recently used goes first: the rest of its fragments are dropped.
+pub const FRAGMENTS: u32 = 8192;
+/// How long a first fragment is remembered, in seconds. Fragments of one datagram follow each other closely; an
+/// identification comes round again after 65,536 datagrams (RFC 4963), which must not be by then.
+pub const FRAGMENT_SECONDS: u32 = 2;
+/// Bytes of memory that a CPU has to make an answer in: the longest, 1,280 bytes of IPv6 (RFC 4443, 3.2), and
+/// what bounds that the verifier can follow need beyond.
+pub const ANSWER: usize = 1600;

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
 use crate::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, GranuleTable, IfIndex, Interface, Lease, NetworkKey, Node,
-    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface,
+    Lease, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
 };
 use crate::tables::{InsertError, Tables};
 
@@ -44,6 +44,8 @@ pub struct Memory {
     pub full: RefCell<BTreeMap<ReplyKey, Ticks>>,
     /// `OPENERS`.
     pub openers: RefCell<BTreeMap<FlowKey, Opener>>,
+    /// `FRAGMENTS`. Heads that are looked at are leaked, as tokens are.
+    pub fragments: RefCell<BTreeMap<FragmentKey, FragmentHead>>,
     /// `TOKENS`. Taken tokens are leaked: they are lent for as long as the tables live, and tests are short.
     pub tokens: RefCell<BTreeMap<u32, Token>>,
     /// Capacity of `FLOWS` and of `REPLIES`.
@@ -173,6 +175,15 @@ impl Tables for Memory {
 
     fn put_opener(&self, key: &FlowKey, opener: &Opener) {
         self.openers.borrow_mut().insert(*key, *opener);
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentHead> {
+        let head = *self.fragments.borrow().get(key)?;
+        Some(std::boxed::Box::leak(std::boxed::Box::new(head)))
+    }
+
+    fn put_fragment(&self, key: &FragmentKey, head: &FragmentHead) {
+        self.fragments.borrow_mut().insert(*key, *head);
     }
 
     fn insert_token(&self, hash: u32, token: &Token) -> Result<(), InsertError> {

@@ -3,8 +3,8 @@
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
 use crate::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, IfIndex, Interface, Lease, Node, NodeId, Opener, Pod, PodId,
-    Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, IfIndex, Interface, Lease, Node,
+    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
 };
 
 /// Why an entry was not inserted.
@@ -68,6 +68,11 @@ pub trait Tables {
     fn opener(&self, key: &FlowKey) -> Option<Opener>;
     /// Notes who opened a connection.
     fn put_opener(&self, key: &FlowKey, opener: &Opener);
+
+    /// What the first fragment of a datagram is.
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentHead>;
+    /// Notes what the first fragment of a datagram is.
+    fn put_fragment(&self, key: &FragmentKey, head: &FragmentHead);
 
     /// Keeps a token; `Exists` if its number is taken.
     fn insert_token(&self, hash: u32, token: &Token) -> Result<(), InsertError>;

@@ -1,13 +1,14 @@
 //! A packet is about to leave the node (TC egress of an uplink), after the host's routing, DNAT and
 //! masquerade: here new flows are decided, and what should not leave is stopped.
 
-use crate::conntrack::{FlowState, Sender, expired, next_state};
+use crate::conntrack::{FlowState, pod_speaks};
+use crate::fragments::{self, Fate, Place};
 use crate::from_pod::flow_key;
 use crate::keys::{
-    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, NetworkKind, Reply, ReplyKey,
-    Settings, Token, Tuple, Unassigned,
+    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, NetworkKind, Offload, Reply,
+    ReplyKey, Settings, Token, Tuple, Unassigned,
 };
-use crate::packet::{Kind, Packet};
+use crate::packet::{Kind, Packet, Part, RST};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
 use crate::tables::{InsertError, Tables};
@@ -53,12 +54,19 @@ pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
     if hash == settings.pass_token {
         return to.act(ToUplink::Pass);
     }
-    if let Some(token) = t.take_token(hash) {
+    let fragment = packet.part == Part::Later;
+    let token = match t.take_token(hash) {
+        None if fragment => fragments::head(t, Place::ToUplink, packet).map(|head| &head.token),
+        token => token,
+    };
+    if let Some(token) = token {
+        fragments::remember(t, Place::ToUplink, packet, Fate::Flow, Some(token));
         return decide(t, settings, uplink, token, packet, to);
     }
     let selected = interface.guarded != 0 || t.pod(&tuple.source).is_some_and(|pod| pod.policy != 0);
     if selected && is_outside(t, tuple) {
-        return to.act(ToUplink::Drop(DropReason::TokenLost));
+        let reason = if fragment { DropReason::Fragment } else { DropReason::TokenLost };
+        return to.act(ToUplink::Drop(reason));
     }
     to.act(ToUplink::NotOurs)
 }
@@ -79,7 +87,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     }
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;
-    let key = if undisturbed {
+    let key = if undisturbed && settings.offload != Offload::Never as u8 {
         flow_key(token.pod, &token.tuple, FlowPath::Offloaded)
     } else {
         flow_key(token.pod, tuple, FlowPath::Host)
@@ -96,6 +104,13 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     match translated {
         Ok((egress, source_port, way)) => {
             to.act(ToUplink::Translate(Snat { source: egress.ip, source_port, way }))
+        }
+        Err(DropReason::NoFlow) if packet.kind == Kind::Tcp && packet.part == Part::Whole => {
+            to.act(if packet.tcp_flags & RST != 0 {
+                ToUplink::Drop(DropReason::NoFlow)
+            } else {
+                ToUplink::Reset
+            })
         }
         Err(reason) => to.act(ToUplink::Drop(reason)),
     }
@@ -160,13 +175,9 @@ fn known_flow<'t, T: Tables>(
 ) -> Option<(&'t EgressIp, u16)> {
     let now = t.now();
     let (egress_id, egress_port, alive) = t.flow(key, |flow| {
-        let alive = flow.policy == token.policy && !expired(settings, now, flow, key.protocol);
+        let alive = pod_speaks(settings, now, flow, token.policy, packet);
         if alive {
-            flow.state = next_state(flow.state, Sender::Pod, key.protocol, packet.tcp_flags);
-            flow.seen = now;
             flow.walked = now;
-            flow.packets = flow.packets.wrapping_add(1);
-            flow.bytes = flow.bytes.wrapping_add(u64::from(packet.len));
         }
         (flow.egress, flow.egress_port, alive)
     })?;
@@ -220,8 +231,13 @@ fn new_flow<'t, T: Tables>(
         Err(error) => {
             t.remove_reply(&reply_key(egress_id, flow.egress_port, key));
             match error {
-                // Another CPU made the same flow meanwhile: its port it is.
-                InsertError::Exists => known_flow(t, settings, token, key, packet).ok_or(DropReason::NoFlow),
+                // Another CPU made the same flow meanwhile: its address and port it is.
+                InsertError::Exists => {
+                    let made = t.flow(key, |made| (made.egress, made.egress_port));
+                    let (id, port) = made.ok_or(DropReason::NoFlow)?;
+                    let egress = t.egress_ip(id).filter(|e| e.policy == token.policy);
+                    egress.map(|egress| (egress, port)).ok_or(DropReason::NoFlow)
+                }
                 InsertError::Full => Err(DropReason::FlowTableFull),
             }
         }

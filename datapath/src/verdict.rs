@@ -39,7 +39,7 @@ drop_reasons! {
     UnknownPod = 2,
     /// A selected pod's packet whose protocol cannot be translated.
     Protocol = 3,
-    /// A fragment of a selected pod's packet, or of an answer to it.
+    /// A fragment whose datagram's first fragment was not seen, or of a protocol that cannot be translated so.
     Fragment = 4,
     /// An ICMP message of a selected pod that is neither echo request nor an answer, or one to an egress IP.
     IcmpType = 5,
@@ -55,7 +55,7 @@ drop_reasons! {
     TokenTableFull = 10,
     /// A selected pod's packet reached the uplink without the token that says whose it is.
     TokenLost = 11,
-    /// A TCP packet that opens nothing and belongs to no flow.
+    /// A packet that opens nothing and belongs to no flow. TCP is answered with RST.
     NoFlow = 12,
     /// A packet to an egress IP that answers no flow.
     NoReplyFlow = 13,
@@ -81,7 +81,7 @@ drop_reasons! {
     UnknownInterface = 23,
     /// A packet past the host's stack whose time to live ends here: a reply, or a pod's ICMP error.
     TtlExpired = 24,
-    /// A packet that is larger than the uplink that it leaves by carries.
+    /// A packet that is larger than its way carries: its sender was told, or it is an error itself.
     TooBig = 25,
     /// The route to the destination leaves by an interface that is no uplink.
     NotAnUplink = 26,
@@ -125,6 +125,8 @@ pub enum FromPod {
     Identify(u32),
     /// Of a known flow.
     Translate(Snat),
+    /// Too big for the way out: the pod is told the size that fits, in bytes.
+    TooBig(u16),
     /// Dropped.
     Drop(DropReason),
 }
@@ -138,6 +140,8 @@ pub enum ToUplink {
     Pass,
     /// Translated.
     Translate(Snat),
+    /// A TCP packet of no flow: answered with RST, and counted as [`DropReason::NoFlow`].
+    Reset,
     /// Dropped.
     Drop(DropReason),
 }

@@ -7,15 +7,16 @@ use std::vec::Vec;
 
 use crate::addr::Ip;
 use crate::conntrack::seconds;
+use crate::fragments::{Place, recall};
 use crate::from_tunnel::from_tunnel;
 use crate::from_uplink::{claims, from_uplink};
 use crate::keys::{
     Delivery, DeliveryMode, EgressIp, FlowPath, GranuleRange, GranuleTable, Interface, InterfaceKind, Lease,
     NetworkKey, NetworkKind, Node, OpenedBy, Pod, Policy, Settings, Tuple, Unassigned,
 };
-use crate::limits::{FIRST_PORT, GRANULE_PORTS};
+use crate::limits::{FIRST_PORT, FRAGMENT_SECONDS, GRANULE_PORTS};
 use crate::memory::Memory;
-use crate::packet::{ACK, FIN, ICMP, Kind, Packet, RST, SYN, TCP, UDP};
+use crate::packet::{ACK, FIN, ICMP, Kind, Packet, Part, RST, SCTP, SYN, TCP, UDP};
 use crate::tables::Tables as _;
 use crate::to_pod::to_pod;
 use crate::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, Snat, ToUplink, Way};
@@ -110,7 +111,8 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
         // The tuple of an error is the quoted packet's.
         Kind::Udp | Kind::IcmpError => UDP,
         Kind::EchoRequest | Kind::EchoReply | Kind::OtherIcmp => ICMP,
-        Kind::Fragment | Kind::Other | Kind::Malformed => 132,
+        Kind::Sctp => SCTP,
+        Kind::Fragment | Kind::Other | Kind::Malformed => 47,
     };
     let tuple = Tuple {
         source: from.0,
@@ -120,7 +122,18 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
         protocol,
         pad: [0; 3],
     };
-    Packet { tuple, len: 60, kind, tcp_flags, ttl: 64, by_router: false }
+    Packet {
+        tuple,
+        len: 60,
+        wire_len: 60,
+        fragment_id: 0,
+        kind,
+        tcp_flags,
+        ttl: 64,
+        part: Part::Whole,
+        dont_fragment: true,
+        by_router: false,
+    }
 }
 
 fn tcp(from: (Ip, u16), to: (Ip, u16), flags: u8) -> Packet {
@@ -394,18 +407,102 @@ fn nothing_leaves_without_a_lease() {
 fn what_belongs_to_no_flow_is_dropped() {
     let a = node(A, B);
     let ack = tcp((POD, 40000), (SERVER, 80), ACK);
-    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Drop(DropReason::NoFlow));
+    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Reset);
     for (kind, reason) in [
         (Kind::Other, DropReason::Protocol),
-        (Kind::Fragment, DropReason::Fragment),
         (Kind::OtherIcmp, DropReason::IcmpType),
         (Kind::Malformed, DropReason::Malformed),
     ] {
         let outside = packet(kind, (POD, 0), (SERVER, 0), 0);
         assert_eq!(from_pod(&a, POD_IF, &outside), FromPod::Drop(reason));
     }
-    let inside = packet(Kind::Fragment, (POD, 0), (REMOTE_POD, 0), 0);
+    let inside = packet(Kind::Other, (POD, 0), (REMOTE_POD, 0), 0);
     assert_eq!(from_pod(&a, POD_IF, &inside), FromPod::Unmarked);
+}
+
+/// The fragments of a packet, as they are parsed: the first has all but its length, the later one no ports.
+fn fragments_of(whole: &Packet, id: u32) -> (Packet, Packet) {
+    let first = Packet { part: Part::First, fragment_id: id, dont_fragment: false, ..*whole };
+    let mut later = Packet { part: Part::Later, kind: Kind::Fragment, tcp_flags: 0, ..first };
+    (later.tuple.source_port, later.tuple.destination_port) = (0, 0);
+    (first, later)
+}
+
+fn recalled(t: &Memory, place: Place, packet: &Packet) -> Packet {
+    let mut packet = *packet;
+    recall(t, place, &mut packet);
+    packet
+}
+
+#[test]
+fn fragments_follow_their_first_out_and_back() {
+    let (a, b) = (node(A, B), node(B, B));
+    let sent = udp((POD, 5000), (SERVER, 53));
+    let (first, later) = fragments_of(&sent, 7);
+    // A new flow's go up one by one: no connection tracking puts them together here.
+    let ToUplink::Translate(snat) = walk_up(&a, &first, &first) else { panic!() };
+    assert_eq!(from_pod(&a, POD_IF, &recalled(&a, Place::FromPod, &later)), FromPod::Unmarked);
+    let behind = recalled(&a, Place::ToUplink, &later);
+    assert_eq!(to_uplink(&a, UPLINK, POD_IF, 0, &behind), ToUplink::Translate(snat));
+    // The next datagram is offloaded; a fragment before its first goes up, and ends at the uplink.
+    let (first, later) = fragments_of(&sent, 8);
+    assert_eq!(from_pod(&a, POD_IF, &recalled(&a, Place::FromPod, &later)), FromPod::Unmarked);
+    let behind = recalled(&a, Place::ToUplink, &later);
+    assert_eq!(to_uplink(&a, UPLINK, POD_IF, 0, &behind), ToUplink::Drop(DropReason::Fragment));
+    assert_eq!(from_pod(&a, POD_IF, &first), FromPod::Translate(snat));
+    assert_eq!(from_pod(&a, POD_IF, &recalled(&a, Place::FromPod, &later)), FromPod::Translate(snat));
+    // At the gateway, out and back.
+    let out = udp((EGRESS, snat.source_port), (SERVER, 53));
+    let (first, later) = fragments_of(&out, 8);
+    let tunnelled = |later| from_tunnel(&b, &NODE_A, VNI, &recalled(&b, Place::FromOutside, later), &Keep);
+    assert_eq!(
+        tunnelled(&later),
+        FromOutside::Drop(DropReason::TunnelNotAllowed),
+        "its first is not there yet"
+    );
+    assert_eq!(tunnelled(&first), FromOutside::Forward(UPLINK));
+    assert_eq!(tunnelled(&later), FromOutside::Forward(UPLINK));
+    let (first, later) = fragments_of(&udp((SERVER, 53), (EGRESS, snat.source_port)), 9);
+    let at_gateway = |p| from_uplink(&b, &recalled(&b, Place::FromOutside, p), &Keep);
+    assert_eq!(at_gateway(&later), FromOutside::Drop(DropReason::Fragment));
+    assert_eq!(at_gateway(&first), FromOutside::Tunnel(NODE_A));
+    assert_eq!(at_gateway(&later), FromOutside::Tunnel(NODE_A));
+    let delivered = |p| match from_tunnel(&a, &NODE_B, VNI, &recalled(&a, Place::FromOutside, p), &Keep) {
+        FromOutside::Deliver(reverse, _) => reverse,
+        other => panic!("{other:?}"),
+    };
+    let to = ReverseSnat { destination: POD, destination_port: 5000 };
+    assert_eq!(delivered(&first), to);
+    assert_eq!(delivered(&later), to);
+    // Long after, the identification is another datagram's.
+    b.now.set(b.now.get() + seconds(FRAGMENT_SECONDS) + 2);
+    assert_eq!(at_gateway(&later), FromOutside::Drop(DropReason::Fragment));
+}
+
+#[test]
+fn what_is_too_big_is_said_to_its_sender() {
+    let mut a = node(A, B);
+    a.settings.mtu = 1450;
+    let sized = |wire_len, dont_fragment| {
+        let whole = udp((POD, 5000), (SERVER, 53));
+        Packet { len: 9000, wire_len, dont_fragment, ..whole }
+    };
+    let fits = sized(1450, true);
+    assert!(matches!(walk_up(&a, &fits, &fits), ToUplink::Translate(_)));
+    assert_eq!(from_pod(&a, POD_IF, &sized(1451, true)), FromPod::TooBig(1450));
+    assert!(matches!(from_pod(&a, POD_IF, &sized(1451, false)), FromPod::Translate(_)), "fragmented outside");
+    let (first, later) = fragments_of(&sized(1451, true), 3);
+    assert!(matches!(from_pod(&a, POD_IF, &first), FromPod::Translate(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &recalled(&a, Place::FromPod, &later)), FromPod::Translate(_)));
+    let inside = Packet { wire_len: 9000, ..udp((POD, 5000), (REMOTE_POD, 53)) };
+    assert_eq!(from_pod(&a, POD_IF, &inside), FromPod::Unmarked, "the cluster's own sizes are not ours");
+    // Out of an uplink of this node the host's stack fragments.
+    let mut b = node(B, B);
+    b.egress_ips.values_mut().for_each(|egress| egress.uplink_mtu = 1500);
+    let fits = sized(1500, false);
+    assert!(matches!(walk_up(&b, &fits, &fits), ToUplink::Translate(_)));
+    assert!(matches!(from_pod(&b, POD_IF, &fits), FromPod::Translate(_)));
+    assert!(matches!(from_pod(&b, POD_IF, &sized(1501, false)), FromPod::Identify(_)));
 }
 
 #[test]
@@ -487,7 +584,7 @@ fn a_flow_ends_with_its_policy_pod_and_address() {
     let (mut a, _) = opened();
     a.pods.get_mut(&POD).unwrap().policy = 2;
     a.policies.insert(2, a.policies[&POLICY]);
-    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Drop(DropReason::NoFlow));
+    assert_eq!(walk_up(&a, &ack, &masqueraded(&ack)), ToUplink::Reset);
     assert_eq!(
         walk_up(&a, &syn, &masqueraded(&syn)),
         ToUplink::Drop(DropReason::NoOwner),

@@ -1,12 +1,18 @@
 //! A safe view of the skb: the only place that touches `__sk_buff` and its helpers.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{__sk_buff, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_fib_lookup, bpf_redir_neigh,
+    bpf_tunnel_key,
+};
 use aya_ebpf::helpers::generated::{
-    bpf_set_hash, bpf_set_hash_invalid, bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_set_tunnel_key,
+    bpf_csum_diff, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_change_type, bpf_skb_get_tunnel_key,
+    bpf_skb_load_bytes, bpf_skb_set_tunnel_key,
 };
 use aya_ebpf::programs::TcContext;
 use datapath::addr::Ip;
+
+use crate::maps;
 
 /// `PACKET_HOST` (include/uapi/linux/if_packet.h): for this host.
 const PACKET_HOST: u32 = 0;
@@ -104,19 +110,28 @@ impl Skb {
         self.tc.load(offset).map_err(|_| Refused)
     }
 
+    /// Copies bytes out to where they are wanted.
+    #[inline(always)]
+    pub fn load_into<const N: usize>(&self, offset: usize, to: &mut [u8; N]) -> Result<(), Refused> {
+        // SAFETY: the helper writes `N` bytes, or zeros where it fails.
+        let done =
+            unsafe { bpf_skb_load_bytes(self.raw().cast(), offset as u32, to.as_mut_ptr().cast(), N as u32) };
+        if done == 0 { Ok(()) } else { Err(Refused) }
+    }
+
     /// Copies bytes in, without touching checksums.
     #[inline(always)]
     pub fn store<T: Bytes>(&self, offset: usize, value: &T) -> Result<(), Refused> {
         self.tc.store(offset, value, 0).map_err(|_| Refused)
     }
 
-    /// Corrects the IPv4 header's checksum at `offset` for a changed word (RFC 1624). Words as in memory.
+    /// Corrects the IPv4 header's checksum at `offset` for changed words, by their [`difference`].
     #[inline(always)]
-    pub fn fix_ip_checksum(&self, offset: usize, from: u32, to: u32) -> Result<(), Refused> {
-        self.tc.l3_csum_replace(offset, u64::from(from), u64::from(to), 4).map_err(|_| Refused)
+    pub fn fix_ip_checksum(&self, offset: usize, difference: u32) -> Result<(), Refused> {
+        self.tc.l3_csum_replace(offset, 0, u64::from(difference), 0).map_err(|_| Refused)
     }
 
-    /// The same for a changed 16-bit word.
+    /// The same for a changed 16-bit word (RFC 1624). Words as in memory.
     #[inline(always)]
     pub fn fix_ip_checksum_word(&self, offset: usize, from: u32, to: u32) -> Result<(), Refused> {
         self.tc.l3_csum_replace(offset, u64::from(from), u64::from(to), 2).map_err(|_| Refused)
@@ -128,44 +143,133 @@ impl Skb {
         self.tc.l4_csum_replace(offset, u64::from(from), u64::from(to), flags).map_err(|_| Refused)
     }
 
+    /// Corrects a transport checksum at `offset` for changed words that it covers, by their [`difference`].
+    #[inline(always)]
+    pub fn fix_l4_checksum_by(&self, offset: usize, difference: u32, flags: u64) -> Result<(), Refused> {
+        self.tc.l4_csum_replace(offset, 0, u64::from(difference), flags).map_err(|_| Refused)
+    }
+
+    /// Corrects a transport checksum at `offset` for a changed address of the pseudo-header (RFC 9293, 3.1; RFC
+    /// 8200, 8.1), by its [`difference`].
+    ///
+    /// With `CHECKSUM_COMPLETE` the kernel keeps a sum of the whole packet. Over IPv4 the header's own checksum
+    /// balances the address and the transport checksum is left to account for; over IPv6 the two balance each
+    /// other, which `BPF_F_IPV6` says (6.16 and stable kernels of then; others refuse the flag, and err there).
+    #[inline(always)]
+    pub fn fix_pseudo_header(
+        &self,
+        offset: usize,
+        difference: u32,
+        v6: bool,
+        flags: u64,
+    ) -> Result<(), Refused> {
+        let flags = flags | u64::from(BPF_F_PSEUDO_HDR);
+        let fix = |flags| self.tc.l4_csum_replace(offset, 0, u64::from(difference), flags);
+        if v6 && fix(flags | BPF_F_IPV6).is_ok() {
+            return Ok(());
+        }
+        fix(flags).map_err(|_| Refused)
+    }
+
+    /// Length of a GSO packet's segments without their headers, in bytes; 0: not one.
+    #[inline(always)]
+    pub fn gso_size(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).gso_size }
+    }
+
     /// Who sent a packet through the tunnel, and its VNI.
     #[inline(always)]
     pub fn tunnel_sender(&self) -> Result<(Ip, u32), Refused> {
-        // SAFETY: all zeros is a value of this plain struct.
-        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-        // SAFETY: the helper writes at most the size it is given.
-        let done = unsafe {
-            bpf_skb_get_tunnel_key(self.raw(), &raw mut key, size_of::<bpf_tunnel_key>() as u32, 0)
+        let key = &mut request()?.tunnel;
+        let mut ask = |flags: u32| {
+            let size = size_of::<bpf_tunnel_key>() as u32;
+            // SAFETY: the helper writes at most the size it is given.
+            unsafe { bpf_skb_get_tunnel_key(self.raw(), &raw mut *key, size, u64::from(flags)) }
         };
-        if done != 0 {
+        // It refuses to give one family's address as the other's.
+        if ask(0) == 0 {
+            // SAFETY: the helper wrote the IPv4 member, in host order.
+            let remote = unsafe { key.__bindgen_anon_1.remote_ipv4 };
+            return Ok((Ip::v4(remote.to_be_bytes()), key.tunnel_id));
+        }
+        if ask(BPF_F_TUNINFO_IPV6) != 0 {
             return Err(Refused);
         }
-        // SAFETY: the helper wrote the IPv4 member (host order) as IPv6 was not asked for.
-        let remote = unsafe { key.__bindgen_anon_1.remote_ipv4 };
-        Ok((Ip::v4(remote.to_be_bytes()), key.tunnel_id))
+        // SAFETY: the helper wrote the IPv6 member, in network order.
+        let remote = unsafe { key.__bindgen_anon_1.remote_ipv6 };
+        Ok((from_words(remote), key.tunnel_id))
     }
 
     /// Says where the tunnel's device sends this packet to, and from which of this node's addresses.
     #[inline(always)]
     pub fn set_tunnel(&self, local: &Ip, remote: &Ip, vni: u32) -> Result<(), Refused> {
+        let key = &mut request()?.tunnel;
         // SAFETY: all zeros is a value of this plain struct.
-        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        unsafe { core::ptr::write_bytes(&raw mut *key, 0, 1) };
         key.tunnel_id = vni;
         key.tunnel_ttl = TUNNEL_TTL;
-        key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(remote.v4_octets());
-        key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(local.v4_octets());
-        // No outer UDP checksum over IPv4, as is usual (RFC 7348, 5): the inner one covers the payload.
+        // No outer UDP checksum, as is usual (RFC 7348, 5; for IPv6 RFC 6935): the inner one covers the payload.
+        let mut flags = BPF_F_ZERO_CSUM_TX;
+        if remote.is_v4() {
+            key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(remote.v4_octets());
+            key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(local.v4_octets());
+        } else {
+            key.__bindgen_anon_1.remote_ipv6 = words(remote);
+            key.__bindgen_anon_3.local_ipv6 = words(local);
+            flags |= BPF_F_TUNINFO_IPV6;
+        }
+        let size = size_of::<bpf_tunnel_key>() as u32;
         // SAFETY: the helper reads the struct at its full size.
-        let done = unsafe {
-            bpf_skb_set_tunnel_key(
-                self.raw(),
-                &raw mut key,
-                size_of::<bpf_tunnel_key>() as u32,
-                u64::from(BPF_F_ZERO_CSUM_TX),
-            )
-        };
+        let done = unsafe { bpf_skb_set_tunnel_key(self.raw(), &raw mut *key, size, u64::from(flags)) };
         if done == 0 { Ok(()) } else { Err(Refused) }
     }
+}
+
+/// What helpers are asked with, where it is large: the stack's 512 bytes are needed elsewhere.
+#[repr(C)]
+pub struct Request {
+    /// Of `bpf_fib_lookup`.
+    pub fib: bpf_fib_lookup,
+    /// Of `bpf_redirect_neigh`.
+    pub next_hop: bpf_redir_neigh,
+    /// Of `bpf_skb_set_tunnel_key` and `bpf_skb_get_tunnel_key`.
+    tunnel: bpf_tunnel_key,
+}
+
+/// This CPU's own [`Request`], as it was left.
+#[inline(always)]
+pub fn request() -> Result<&'static mut Request, Refused> {
+    let request = maps::REQUEST.get_ptr_mut(0).ok_or(Refused)?;
+    // SAFETY: programs of one CPU do not interrupt each other at TC, and a program takes one part at a time.
+    Ok(unsafe { &mut *request })
+}
+
+/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (include/uapi/linux/bpf.h), newer than aya's bindings.
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// What a changed address does to a one's complement sum, as the checksum helpers take it. The zeros before an
+/// IPv4 address cancel out.
+#[inline(always)]
+pub fn difference(from: &Ip, to: &Ip) -> u32 {
+    let (from, to) =
+        (from.octets.as_ptr().cast::<u32>().cast_mut(), to.octets.as_ptr().cast::<u32>().cast_mut());
+    // SAFETY: the helper reads sixteen bytes of each, and no alignment is asked of them.
+    unsafe { bpf_csum_diff(from, 16, to, 16, 0) as u32 }
+}
+
+/// An address as words in memory order.
+#[inline(always)]
+pub const fn words(ip: &Ip) -> [u32; 4] {
+    // SAFETY: sixteen bytes, aligned to words.
+    unsafe { core::mem::transmute::<Ip, [u32; 4]>(*ip) }
+}
+
+/// The address of these words.
+#[inline(always)]
+pub const fn from_words(words: [u32; 4]) -> Ip {
+    // SAFETY: as above; every pattern is an address.
+    unsafe { core::mem::transmute::<[u32; 4], Ip>(words) }
 }
 
 /// Arrays of bytes: what may be copied out of and into packets.

@@ -6,18 +6,23 @@
 #![no_std]
 #![no_main]
 
+mod answer;
 mod arp;
 mod ctx;
 mod maps;
+mod nd;
 mod packet;
 mod report;
+mod reset;
 mod rewrite;
 mod send;
 mod tables;
+mod too_big;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use datapath::fragments::{Place, recall};
 use datapath::verdict::{Act, DropReason, FromOutside, FromPod, ToUplink};
 
 use crate::ctx::Skb;
@@ -33,7 +38,8 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 pub fn from_pod(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let Parsed::Ip(parsed) = packet::parse_pods(&skb) else { return NEXT };
-    let at = AfterPod { skb: &skb, headers: &parsed };
+    recall(&Maps, Place::FromPod, &mut parsed.packet);
+    let at = AfterPod { skb: &skb, headers: parsed };
     datapath::from_pod::from_pod(&Maps, skb.ifindex(), &parsed.packet, &at)
 }
 
@@ -63,6 +69,7 @@ impl Act<FromPod> for AfterPod<'_> {
                 NEXT
             }
             FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
+            FromPod::TooBig(mtu) => send::too_big(skb, headers, mtu),
             FromPod::Drop(reason) => drop(skb, reason),
         }
     }
@@ -88,7 +95,8 @@ pub fn to_uplink(ctx: TcContext) -> i32 {
         return NEXT;
     }
     let Parsed::Ip(parsed) = packet::parse_pods(&skb) else { return NEXT };
-    let at = BeforeUplink { skb: &skb, headers: &parsed };
+    recall(&Maps, Place::ToUplink, &mut parsed.packet);
+    let at = BeforeUplink { skb: &skb, headers: parsed };
     datapath::to_uplink::to_uplink(&Maps, skb.ifindex(), ingress, skb.hash(), &parsed.packet, &at)
 }
 
@@ -114,6 +122,7 @@ impl Act<ToUplink> for BeforeUplink<'_> {
                 skb.clear_hash();
                 send::translated(skb, headers, &snat)
             }
+            ToUplink::Reset => send::reset(skb, headers),
             ToUplink::Drop(reason) => drop(skb, reason),
         }
     }
@@ -126,18 +135,23 @@ pub fn from_uplink(ctx: TcContext) -> i32 {
     let parsed = match packet::parse(&skb) {
         Parsed::Ip(parsed) => parsed,
         Parsed::Arp => return arp::answer(&skb),
+        Parsed::Solicitation => return nd::answer(&skb),
         Parsed::Other => return NEXT,
     };
-    datapath::from_uplink::from_uplink(&Maps, &parsed.packet, &AfterUplink { skb: &skb, headers: &parsed })
+    recall(&Maps, Place::FromOutside, &mut parsed.packet);
+    datapath::from_uplink::from_uplink(&Maps, &parsed.packet, &AfterUplink { skb: &skb, headers: parsed })
 }
 
 /// TC ingress of the tunnel's device.
 #[classifier]
 pub fn from_tunnel(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
-    let Parsed::Ip(parsed) = packet::parse(&skb) else { return drop(&skb, DropReason::TunnelNotAllowed) };
+    let Parsed::Ip(parsed) = packet::parse(&skb) else {
+        return drop(&skb, DropReason::TunnelNotAllowed);
+    };
+    recall(&Maps, Place::FromOutside, &mut parsed.packet);
     let Ok((sender, vni)) = skb.tunnel_sender() else { return drop(&skb, DropReason::UnknownTunnelPeer) };
-    let at = AfterTunnel { skb: &skb, headers: &parsed };
+    let at = AfterTunnel { skb: &skb, headers: parsed };
     datapath::from_tunnel::from_tunnel(&Maps, &sender, vni, &parsed.packet, &at)
 }
 
@@ -154,7 +168,7 @@ impl Act<FromOutside<'_>> for AfterUplink<'_> {
         let Self { skb, headers } = self;
         match verdict {
             FromOutside::NotOurs => NEXT,
-            FromOutside::Forward(uplink) => send::out_of(skb, &headers.packet.tuple, uplink),
+            FromOutside::Forward(uplink) => send::out_of(skb, &headers.packet.tuple.source, headers, uplink),
             FromOutside::Tunnel(node) => send::through_tunnel(skb, &node),
             FromOutside::Deliver(reverse, delivery) => send::to_pod(skb, headers, &reverse, delivery),
             FromOutside::Host(reverse) => send::up(skb, headers, &reverse),
@@ -175,7 +189,7 @@ impl Act<FromOutside<'_>> for AfterTunnel<'_> {
     fn act(&self, verdict: FromOutside<'_>) -> i32 {
         let Self { skb, headers } = self;
         match verdict {
-            FromOutside::Forward(uplink) => send::out_of(skb, &headers.packet.tuple, uplink),
+            FromOutside::Forward(uplink) => send::out_of(skb, &headers.packet.tuple.source, headers, uplink),
             FromOutside::Deliver(reverse, delivery) => send::to_pod(skb, headers, &reverse, delivery),
             FromOutside::Host(reverse) => send::into_uplink(skb, headers, &reverse),
             FromOutside::Drop(reason) => drop(skb, reason),

@@ -5,11 +5,14 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use datapath::addr::Ip;
 use datapath::keys::{
-    Delivery, DropCount, EgressIp, Flow, FlowKey, GranuleTable, Interface, Lease, Network, Node, Opener, Pod,
-    PodName, Policy, Reply, ReplyKey, Settings, Token,
+    Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface, Lease,
+    Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
+
+use crate::ctx::Request;
+use crate::packet::Headers;
 
 /// `BPF_F_NO_PREALLOC`: memory follows use. For maps that only the agent fills.
 const ON_DEMAND: usize = 1;
@@ -74,6 +77,18 @@ pub static TOKENS: LruHashMap<u32, Token, { limits::TOKENS as usize }> = LruHash
 #[btf_map]
 pub static TAKEN_TOKEN: PerCpuArray<Token, 1> = PerCpuArray::new();
 
+/// What a CPU asks helpers with.
+#[btf_map]
+pub static REQUEST: PerCpuArray<Request, 1> = PerCpuArray::new();
+
+/// The packet that a CPU works on.
+#[btf_map]
+pub static HEADERS: PerCpuArray<Headers, 1> = PerCpuArray::new();
+
+/// The answer that a CPU makes to a packet.
+#[btf_map]
+pub static ANSWER: PerCpuArray<[u8; limits::ANSWER], 1> = PerCpuArray::new();
+
 /// Who opened a connection. Racing writers write the same, or the later one of two openings.
 #[btf_map]
 pub static OPENERS: LruHashMap<FlowKey, Opener, { limits::OPENERS as usize }> = LruHashMap::new();
@@ -90,6 +105,11 @@ pub static REPLIES: HashMap<ReplyKey, Reply, { limits::FLOWS as usize }> = HashM
 /// Destinations towards which every port of this node is taken: reply keys with port 0, until when.
 #[btf_map]
 pub static FULL: LruHashMap<ReplyKey, u32, { limits::FULL as usize }> = LruHashMap::new();
+
+/// Datagrams that are coming in fragments.
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentHead, { limits::FRAGMENTS as usize }> =
+    LruHashMap::new();
 
 /// Drops by reason.
 #[btf_map]

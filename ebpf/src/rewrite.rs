@@ -1,24 +1,31 @@
 //! Edits of addresses, ports and checksums.
 
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::BPF_F_MARK_MANGLED_0;
 use datapath::addr::Ip;
-use datapath::packet::{ICMP, Kind, SYN, UDP};
+use datapath::crc32c;
+use datapath::packet::{ICMP, ICMPV6, Kind, Part, SYN, UDP};
+use datapath::tables::Tables as _;
 use datapath::verdict::ReverseSnat;
 
-use crate::ctx::{Refused, Skb};
+use crate::ctx::{Refused, Skb, difference};
 use crate::packet::{ETHERNET_LEN, Headers, ICMP_LEN};
+use crate::tables::Maps;
 
 const IP_TTL: usize = ETHERNET_LEN + 8;
 const IP_CHECKSUM: usize = ETHERNET_LEN + 10;
 const IP_SOURCE: usize = ETHERNET_LEN + 12;
 const IP_DESTINATION: usize = ETHERNET_LEN + 16;
+const IPV6_HOP_LIMIT: usize = ETHERNET_LEN + 7;
+const IPV6_SOURCE: usize = ETHERNET_LEN + 8;
+const IPV6_DESTINATION: usize = ETHERNET_LEN + 24;
 
 /// A UDP checksum of 0 is "none" and stays so; one that comes out as 0 is written as its other form (RFC 768).
 const UDP_FLAGS: u64 = BPF_F_MARK_MANGLED_0 as u64;
 /// Bytes of a TCP header that options may take (RFC 9293, 3.1).
 const MAX_OPTIONS: u32 = 40;
-/// IPv4 and TCP headers without options.
+/// IPv4 and TCP headers without options, and the same for IPv6.
 const TCP_OVERHEAD: u16 = 20 + 20;
+const TCP_OVERHEAD_V6: u16 = 40 + 20;
 const OPTION_END: u8 = 0;
 const OPTION_NOP: u8 = 1;
 const OPTION_MSS: u8 = 2;
@@ -30,7 +37,8 @@ pub fn clamp_mss(skb: &Skb, headers: &Headers, mtu: u16) -> Result<(), Refused> 
     if headers.packet.kind != Kind::Tcp || headers.packet.tcp_flags & SYN == 0 || mtu == 0 {
         return Ok(());
     }
-    lower_mss(skb, headers.l4, mtu.saturating_sub(TCP_OVERHEAD))
+    let v4 = headers.packet.tuple.source.is_v4();
+    lower_mss(skb, headers.l4, mtu.saturating_sub(if v4 { TCP_OVERHEAD } else { TCP_OVERHEAD_V6 }))
 }
 
 /// A function of its own: it needs stack that its callers do not have to spare.
@@ -75,120 +83,172 @@ enum End {
     Destination,
 }
 
+impl Headers {
+    /// Address and port at one end.
+    #[inline(always)]
+    const fn end(&self, end: End) -> (&Ip, u16) {
+        let tuple = &self.packet.tuple;
+        match end {
+            End::Source => (&tuple.source, tuple.source_port),
+            End::Destination => (&tuple.destination, tuple.destination_port),
+        }
+    }
+}
+
 /// SNAT: sets source address and port.
 #[inline(always)]
 pub fn snat(skb: &Skb, headers: &Headers, source: &Ip, source_port: u16) -> Result<(), Refused> {
-    let tuple = &headers.packet.tuple;
-    rewrite(skb, headers, End::Source, (&tuple.source, tuple.source_port), (source, source_port))
+    rewrite(skb, headers, End::Source, source, source_port)
 }
 
 /// Reverse SNAT: sets destination address and port.
 #[inline(always)]
 pub fn reverse_snat(skb: &Skb, headers: &Headers, to: &ReverseSnat) -> Result<(), Refused> {
-    let tuple = &headers.packet.tuple;
-    rewrite(
-        skb,
-        headers,
-        End::Destination,
-        (&tuple.destination, tuple.destination_port),
-        (&to.destination, to.destination_port),
-    )
+    rewrite(skb, headers, End::Destination, &to.destination, to.destination_port)
 }
 
 #[inline(always)]
-fn rewrite(
+fn rewrite(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) -> Result<(), Refused> {
+    if headers.packet.kind == Kind::IcmpError {
+        rewrite_error(skb, headers, end, to, to_port)
+    } else {
+        rewrite_packet(skb, headers, end, to, to_port)
+    }
+}
+
+/// A function of its own, as the other: they need stack that their callers do not have to spare.
+#[inline(never)]
+fn rewrite_packet(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) -> Result<(), Refused> {
+    let (from, from_port) = headers.end(end);
+    let change = difference(from, to);
+    // What the first fragment says of ports and checksum covers the later ones.
+    if headers.packet.part != Part::Later {
+        rewrite_transport(skb, headers, end, change, from_port, to_port)?;
+    }
+    set_address(skb, end, change, to)
+}
+
+/// Sets an address, and corrects the IPv4 header's checksum.
+#[inline(always)]
+fn set_address(skb: &Skb, end: End, change: u32, to: &Ip) -> Result<(), Refused> {
+    if to.is_v4() {
+        skb.fix_ip_checksum(IP_CHECKSUM, change)?;
+        let address = if end == End::Source { IP_SOURCE } else { IP_DESTINATION };
+        skb.store(address, &to.v4_octets())
+    } else {
+        let address = if end == End::Source { IPV6_SOURCE } else { IPV6_DESTINATION };
+        skb.store(address, &to.octets)
+    }
+}
+
+/// Sets a port, and corrects the transport checksum for it and for the `change` of an address.
+#[inline(always)]
+fn rewrite_transport(
     skb: &Skb,
     headers: &Headers,
     end: End,
-    (from_ip, from_port): (&Ip, u16),
-    (to_ip, to_port): (&Ip, u16),
+    change: u32,
+    from: u16,
+    to: u16,
 ) -> Result<(), Refused> {
-    if headers.packet.kind == Kind::IcmpError {
-        let change = Change { end, from_port, to_port, to: to_ip.v4_octets() };
-        return rewrite_error(skb, headers.l4, headers.packet.tuple.protocol, &change);
-    }
-    // Words as they lie in memory: what the checksum helpers take.
-    let (from, to) = (u32::from_ne_bytes(from_ip.v4_octets()), u32::from_ne_bytes(to_ip.v4_octets()));
-    let (from_word, to_word) = (u32::from(from_port.to_be()), u32::from(to_port.to_be()));
+    let packet = &headers.packet;
     // Offset of the checksum; whether it covers the addresses (pseudo-header); a UDP checksum of 0 is "none".
-    let (checksum, covers_addresses, flags) = match headers.packet.kind {
+    let (checksum, covers_addresses, flags) = match packet.kind {
         Kind::Tcp => (16, true, 0),
         Kind::Udp => (6, true, UDP_FLAGS),
-        Kind::EchoRequest | Kind::EchoReply => (2, false, 0),
+        Kind::EchoRequest | Kind::EchoReply => (2, packet.tuple.protocol == ICMPV6, 0),
+        Kind::Sctp => return rewrite_sctp(skb, headers, end, to),
         Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => {
             return Err(Refused);
         }
     };
     let port = headers.l4
-        + match (headers.packet.kind, end) {
+        + match (packet.kind, end) {
             (Kind::EchoRequest | Kind::EchoReply, _) => 4,
             (_, End::Source) => 0,
             (_, End::Destination) => 2,
         };
     let checksum = headers.l4 + checksum;
-    if covers_addresses && from != to {
-        skb.fix_l4_checksum(checksum, from, to, flags | u64::from(BPF_F_PSEUDO_HDR) | 4)?;
-    }
-    if from_port != to_port {
-        skb.fix_l4_checksum(checksum, from_word, to_word, flags | 2)?;
-        skb.store(port, &to_port.to_be_bytes())?;
+    if covers_addresses {
+        skb.fix_pseudo_header(checksum, change, !packet.tuple.source.is_v4(), flags)?;
     }
     if from != to {
-        skb.fix_ip_checksum(IP_CHECKSUM, from, to)?;
-        let address = if end == End::Source { IP_SOURCE } else { IP_DESTINATION };
-        skb.store(address, &to_ip.v4_octets())?;
+        skb.fix_l4_checksum(checksum, word(from.to_be_bytes()), word(to.to_be_bytes()), flags | 2)?;
+        skb.store(port, &to.to_be_bytes())?;
     }
     Ok(())
 }
 
-/// What is rewritten in an ICMP error.
-struct Change {
-    end: End,
-    from_port: u16,
-    to_port: u16,
-    to: [u8; 4],
+/// SCTP's checksum does not cover addresses.
+#[inline(always)]
+fn rewrite_sctp(skb: &Skb, headers: &Headers, end: End, to: u16) -> Result<(), Refused> {
+    let from = skb.load::<[u8; 4]>(headers.l4)?;
+    let to = to.to_be_bytes();
+    let ports = match end {
+        End::Source => [to[0], to[1], from[2], from[3]],
+        End::Destination => [from[0], from[1], to[0], to[1]],
+    };
+    let checksum = u32::from_le_bytes(skb.load(headers.l4 + 8)?);
+    let after = headers.packet.len - (headers.l4 - ETHERNET_LEN) as u32 - 4;
+    let mut update = crc32c::Update::new(from, ports);
+    Maps.repeat(crc32c::STEPS, |step| {
+        update.step(step, after);
+        false
+    });
+    skb.store(headers.l4 + 8, &update.of(checksum).to_le_bytes())?;
+    skb.store(headers.l4, &ports)
 }
 
 /// Rewrites an ICMP error: its own address at one end, and in the packet it quotes, which travelled the other
-/// way, address and port at the other end (RFC 5508, REQ-4 and REQ-5).
+/// way, address and port at the other end (RFC 5508, REQ-4 and REQ-5). Both addresses are the same before.
 ///
-/// Of the quoted packet's checksums, those within the eight bytes that are sure to be quoted are corrected. A
-/// correction within the quoted packet that leaves its sum as it was does not change the error's own checksum.
+/// Of the quoted packet's transport checksums, those within the eight bytes that are sure to be quoted are
+/// corrected. The error's own checksum covers all that is quoted, and over IPv6 its own addresses.
 #[inline(never)]
-fn rewrite_error(skb: &Skb, l4: usize, quoted_protocol: u8, change: &Change) -> Result<(), Refused> {
+fn rewrite_error(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) -> Result<(), Refused> {
+    let (from, from_port) = headers.end(end);
+    let change = difference(from, to);
+    let (l4, quoted_protocol) = (headers.l4, headers.packet.tuple.protocol);
+    let v4 = to.is_v4();
     let quoted = l4 + ICMP_LEN;
-    let quoted_l4 = quoted + usize::from(skb.load::<[u8; 1]>(quoted)?[0] & 0x0f) * 4;
-    let (outer_ip, quoted_ip, quoted_port) = match change.end {
-        End::Source => (IP_SOURCE, quoted + 16, quoted_l4 + 2),
-        End::Destination => (IP_DESTINATION, quoted + 12, quoted_l4),
+    let error_checksum = l4 + 2;
+    set_address(skb, end, change, to)?;
+    if !v4 {
+        skb.fix_pseudo_header(error_checksum, change, true, 0)?;
+    }
+    let quoted_l4 = if v4 {
+        // The quoted header's checksum balances its address.
+        skb.fix_ip_checksum(quoted + 10, change)?;
+        skb.store(quoted + if end == End::Source { 16 } else { 12 }, &to.v4_octets())?;
+        quoted + usize::from(skb.load::<[u8; 1]>(quoted)?[0] & 0x0f) * 4
+    } else {
+        skb.fix_l4_checksum_by(error_checksum, change, 0)?;
+        skb.store(quoted + if end == End::Source { 24 } else { 8 }, &to.octets)?;
+        quoted + 40
     };
-    let to = u32::from_ne_bytes(change.to);
-    for (address, checksum) in [(outer_ip, IP_CHECKSUM), (quoted_ip, quoted + 10)] {
-        let from = u32::from_ne_bytes(skb.load(address)?);
-        skb.fix_ip_checksum(checksum, from, to)?;
-        skb.store(address, &change.to)?;
-        if address == quoted_ip && quoted_protocol == UDP {
-            let before = skb.load::<[u8; 2]>(quoted_l4 + 6)?;
-            if before != [0, 0] {
-                skb.fix_l4_checksum(quoted_l4 + 6, from, to, UDP_FLAGS | 4)?;
-                fix_error_checksum(skb, l4, before, skb.load(quoted_l4 + 6)?)?;
+    let (before, after) = (from_port.to_be_bytes(), to_port.to_be_bytes());
+    let (checksum, covers_addresses, flags) = match quoted_protocol {
+        UDP => (6, true, UDP_FLAGS),
+        ICMP => (2, false, 0),
+        ICMPV6 => (2, true, 0),
+        _ => (0, false, 0),
+    };
+    if checksum != 0 {
+        let stands = skb.load::<[u8; 2]>(quoted_l4 + checksum)?;
+        if stands != [0, 0] || quoted_protocol != UDP {
+            if covers_addresses {
+                skb.fix_l4_checksum_by(quoted_l4 + checksum, change, flags)?;
             }
+            skb.fix_l4_checksum(quoted_l4 + checksum, word(before), word(after), flags | 2)?;
+            fix_error_checksum(skb, l4, stands, skb.load(quoted_l4 + checksum)?)?;
         }
     }
-    let (before, after) = (change.from_port.to_be_bytes(), change.to_port.to_be_bytes());
-    if quoted_protocol == ICMP {
-        // The identifier and the quoted message's checksum change against each other.
-        skb.fix_l4_checksum(quoted_l4 + 2, word(before), word(after), 2)?;
-        return skb.store(quoted_l4 + 4, &after);
-    }
-    if quoted_protocol == UDP {
-        let checksum = skb.load::<[u8; 2]>(quoted_l4 + 6)?;
-        if checksum != [0, 0] {
-            skb.fix_l4_checksum(quoted_l4 + 6, word(before), word(after), UDP_FLAGS | 2)?;
-            fix_error_checksum(skb, l4, checksum, skb.load(quoted_l4 + 6)?)?;
-        }
-    }
-    skb.store(quoted_port, &after)?;
+    let port = match (quoted_protocol, end) {
+        (ICMP | ICMPV6, _) => 4,
+        (_, End::Source) => 2,
+        (_, End::Destination) => 0,
+    };
+    skb.store(quoted_l4 + port, &after)?;
     fix_error_checksum(skb, l4, before, after)
 }
 
@@ -207,6 +267,9 @@ const fn word(bytes: [u8; 2]) -> u32 {
 #[inline(always)]
 pub fn hop(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
     let ttl = headers.packet.ttl;
+    if !headers.packet.tuple.source.is_v4() {
+        return skb.store(IPV6_HOP_LIMIT, &[ttl.wrapping_sub(1)]);
+    }
     // The time to live is the high byte of its 16-bit word; the low one does not change.
     skb.fix_ip_checksum_word(IP_CHECKSUM, word([ttl, 0]), word([ttl.wrapping_sub(1), 0]))?;
     skb.store(IP_TTL, &[ttl.wrapping_sub(1)])

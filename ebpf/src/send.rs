@@ -2,7 +2,8 @@
 
 use aya_ebpf::bindings::{
     BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-    BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup as FibLookup, bpf_redir_neigh,
+    BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
+    bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use datapath::addr::Ip;
@@ -11,11 +12,11 @@ use datapath::tables::Tables as _;
 use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
 
 use crate::NEXT;
-use crate::ctx::{Refused, Skb};
+use crate::ctx::{Refused, Request, Skb, from_words, request, words};
 use crate::packet::Headers;
-use crate::report::drop;
-use crate::rewrite;
+use crate::report::{count, drop};
 use crate::tables::Maps;
+use crate::{reset, rewrite, too_big};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -30,10 +31,7 @@ pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
     }
     match snat.way {
         Way::Here => NEXT,
-        Way::Uplink(uplink) => {
-            let tuple = Tuple { source: snat.source, source_port: snat.source_port, ..headers.packet.tuple };
-            out_of(skb, &tuple, uplink)
-        }
+        Way::Uplink(uplink) => out_of(skb, &snat.source, headers, uplink),
         Way::Tunnel(node) => through_tunnel(skb, &node),
     }
 }
@@ -48,7 +46,7 @@ pub fn offloaded(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
 }
 
 /// Sends a packet through the tunnel to a node.
-#[inline(always)]
+#[inline(never)]
 pub fn through_tunnel(skb: &Skb, node: &Ip) -> i32 {
     let Some(settings) = Maps.settings() else { return drop(skb, DropReason::NotReady) };
     let Some(own) = Maps.node(settings.node) else { return drop(skb, DropReason::NotReady) };
@@ -62,22 +60,26 @@ pub fn through_tunnel(skb: &Skb, node: &Ip) -> i32 {
 }
 
 /// Sends a packet out of an uplink, to the next hop that the node's routes give for it there.
-#[inline(always)]
-pub fn out_of(skb: &Skb, tuple: &Tuple, uplink: u32) -> i32 {
-    match route(skb, tuple, uplink, BPF_FIB_LOOKUP_OUTPUT) {
-        Ok((_, mut next_hop)) => {
+#[inline(never)]
+pub fn out_of(skb: &Skb, source: &Ip, headers: &Headers, uplink: u32) -> i32 {
+    let tuple = &headers.packet.tuple;
+    match route(skb, (source, &tuple.destination), tuple, uplink, BPF_FIB_LOOKUP_OUTPUT) {
+        Ok((_, next_hop)) => {
             skb.clear_mark();
-            // SAFETY: the helper reads the struct at its full size.
-            unsafe {
-                bpf_redirect_neigh(uplink, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
-            }
+            to_neighbour(uplink, next_hop)
         }
         Err(reason) => drop(skb, reason),
     }
 }
 
-/// Delivers a reply to a pod of this node, past the host's stack.
 #[inline(always)]
+fn to_neighbour(ifindex: u32, next_hop: &mut bpf_redir_neigh) -> i32 {
+    // SAFETY: the helper reads the struct at its full size.
+    unsafe { bpf_redirect_neigh(ifindex, &raw mut *next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32 }
+}
+
+/// Delivers a reply to a pod of this node, past the host's stack.
+#[inline(never)]
 pub fn to_pod(skb: &Skb, headers: &Headers, reverse: &ReverseSnat, delivery: &Delivery) -> i32 {
     if rewrite::hop(skb, headers).is_err() || reverse_snat(skb, headers, reverse).is_err() {
         return drop(skb, DropReason::Rewrite);
@@ -89,11 +91,41 @@ pub fn to_pod(skb: &Skb, headers: &Headers, reverse: &ReverseSnat, delivery: &De
         // SAFETY: plain integers.
         return unsafe { bpf_redirect_peer(delivery.ifindex, 0) as i32 };
     }
-    let mut next_hop = next_hop_v4(u32::from_ne_bytes(delivery.ip.v4_octets()));
-    // SAFETY: the helper reads the struct at its full size.
-    unsafe {
-        bpf_redirect_neigh(delivery.ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
+    match request() {
+        Ok(Request { next_hop, .. }) => {
+            set_next_hop(next_hop, &delivery.ip);
+            to_neighbour(delivery.ifindex, next_hop)
+        }
+        Err(Refused) => drop(skb, DropReason::Rewrite),
     }
+}
+
+/// Tells a pod that its packet is too big for the way out: `mtu` bytes of IP fit.
+#[inline(always)]
+pub fn too_big(skb: &Skb, headers: &Headers, mtu: u16) -> i32 {
+    let Some(settings) = Maps.settings() else { return drop(skb, DropReason::NotReady) };
+    let v4 = headers.packet.tuple.source.is_v4();
+    let router = if v4 { &settings.router_v4 } else { &settings.router_v6 };
+    if *router == Ip::UNSPECIFIED {
+        return drop(skb, DropReason::TooBig);
+    }
+    count(skb, DropReason::TooBig);
+    too_big::answer(skb, mtu, router)
+}
+
+/// Answers a TCP packet of no flow with RST, as if the server had sent it: it comes in by the uplink that the
+/// packet was to leave by, so that the host's stack undoes what it had done to the packet.
+#[inline(always)]
+pub fn reset(skb: &Skb, headers: &Headers) -> i32 {
+    let Some(interface) = Maps.interface(skb.ifindex()) else { return drop(skb, DropReason::NoFlow) };
+    count(skb, DropReason::NoFlow);
+    if reset::turn(skb, headers).is_err() || skb.store(0, &interface.mac).is_err() {
+        return TC_ACT_SHOT;
+    }
+    skb.clear_hash();
+    skb.clear_mark();
+    // SAFETY: plain integers.
+    unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
 }
 
 /// Lets a reply go on up the host's stack from the uplink that it came by.
@@ -107,14 +139,13 @@ pub fn up(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
 
 /// Lets a reply that came through the tunnel enter the host's stack by the interface that the node's route to
 /// the server leads out of: reverse-path filters drop it on any other.
-#[inline(always)]
+#[inline(never)]
 pub fn into_uplink(skb: &Skb, headers: &Headers, reverse: &ReverseSnat) -> i32 {
     if reverse_snat(skb, headers, reverse).is_err() {
         return drop(skb, DropReason::Rewrite);
     }
     let tuple = &headers.packet.tuple;
-    let back = Tuple { source: reverse.destination, destination: tuple.source, ..*tuple };
-    let ifindex = match route(skb, &back, skb.ifindex(), 0) {
+    let ifindex = match route(skb, (&reverse.destination, &tuple.source), tuple, skb.ifindex(), 0) {
         Ok((ifindex, _)) => ifindex,
         Err(reason) => return drop(skb, reason),
     };
@@ -140,28 +171,35 @@ fn clamp_mss(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
     rewrite::clamp_mss(skb, headers, Maps.settings().map_or(0, |s| s.mtu))
 }
 
-/// Asks the node's routes, all tables and rules, for interface and next hop. `ifindex` is the interface to
-/// leave by with `BPF_FIB_LOOKUP_OUTPUT`, else the one the packet came in by.
+/// Asks the node's routes, all tables and rules, for interface and next hop between two addresses. `ifindex` is
+/// the interface to leave by with `BPF_FIB_LOOKUP_OUTPUT`, else the one the packet came in by.
 #[inline(always)]
-fn route(skb: &Skb, tuple: &Tuple, ifindex: u32, flags: u32) -> Result<(u32, bpf_redir_neigh), DropReason> {
+fn route(
+    skb: &Skb,
+    (source, destination): (&Ip, &Ip),
+    tuple: &Tuple,
+    ifindex: u32,
+    flags: u32,
+) -> Result<(u32, &'static mut bpf_redir_neigh), DropReason> {
+    let Ok(Request { fib, next_hop, .. }) = request() else { return Err(DropReason::NoRoute) };
     // SAFETY: all zeros is a value of this plain struct.
-    let mut fib: FibLookup = unsafe { core::mem::zeroed() };
-    fib.family = AF_INET;
+    unsafe { core::ptr::write_bytes(&raw mut *fib, 0, 1) };
     fib.ifindex = ifindex;
     fib.l4_protocol = tuple.protocol;
     fib.sport = tuple.source_port.to_be();
     fib.dport = tuple.destination_port.to_be();
-    fib.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(tuple.source.v4_octets());
-    fib.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(tuple.destination.v4_octets());
+    if source.is_v4() {
+        fib.family = AF_INET;
+        fib.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(source.v4_octets());
+        fib.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(destination.v4_octets());
+    } else {
+        fib.family = AF_INET6;
+        fib.__bindgen_anon_3.ipv6_src = words(source);
+        fib.__bindgen_anon_4.ipv6_dst = words(destination);
+    }
+    let flags = flags | BPF_FIB_LOOKUP_SKIP_NEIGH;
     // SAFETY: the helper reads and writes the struct at its full size.
-    let result = unsafe {
-        bpf_fib_lookup(
-            skb.as_ptr(),
-            &raw mut fib,
-            size_of::<FibLookup>() as i32,
-            flags | BPF_FIB_LOOKUP_SKIP_NEIGH,
-        )
-    };
+    let result = unsafe { bpf_fib_lookup(skb.as_ptr(), &raw mut *fib, size_of::<FibLookup>() as i32, flags) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
     const FRAG_NEEDED: i64 = BPF_FIB_LKUP_RET_FRAG_NEEDED as i64;
@@ -172,26 +210,23 @@ fn route(skb: &Skb, tuple: &Tuple, ifindex: u32, flags: u32) -> Result<(u32, bpf
         _ => return Err(DropReason::NoRoute),
     }
     // An IPv4 destination may have an IPv6 next hop (RFC 5549).
-    let next_hop = if fib.family == AF_INET6 {
-        // SAFETY: all zeros is a value; the helper wrote the IPv6 member, as the family says.
-        unsafe {
-            let mut hop: bpf_redir_neigh = core::mem::zeroed();
-            hop.nh_family = u32::from(AF_INET6);
-            hop.__bindgen_anon_1.ipv6_nh = fib.__bindgen_anon_4.ipv6_dst;
-            hop
-        }
+    if fib.family == AF_INET6 {
+        // SAFETY: the helper wrote the IPv6 member, as the family says.
+        set_next_hop(next_hop, &from_words(unsafe { fib.__bindgen_anon_4.ipv6_dst }));
     } else {
         // SAFETY: the helper wrote the IPv4 member, as the family says.
-        next_hop_v4(unsafe { fib.__bindgen_anon_4.ipv4_dst })
-    };
+        set_next_hop(next_hop, &Ip::v4(unsafe { fib.__bindgen_anon_4.ipv4_dst }.to_ne_bytes()));
+    }
     Ok((fib.ifindex, next_hop))
 }
 
 #[inline(always)]
-fn next_hop_v4(address: u32) -> bpf_redir_neigh {
-    // SAFETY: all zeros is a value of this plain struct.
-    let mut hop: bpf_redir_neigh = unsafe { core::mem::zeroed() };
-    hop.nh_family = u32::from(AF_INET);
-    hop.__bindgen_anon_1.ipv4_nh = address;
-    hop
+fn set_next_hop(hop: &mut bpf_redir_neigh, address: &Ip) {
+    if address.is_v4() {
+        hop.nh_family = u32::from(AF_INET);
+        hop.__bindgen_anon_1.ipv4_nh = u32::from_ne_bytes(address.v4_octets());
+    } else {
+        hop.nh_family = u32::from(AF_INET6);
+        hop.__bindgen_anon_1.ipv6_nh = words(address);
+    }
 }

@@ -6,8 +6,8 @@ use core::ffi::c_void;
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
 use datapath::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, IfIndex, Interface, Lease, Node, NodeId, Opener, Pod, PodId,
-    Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, IfIndex, Interface, Lease, Node,
+    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
 };
 use datapath::limits::GRANULES as GRANULE_COUNT;
 use datapath::tables::{InsertError, Tables};
@@ -161,6 +161,17 @@ impl Tables for Maps {
     #[inline(always)]
     fn put_opener(&self, key: &FlowKey, opener: &Opener) {
         let _ = maps::OPENERS.insert(key, opener, ANY); // an LRU map makes room
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentHead> {
+        // SAFETY: as in `policy`.
+        unsafe { maps::FRAGMENTS.get(key) }
+    }
+
+    #[inline(always)]
+    fn put_fragment(&self, key: &FragmentKey, head: &FragmentHead) {
+        let _ = maps::FRAGMENTS.insert(key, head, ANY); // an LRU map makes room
     }
 
     #[inline(always)]

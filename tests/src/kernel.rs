@@ -209,7 +209,7 @@ impl Kernel {
         for name in ["FLOWS", "REPLIES"] {
             loader.map_max_entries(name, flow_capacity);
         }
-        for name in ["FULL", "OPENERS", "TOKENS"] {
+        for name in ["FRAGMENTS", "FULL", "OPENERS", "TOKENS"] {
             loader.map_max_entries(name, LRU_ENTRIES);
         }
         let mut ebpf = loader.load(&object).expect("the object loads");

@@ -5,7 +5,7 @@
 
 use datapath::addr::Ip;
 use datapath::keys::Tuple;
-use datapath::packet::{ICMP, Kind, Packet, SYN, TCP, UDP};
+use datapath::packet::{ICMP, Kind, Packet, Part, SYN, TCP, UDP};
 
 /// Length of an Ethernet header.
 pub const ETHERNET: usize = 14;
@@ -313,10 +313,18 @@ impl<'a> Decoded<'a> {
             protocol: self.protocol,
             ..Tuple::default()
         };
+        let fragment = self.word(ETHERNET + 6).unwrap_or(0);
+        let part = match (fragment & 0x1fff, fragment & 0x2000) {
+            (0, 0) => Part::Whole,
+            (0, _) => Part::First,
+            _ => Part::Later,
+        };
+        let identification = u32::from(self.word(ETHERNET + 4).unwrap_or(0)) | u32::from(self.protocol) << 16;
+        let fragment_id = if part == Part::Whole { 0 } else { identification };
         let (mut tcp_flags, mut by_router) = (0, false);
         let transport = self.frame.get(self.l4..self.end).unwrap_or_default();
         let kind = match self.protocol {
-            _ if self.is_fragment() => Kind::Fragment,
+            _ if part == Part::Later => Kind::Fragment,
             TCP if transport.len() < 20 => Kind::Malformed,
             UDP | ICMP if transport.len() < 8 => Kind::Malformed,
             TCP | UDP => {
@@ -340,7 +348,7 @@ impl<'a> Decoded<'a> {
                         tuple.destination_port = identifier;
                         Kind::EchoReply
                     }
-                    3 | 11 | 12 => match self.quoted() {
+                    3 | 11 | 12 if part == Part::Whole => match self.quoted() {
                         Some(quoted) if routers || quoted.source == tuple.source => {
                             by_router = quoted.source != tuple.source;
                             tuple = quoted;
@@ -356,6 +364,10 @@ impl<'a> Decoded<'a> {
         Packet {
             tuple,
             len: (self.end - ETHERNET) as u32,
+            wire_len: (self.end - ETHERNET) as u32,
+            fragment_id,
+            part,
+            dont_fragment: fragment & 0x4000 != 0,
             kind,
             tcp_flags,
             ttl: self.frame[ETHERNET + 8],

@@ -8,8 +8,8 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, MapTyp
 use datapath::addr::Ip;
 use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
-    self, Delivery, DropCount, EgressIp, Flow, FlowKey, GranuleTable, Interface, Lease, Network, NetworkKey,
-    Node, NodeId, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
+    self, Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface,
+    Lease, Network, NetworkKey, Node, NodeId, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -41,7 +41,7 @@ const fn spec<K, V>(name: &'static str, kind: MapType, entries: u32) -> Spec {
     Spec { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries }
 }
 
-/// Every map of the object, as `ebpf/src/maps.rs` declares it. A test compares the two.
+/// Every map of the object that is pinned (all but one program's scratch), as `ebpf/src/maps.rs` declares it. A test compares the two.
 pub const SPECS: &[Spec] = &[
     spec::<u32, Settings>("SETTINGS", MapType::Array, 1),
     spec::<Ip, Pod>("PODS", MapType::Hash, limits::PODS),
@@ -57,10 +57,10 @@ pub const SPECS: &[Spec] = &[
     spec::<u32, Interface>("INTERFACES", MapType::Hash, limits::INTERFACES),
     spec::<NetworkKey, Network>("NETWORKS", MapType::LpmTrie, limits::NETWORKS),
     spec::<u32, Token>("TOKENS", MapType::LruHash, limits::TOKENS),
-    spec::<u32, Token>("TAKEN_TOKEN", MapType::PerCpuArray, 1),
     spec::<FlowKey, Opener>("OPENERS", MapType::LruHash, limits::OPENERS),
     spec::<FlowKey, Flow>("FLOWS", MapType::Hash, limits::FLOWS),
     spec::<ReplyKey, Reply>("REPLIES", MapType::Hash, limits::FLOWS),
+    spec::<FragmentKey, FragmentHead>("FRAGMENTS", MapType::LruHash, limits::FRAGMENTS),
     spec::<ReplyKey, u32>("FULL", MapType::LruHash, limits::FULL),
     spec::<u32, DropCount>("DROPS", MapType::PerCpuArray, DropReason::ALL.len() as u32),
 ];

@@ -9,7 +9,7 @@ use datapath::from_pod::from_pod;
 use datapath::keys::{InterfaceKind, NetworkKind, Tuple};
 use datapath::limits::FLOWS;
 use datapath::memory::Memory;
-use datapath::packet::{self, Kind, Packet};
+use datapath::packet::{self, Kind, Packet, Part};
 use datapath::tables::Tables as _;
 use datapath::to_uplink::to_uplink;
 use datapath::verdict::{DropReason, FromPod, Keep, Snat, ToUplink, Way};
@@ -92,7 +92,18 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         pad: [0; 3],
     };
     let tcp_flags = if kind == Kind::Tcp { packet::SYN } else { 0 };
-    let packet = Packet { tuple, len: 60, kind, tcp_flags, ttl: 64, by_router: false };
+    let packet = Packet {
+        tuple,
+        len: 60,
+        wire_len: 60,
+        fragment_id: 0,
+        kind,
+        tcp_flags,
+        ttl: 64,
+        part: Part::Whole,
+        dont_fragment: true,
+        by_router: false,
+    };
     let mut walk = Walk {
         pod: pod.to_owned(),
         source: IpAddr::from(ip).to_string(),
@@ -109,6 +120,8 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         FromPod::NotOurs => walk.untouched("from_pod", "no EgressIP selects the pod"),
         FromPod::Pass => walk.untouched("from_pod", "no EgressIP selects the pod, others on its bridge are"),
         FromPod::Unmarked => walk.untouched("from_pod", &inside(&tables, &to)),
+        // A packet is traced at its smallest.
+        FromPod::TooBig(_) => walk.dropped("from_pod", DropReason::TooBig),
         FromPod::Drop(reason) => walk.dropped("from_pod", reason),
         FromPod::Translate(snat) => walk.translated("from_pod", image, &snat),
         FromPod::Identify(token) => {
@@ -131,6 +144,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
                     );
                 }
                 ToUplink::Pass => walk.untouched("to_uplink", &inside(&tables, &to)),
+                ToUplink::Reset => walk.dropped("to_uplink", DropReason::NoFlow),
                 ToUplink::Drop(reason) => walk.dropped("to_uplink", reason),
                 ToUplink::Translate(snat) => walk.translated("to_uplink", image, &snat),
             }
