@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use datapath::addr::Ip;
+use datapath::keys::IfIndex;
 use datapath::limits::GRANULE_PORTS;
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -44,6 +45,10 @@ pub trait Kernel {
     /// Makes maps and attachments be as the image and the facts say. An error says that the maps are not;
     /// a text, that they are, and that some interface could not be attached to.
     fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, Self::Error>;
+
+    /// Makes what is around this node fit the image, after it is applied: what the node asks its link to let
+    /// through to it. An error is a text, and is tried again.
+    fn settle(&mut self, image: &MapImage, facts: &Facts) -> impl Future<Output = Result<(), String>>;
 
     /// Removes dead flows; how many were removed, and how many are left.
     fn sweep(&mut self) -> Result<(usize, usize), Self::Error>;
@@ -222,7 +227,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             return false;
         }
         if own.status.tunnel_address.is_empty() {
-            warn!("node {name} has no IPv4 address on an uplink: other nodes cannot reach it by the tunnel");
+            warn!("node {name} has no address on an uplink: other nodes cannot reach it by the tunnel");
         }
         self.write("this node's EgressNode", Write::EgressNode(own)).await;
         true
@@ -271,6 +276,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         match self.kernel.apply(&compiled.image, facts) {
             Ok(unattached) => {
                 self.applied = Some((compiled.image.clone(), facts.clone()));
+                if let Err(message) = self.kernel.settle(&compiled.image, facts).await {
+                    self.applied = None;
+                    self.failures.insert(Problem::new("this node's proxy neighbours", message));
+                }
                 self.loaded.clone_from(&compiled.loaded);
                 self.state.borrow_mut().applies += 1;
                 if let Some(message) = unattached {
@@ -425,20 +434,27 @@ pub fn egress_node(
     // says so.
     let addresses: BTreeSet<_> = facts.addresses.iter().collect();
     let mac = |m: &[u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
+    let tunnels: Vec<_> = [false, true].iter().filter_map(|v6| tunnel_address(node, facts, *v6)).collect();
+    let default_route = |index: &IfIndex| {
+        let families = [(facts.default_v4, "IPv4"), (facts.default_v6, "IPv6")];
+        families.iter().filter(|(i, _)| i.as_ref() == Some(index)).map(|(_, f)| (*f).to_owned()).collect()
+    };
     EgressNode {
         metadata: Meta { name: identity.node.clone(), ..Meta::default() },
         status: EgressNodeStatus {
             node_uid: node.map(|n| n.uid.clone()).unwrap_or_default(),
             boot_id: identity.boot_id.clone(),
-            tunnel_address: tunnel_address(node, facts).map(|a| a.to_string()).unwrap_or_default(),
+            tunnel_address: tunnels.first().map(ToString::to_string).unwrap_or_default(),
+            tunnel_addresses: tunnels.iter().map(ToString::to_string).collect(),
             addresses: addresses.into_iter().map(ToString::to_string).collect(),
             uplinks: facts
                 .uplinks
-                .values()
-                .map(|u| EgressUplink {
+                .iter()
+                .map(|(index, u)| EgressUplink {
                     name: u.name.clone(),
                     mac: mac(&u.mac),
-                    networks: u.networks.iter().map(ToString::to_string).collect(),
+                    networks: u.networks.iter().chain(&u.on_link).map(ToString::to_string).collect(),
+                    default_route: default_route(index),
                     up: u.up,
                 })
                 .collect(),
@@ -456,17 +472,17 @@ pub fn egress_node(
     }
 }
 
-/// Where the node's tunnel ends: its internal address, which other nodes know it by, if it is there; else the
-/// one it had, while an uplink has it; else the first IPv4 address of an uplink.
-fn tunnel_address(node: Option<&model::Node>, facts: &Facts) -> Option<IpAddr> {
+/// Where the node's tunnel ends in a family: its internal address, which other nodes know it by, if it is
+/// there; else the one it had, while an uplink has it; else the first address of an uplink.
+fn tunnel_address(node: Option<&model::Node>, facts: &Facts, v6: bool) -> Option<IpAddr> {
     let internal = node.into_iter().flat_map(|n| &n.internal_addresses).copied();
-    let before = node.and_then(|n| n.agent.as_ref()).and_then(|a| a.tunnel_address);
+    let before = node.and_then(|n| n.agent.as_ref()).and_then(|a| a.tunnel_address(v6));
     let uplinks: Vec<_> = facts.uplinks.values().flat_map(|u| &u.networks).map(ipnet::IpNet::addr).collect();
     internal
         .filter(|a| facts.addresses.contains(a))
         .chain(before.filter(|a| uplinks.contains(a)))
         .chain(uplinks.iter().copied())
-        .find(IpAddr::is_ipv4)
+        .find(|a| a.is_ipv6() == v6)
 }
 
 #[cfg(test)]
@@ -504,6 +520,9 @@ mod tests {
             self.image = image.clone();
             self.history.borrow_mut().push(image.clone());
             Ok(self.unattached.borrow().clone())
+        }
+        async fn settle(&mut self, _: &MapImage, _: &Facts) -> Result<(), String> {
+            Ok(())
         }
         fn sweep(&mut self) -> Result<(usize, usize), std::io::Error> {
             Ok((0, 0))
@@ -619,6 +638,7 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
                 name: "eth0".into(),
                 mac: [name.as_bytes()[0]; 6],
                 networks: vec![format!("{address}/24").parse().unwrap()],
+                on_link: Vec::new(),
                 mtu: 1500,
                 up: true,
             };
@@ -875,26 +895,28 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
                         "192.0.2.5/24".parse().unwrap(),
                         "192.0.2.6/24".parse().unwrap(),
                     ],
+                    on_link: Vec::new(),
                     mtu: 1500,
                     up: true,
                 },
             )]),
-            addresses: vec!["192.0.2.5".parse().unwrap(), "10.9.0.1".parse().unwrap()],
+            addresses: ["192.0.2.5", "10.9.0.1", "fd00::9"].iter().map(|a| a.parse().unwrap()).collect(),
             ..Facts::default()
         };
-        let node = |internal: &[&str], before: Option<&str>| model::Node {
+        let node = |internal: &[&str], before: &[&str]| model::Node {
             internal_addresses: internal.iter().map(|a| a.parse().unwrap()).collect(),
             agent: Some(model::NodeAgent {
-                tunnel_address: before.map(|a| a.parse().unwrap()),
+                tunnel_addresses: before.iter().map(|a| a.parse().unwrap()).collect(),
                 ..model::NodeAgent::default()
             }),
             ..model::Node::default()
         };
-        let of = |n: &model::Node| tunnel_address(Some(n), &facts).unwrap().to_string();
-        assert_eq!(of(&node(&["fd00::1", "10.9.0.1"], None)), "10.9.0.1");
-        assert_eq!(of(&node(&["203.0.113.1"], None)), "192.0.2.5", "another's view of the node");
-        assert_eq!(of(&node(&[], Some("192.0.2.6"))), "192.0.2.6");
-        assert_eq!(of(&node(&[], Some("192.0.2.9"))), "192.0.2.5");
-        assert_eq!(tunnel_address(None, &Facts::default()), None);
+        let of = |n: &model::Node, v6| tunnel_address(Some(n), &facts, v6).unwrap().to_string();
+        assert_eq!(of(&node(&["fd00::9", "10.9.0.1"], &[]), false), "10.9.0.1");
+        assert_eq!(of(&node(&["fd00::9", "10.9.0.1"], &[]), true), "fd00::9");
+        assert_eq!(of(&node(&["203.0.113.1"], &[]), false), "192.0.2.5", "another's view of the node");
+        assert_eq!(of(&node(&[], &["192.0.2.6", "fd00::1"]), false), "192.0.2.6");
+        assert_eq!(of(&node(&[], &["192.0.2.9", "fd00::2"]), true), "fd00::1");
+        assert_eq!(tunnel_address(None, &Facts::default(), false), None);
     }
 }

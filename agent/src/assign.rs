@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::model::{Capacity, Desired};
+use crate::model::{Capacity, Desired, NodeAgent};
 
 /// A node, as the assignment sees it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -20,7 +20,8 @@ pub struct Candidate {
     pub ready: bool,
     /// Whether other nodes reach it.
     pub reachable: bool,
-    /// Networks of its uplinks; none while no agent runs there.
+    /// Networks of addresses that it can hold: those of its uplinks, and those that are routed to the nodes;
+    /// none while no agent runs there.
     pub networks: Vec<IpNet>,
     /// How many addresses it may hold.
     pub capacity: Capacity,
@@ -54,7 +55,7 @@ pub enum Unassigned {
     NotReady,
     /// No healthy node has an uplink in the address's network.
     #[error(
-        "no ready egress node has an uplink whose network contains it; is the agent running there, and is the address right?"
+        "no ready egress node has an uplink whose network contains it; is the agent running there, and is the address right? If routers outside send it to the nodes, set spec.routedCIDRs of the EgressConfig"
     )]
     NoUplink,
     /// All that could are full.
@@ -94,6 +95,7 @@ pub fn inputs(
     desired: &Desired,
     reachable: impl Fn(&str) -> bool,
 ) -> (Vec<Request>, BTreeMap<String, Candidate>) {
+    let v6 = desired.tunnel_over_v6();
     let requests = desired.by_age().into_iter().map(|e| Request { addresses: e.addresses.clone() }).collect();
     let candidates = desired
         .nodes
@@ -108,8 +110,8 @@ pub fn inputs(
                 networks: n
                     .agent
                     .iter()
-                    .filter(|a| a.tunnel_address.is_some())
-                    .flat_map(|a| a.networks.clone())
+                    .filter(|a| a.tunnel_address(v6).is_some())
+                    .flat_map(|a| a.networks.iter().copied().chain(routed(desired, a)))
                     .collect(),
                 capacity: n.capacity,
             };
@@ -117,6 +119,12 @@ pub fn inputs(
         })
         .collect();
     (requests, candidates)
+}
+
+/// Networks of addresses that routers send to the nodes, as far as this node has a way back for them.
+fn routed<'a>(desired: &'a Desired, agent: &'a NodeAgent) -> impl Iterator<Item = IpNet> + 'a {
+    let routed = desired.config.routed_networks.iter().copied();
+    routed.filter(|n| agent.default_routes[usize::from(n.addr().is_ipv6())])
 }
 
 /// Assigns every requested address to a node, or says why not.

@@ -8,6 +8,8 @@ use clap::builder::styling::Styles;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::addresses;
+
 /// Where programs, links and maps are pinned unless told otherwise.
 const BPFFS: &str = "/sys/fs/bpf/outgate";
 
@@ -146,7 +148,7 @@ pub struct TraceArgs {
     pub output: Output,
 }
 
-/// A destination: an address, or an address and a port.
+/// A destination: an address, or an address and a port; IPv6 with a port in brackets (RFC 3986, 3.2.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DestinationArg {
     /// The address.
@@ -159,13 +161,31 @@ impl std::str::FromStr for DestinationArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(ip) = text.parse() {
-            return Ok(Self { ip, port: 80 });
-        }
-        let address: std::net::SocketAddr = text
-            .parse()
-            .map_err(|_| "expected an address or ADDRESS:PORT, such as 203.0.113.10:443".to_owned())?;
-        Ok(Self { ip: address.ip(), port: address.port() })
+        const EXPECTED: &str =
+            "expected an address, or ADDRESS:PORT such as 203.0.113.10:443 or [2001:db8::10]:443";
+        let bracketed = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+        let (host, port) = match bracketed {
+            Some((host, rest)) if host.contains(':') => (host, rest),
+            Some(_) => return Err(EXPECTED.to_owned()),
+            // Colons without brackets are all the address's, if there are several.
+            None => match text.find(':') {
+                Some(at) if text.matches(':').count() == 1 => text.split_at(at),
+                _ => (text, ""),
+            },
+        };
+        let ip = addresses::address(host).map_err(|error| match error {
+            addresses::Error::NotAnAddress | addresses::Error::NotANetwork => EXPECTED.to_owned(),
+            addresses::Error::Mapped | addresses::Error::Zone => format!("{host:?} {error}"),
+        })?;
+        let port = match port.strip_prefix(':') {
+            None if port.is_empty() => 80,
+            // Digits only: `parse` would take a sign.
+            Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+                digits.parse().map_err(|_| format!("{digits:?} is not a port (0 to 65535)"))?
+            }
+            _ => return Err(EXPECTED.to_owned()),
+        };
+        Ok(Self { ip, port })
     }
 }
 
@@ -274,6 +294,36 @@ mod tests {
                 let wanted = format!("OUTGATE_{}", long.to_uppercase().replace('-', "_"));
                 assert_eq!(env.as_deref(), Some(wanted.as_str()));
             }
+        }
+    }
+
+    #[test]
+    fn destinations_of_both_families() {
+        let of = |text: &str| text.parse::<DestinationArg>().map(|d| (d.ip.to_string(), d.port));
+        for (text, ip, port) in [
+            ("203.0.113.9", "203.0.113.9", 80),
+            ("203.0.113.9:443", "203.0.113.9", 443),
+            ("2001:db8::1", "2001:db8::1", 80),
+            ("2001:db8::1:443", "2001:db8::1:443", 80),
+            ("[2001:DB8::1]", "2001:db8::1", 80),
+            ("[2001:db8::1]:443", "2001:db8::1", 443),
+        ] {
+            assert_eq!(of(text), Ok((ip.to_owned(), port)), "{text}");
+        }
+        for (text, part) in [
+            ("", "expected"),
+            ("example.org", "expected"),
+            ("[203.0.113.9]:80", "expected"),
+            ("[2001:db8::1", "expected"),
+            ("[2001:db8::1]80", "expected"),
+            ("[2001:db8::1]:+80", "expected"),
+            ("203.0.113.9:", "not a port"),
+            ("203.0.113.9:65536", "not a port"),
+            ("[fe80::1%eth0]:80", "zone"),
+            ("::ffff:203.0.113.9", "IPv6 form"),
+        ] {
+            let error = of(text).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
         }
     }
 

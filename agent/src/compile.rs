@@ -6,12 +6,12 @@
 //! in a way that drops packets rather than lets them out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, DeliveryMode, EgressIp, GranuleTable, IfIndex, Interface, InterfaceKind, Lease, Network,
-    NetworkKey, NetworkKind, Node, NodeId, Offload, Pod, PodName, Policy, PolicyId, Settings,
+    NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
 };
 use datapath::limits;
 use ipnet::IpNet;
@@ -56,16 +56,41 @@ pub fn compile(desired: &Desired, facts: &Facts, ids: &mut Ids) -> Compiled {
     c.out
 }
 
-/// The uplink whose network contains an address: the longest prefix, then the lowest index.
+/// The uplink whose network contains an address: the longest prefix, then the lowest index. If none does and
+/// routers send the address to the nodes, the uplink of the default route of its family.
 #[must_use]
-pub fn uplink_for(facts: &Facts, ip: &IpAddr) -> Option<IfIndex> {
-    let prefix = |networks: &[IpNet]| networks.iter().filter(|n| n.contains(ip)).map(IpNet::prefix_len).max();
+pub fn uplink_for(config: &model::Config, facts: &Facts, ip: &IpAddr) -> Option<IfIndex> {
     facts
         .uplinks
         .iter()
-        .filter_map(|(index, uplink)| Some((prefix(&uplink.networks)?, *index)))
+        .filter_map(|(index, uplink)| Some((uplink.prefix_of(ip)?, *index)))
         .max_by_key(|(prefix, index)| (*prefix, std::cmp::Reverse(*index)))
         .map(|(_, index)| index)
+        .or_else(|| facts.default_uplink(ip).filter(|_| config.is_routed(ip)))
+}
+
+/// The IPv6 proxy-neighbour entries that an image wants: each egress address that this node holds or may come
+/// to hold, on the uplink whose network contains it, so that the solicitations for it arrive from the first
+/// moment on. Where the node answers for proxy neighbours itself (`answering`: `proxy_ndp` is on), only those
+/// that it holds, or it would answer for other nodes'.
+#[must_use]
+pub fn proxies(
+    image: &MapImage,
+    facts: &Facts,
+    answering: impl Fn(&str) -> bool,
+) -> BTreeSet<(IfIndex, Ipv6Addr)> {
+    let node = image.settings.node;
+    image
+        .egress_ips
+        .values()
+        .filter_map(|egress| {
+            let IpAddr::V6(ip) = IpAddr::from(egress.ip) else { return None };
+            let uplink = facts.uplinks.get(&egress.uplink)?;
+            uplink.prefix_of(&ip.into())?;
+            let held = node != 0 && egress.holder == node;
+            (held || !answering(&uplink.name)).then_some((egress.uplink, ip))
+        })
+        .collect()
 }
 
 struct Compiler<'a> {
@@ -84,31 +109,59 @@ impl Compiler<'_> {
         self.out.problems.insert(Problem::new(about, message));
     }
 
-    /// `NODES` and `NODE_ADDRS`: every node whose agent says where its tunnel ends.
+    /// `NODES` and `NODE_ADDRS`: every node whose agent says where its tunnel ends, in the family that all use.
+    /// Packets are taken from a node's address of the other family too: while the family changes, some nodes
+    /// send by the old one still.
     fn nodes(&mut self) {
+        let desired = self.desired;
+        let v6 = desired.tunnel_over_v6();
         let mut by_address: BTreeMap<Ip, &String> = BTreeMap::new();
+        let mut nodes = Vec::new();
         // This node first: without itself it can do nothing.
-        let own = self.desired.nodes.get_key_value(&self.desired.node);
-        for (name, node) in own.into_iter().chain(&self.desired.nodes) {
-            let Some(address) = node.agent.as_ref().and_then(|a| a.tunnel_address) else { continue };
-            if by_address.len() >= capacity(limits::NODES) {
+        let own = desired.nodes.get_key_value(&desired.node);
+        let others = desired.nodes.iter().filter(|(name, _)| **name != desired.node);
+        for (name, node) in own.into_iter().chain(others) {
+            let Some(agent) = node.agent.as_ref().filter(|a| !a.tunnel_addresses.is_empty()) else {
+                continue;
+            };
+            let Some(address) = agent.tunnel_address(v6) else {
+                let (has, all) = if v6 { ("IPv4", "IPv6") } else { ("IPv6", "IPv4") };
+                self.problem(
+                    format_args!("Node {name}"),
+                    format_args!("its tunnel address is {has} only, the nodes' tunnel runs over {all}; it gets no tunnel"),
+                );
+                continue;
+            };
+            if nodes.len() >= capacity(limits::NODES) {
                 self.problem(format_args!("Node {name}"), over("NODES", limits::NODES));
                 continue;
             }
-            let first = *by_address.entry(address.into()).or_insert(name);
-            if first != name {
-                self.problem(
-                    format_args!("Node {name}"),
-                    format_args!("its tunnel address {address} is also node {first}'s; it gets no tunnel"),
-                );
+            if let Some(first) = by_address.get(&address.into()) {
+                let message =
+                    format!("its tunnel address {address} is also node {first}'s; it gets no tunnel");
+                self.problem(format_args!("Node {name}"), message);
+                continue;
+            }
+            by_address.insert(address.into(), name);
+            nodes.push((name, Ip::from(address), agent.tunnel_address(!v6).map(Ip::from)));
+        }
+        // Second addresses after all first ones: they must not take a place, nor an address, from those.
+        let mut room = capacity(limits::NODES) - nodes.len();
+        for (name, _, second) in &mut nodes {
+            *second = second.filter(|ip| room > 0 && !by_address.contains_key(ip));
+            if let Some(ip) = second {
+                by_address.insert(*ip, name);
+                room -= 1;
             }
         }
-        let ids = self.ids.nodes(&by_address.keys().copied().collect());
-        for (tunnel_ip, name) in by_address {
-            if let Some(id) = ids.get(&tunnel_ip) {
-                self.out.image.nodes.insert(*id, Node { tunnel_ip });
-                self.out.image.node_addrs.insert(tunnel_ip, *id);
-                self.node_ids.insert(name.clone(), *id);
+        let addresses: Vec<Vec<Ip>> =
+            nodes.iter().map(|(_, first, second)| [*first].into_iter().chain(*second).collect()).collect();
+        let ids = self.ids.nodes(&addresses);
+        for (((name, tunnel_ip, _), addresses), id) in nodes.into_iter().zip(addresses).zip(ids) {
+            if let Some(id) = id {
+                self.out.image.nodes.insert(id, Node { tunnel_ip });
+                self.out.image.node_addrs.extend(addresses.into_iter().map(|ip| (ip, id)));
+                self.node_ids.insert(name.clone(), id);
             }
         }
     }
@@ -156,7 +209,9 @@ impl Compiler<'_> {
                 .map(|ip| {
                     let holds =
                         self.allocation(ip).is_some_and(|a| a.owner.as_ref() == Some(&self.desired.node));
-                    uplink_for(self.facts, ip).filter(|_| assignable || holds).unwrap_or(0)
+                    uplink_for(&self.desired.config, self.facts, ip)
+                        .filter(|_| assignable || holds)
+                        .unwrap_or(0)
                 })
                 .collect();
             let is_used = used.contains(&e.name);
@@ -196,8 +251,7 @@ impl Compiler<'_> {
         let id = self.ids.egress(policy, key);
         let owner = self.allocation(&ip).and_then(|a| a.owner.as_ref());
         let holder = owner.and_then(|n| self.node_ids.get(n)).copied().unwrap_or(0);
-        let uplink_mtu =
-            self.facts.uplinks.get(&uplink).map_or(0, |u| u16::try_from(u.mtu).unwrap_or(u16::MAX));
+        let uplink_mtu = self.facts.uplinks.get(&uplink).map_or(0, |u| clamp(u.mtu));
         self.out
             .image
             .egress_ips
@@ -290,12 +344,13 @@ impl Compiler<'_> {
                 let key = Ip::from(*ip);
                 let id = self.ids.pod(key, identity);
                 let (ifindex, mode, device) = self.interface_of(ip);
+                let mtu = self.mtu_of(ifindex);
                 let image = &mut self.out.image;
                 image.pods.insert(key, Pod { id, policy, ifindex, pad: 0 });
                 // Also while its interface is not known, for the identity in it.
                 image.delivery.insert(
                     id,
-                    Delivery { ip: key, ifindex: device, mode: mode as u8, pad: 0, mtu: 0, identity },
+                    Delivery { ip: key, ifindex: device, mode: mode as u8, pad: 0, mtu, identity },
                 );
                 image.pod_names.insert(id, pod_name(namespace, name));
             }
@@ -347,6 +402,12 @@ impl Compiler<'_> {
         }
     }
 
+    /// The MTU of the interface that a pod's packets come in by; 0 while it is not known.
+    fn mtu_of(&self, ifindex: IfIndex) -> u16 {
+        let pod = self.facts.pod_interfaces.get(&ifindex).map(|i| i.mtu);
+        clamp(pod.or(self.facts.bridges.get(&ifindex).map(|b| b.mtu)).unwrap_or(0))
+    }
+
     /// `INTERFACES`.
     fn interfaces(&mut self) {
         let f = self.facts;
@@ -377,7 +438,7 @@ impl Compiler<'_> {
         let bridges = f
             .bridges
             .iter()
-            .map(|(index, mac)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), *mac, 0)));
+            .map(|(index, b)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), b.mac, 0)));
         let uplinks =
             f.uplinks.iter().map(|(index, u)| (*index, interface(InterfaceKind::Uplink, false, u.mac, 0)));
         let others = f.others.iter().map(|index| (*index, interface(InterfaceKind::Other, false, [0; 6], 0)));
@@ -391,6 +452,24 @@ impl Compiler<'_> {
         }
     }
 
+    /// This node's address of a family: the one that the Node object names if it is there, else one of the
+    /// uplink of the default route, else of any uplink; unspecified if there is none.
+    fn router_address(&self, v6: bool) -> Ip {
+        let f = self.facts;
+        let node = self.desired.nodes.get(&self.desired.node);
+        let internal = node.into_iter().flat_map(|n| &n.internal_addresses);
+        let default = if v6 { f.default_v6 } else { f.default_v4 };
+        let first = default.and_then(|index| f.uplinks.get(&index));
+        let uplinks = first.into_iter().chain(f.uplinks.values()).flat_map(|u| &u.networks).map(IpNet::addr);
+        let egress = &self.out.image.egress_addrs;
+        internal
+            .copied()
+            .filter(|ip| f.addresses.contains(ip))
+            .chain(uplinks)
+            .find(|ip| ip.is_ipv6() == v6 && !egress.contains_key(&Ip::from(*ip)))
+            .map_or(Ip::UNSPECIFIED, Ip::from)
+    }
+
     /// `SETTINGS`.
     fn settings(&mut self) {
         let config = &self.desired.config;
@@ -402,8 +481,8 @@ impl Compiler<'_> {
             tunnel_port: tunnel.port,
             tunnel_vni: tunnel.vni,
             tunnel_ifindex: self.facts.tunnel_ifindex,
-            mtu: tunnel_mtu(self.facts),
-            offload: Offload::Auto as u8,
+            mtu: flow_mtu(self.desired, self.facts),
+            offload: config.offload as u8,
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
             hold_unknown: u8::from(config.hold_unknown),
@@ -415,19 +494,29 @@ impl Compiler<'_> {
             next_pod: next.pod,
             next_policy: next.policy,
             next_egress: next.egress,
+            router_v4: self.router_address(false),
+            router_v6: self.router_address(true),
             // The pass token is apply's: it lives as long as the maps do.
             ..Settings::default()
         };
     }
 }
 
-/// What the tunnel takes of a packet over IPv4: Ethernet, VXLAN, UDP and IPv4 headers (RFC 7348, 5).
-const TUNNEL_OVERHEAD: u32 = 14 + 8 + 8 + 20;
+/// What the tunnel takes of a packet beside the outer IP header: Ethernet, VXLAN and UDP headers (RFC 7348, 5).
+const TUNNEL_OVERHEAD: u32 = 14 + 8 + 8;
 
-/// The largest packet that fits the tunnel out of any uplink; 0 without one.
-fn tunnel_mtu(facts: &Facts) -> u16 {
+/// The largest packet that an egress flow carries whole out of any uplink; 0 without one. A node alone has
+/// nobody to tunnel to.
+fn flow_mtu(desired: &Desired, facts: &Facts) -> u16 {
+    let outer = if desired.tunnel_over_v6() { 40 } else { 20 };
+    let overhead = if desired.nodes.len() > 1 { TUNNEL_OVERHEAD + outer } else { 0 };
     let mtu = facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0);
-    u16::try_from(mtu.saturating_sub(TUNNEL_OVERHEAD)).unwrap_or(u16::MAX)
+    clamp(mtu.saturating_sub(overhead))
+}
+
+/// Loopback's MTU is 65,536; no IP packet is longer than 65,535 bytes.
+fn clamp(mtu: u32) -> u16 {
+    u16::try_from(mtu).unwrap_or(u16::MAX)
 }
 
 fn capacity(limit: u32) -> usize {
@@ -471,7 +560,7 @@ fn pod_name(namespace: &str, name: &str) -> PodName {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{PodInterface, Uplink};
+    use crate::facts::{Bridge, PodInterface, Uplink};
     use crate::model::tests::objects;
     use datapath::keys::{GranuleRange, PodId};
 
@@ -482,6 +571,7 @@ mod tests {
             mac: [2; 6],
             bridge,
             peer_elsewhere,
+            mtu: 1400,
         };
         Facts {
             uplinks: BTreeMap::from([(
@@ -490,12 +580,13 @@ mod tests {
                     name: "eth0".into(),
                     mac: [1; 6],
                     networks: vec!["192.0.2.5/24".parse().unwrap()],
+                    on_link: Vec::new(),
                     mtu: 1500,
                     up: true,
                 },
             )]),
             pod_interfaces: BTreeMap::from([(10, pod(0, true)), (21, pod(20, true)), (22, pod(20, false))]),
-            bridges: BTreeMap::from([(20, [3; 6])]),
+            bridges: BTreeMap::from([(20, Bridge { mac: [3; 6], mtu: 1300 })]),
             others: std::collections::BTreeSet::from([1, 9]),
             host_routes: BTreeMap::from([("10.1.0.1".parse().unwrap(), 10)]),
             bridge_networks: BTreeMap::from([("10.1.2.0/24".parse().unwrap(), 20)]),
@@ -504,6 +595,9 @@ mod tests {
                 ("10.1.2.22".parse().unwrap(), 22),
             ]),
             addresses: vec!["192.0.2.5".parse().unwrap()],
+            default_v4: Some(2),
+            default_v6: None,
+            proxies: BTreeMap::new(),
             tunnel_ifindex: 9,
         }
     }
@@ -782,18 +876,18 @@ spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}"
             &objects(
                 "kind: EgressConfig
 metadata: {name: default}
-spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {udpSeconds: 7}}",
+spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, offload: Never, timeouts: {udpSeconds: 7}}",
             ),
             "a",
         );
         desired.tunnel = Some(crate::objects::Tunnel { port: 4795, vni: 99 });
         let mut ids = Ids::default();
         let s = compile(&desired, &facts(), &mut ids).image.settings;
-        assert_eq!((s.unassigned, s.spread, s.hold_unknown), (1, 2, 0));
+        assert_eq!((s.unassigned, s.spread, s.hold_unknown, s.offload), (1, 2, 0, 2));
         assert_eq!((s.tunnel_port, s.tunnel_vni, s.tunnel_ifindex), (4795, 99, 9));
         assert_eq!((s.tcp_established, s.tcp_transitory, s.udp, s.icmp, s.rest), (7440, 240, 7, 60, 65));
         let s = of(&cluster(&[])).image.settings;
-        assert_eq!((s.unassigned, s.spread, s.hold_unknown), (0, 1, 1));
+        assert_eq!((s.unassigned, s.spread, s.hold_unknown, s.offload), (0, 1, 1, 1));
     }
 
     #[test]
@@ -814,8 +908,219 @@ spec: {unassigned: NodeIP, spread: Connection, unknownPods: Allow, timeouts: {ud
         let mut other = f.uplinks[&2].clone();
         other.networks = vec!["192.0.2.129/25".parse().unwrap()];
         f.uplinks.insert(3, other);
-        let of = |s: &str| uplink_for(&f, &s.parse().unwrap());
+        let config = model::Config::default();
+        let of = |s: &str| uplink_for(&config, &f, &s.parse().unwrap());
         assert_eq!((of("192.0.2.200"), of("192.0.2.100"), of("198.51.100.1")), (Some(3), Some(2), None));
+    }
+
+    /// Node a with both families: uplink 2 (the networks of both, and default routes), uplink 3 with a second
+    /// network of each and no route out, pods by host route, bridge and neighbour entries of both.
+    fn dual_facts() -> Facts {
+        let mut f = facts();
+        let all = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<IpNet>>();
+        f.uplinks.get_mut(&2).unwrap().networks = all(&["192.0.2.5/24", "2001:db8::5/64"]);
+        let second = Uplink {
+            name: "eth1".into(),
+            networks: all(&["198.51.100.5/24", "2001:db8:1::5/128"]),
+            on_link: all(&["2001:db8:1::/64"]),
+            mtu: 1400,
+            ..f.uplinks[&2].clone()
+        };
+        f.uplinks.insert(3, second);
+        f.default_v6 = Some(2);
+        f.host_routes.insert("fd00:1::1".parse().unwrap(), 10);
+        f.bridge_networks.insert("fd00:1:0:2::/64".parse().unwrap(), 20);
+        f.bridge_ports.insert("fd00:1:0:2::21".parse().unwrap(), 21);
+        f.bridge_ports.insert("fd00:1:0:2::22".parse().unwrap(), 22);
+        f.addresses.extend(["2001:db8::5".parse::<IpAddr>().unwrap()]);
+        f
+    }
+
+    const DUAL: &str = "---
+kind: EgressConfig
+metadata: {name: default}
+spec: {clusterCIDRs: [10.1.0.0/16, 'fd00:1::/48'], serviceCIDRs: [10.96.0.0/12, 'fd00:96::/112'], routedCIDRs: [203.0.113.0/24, '2001:db8:ff::/64']}
+---
+kind: EgressIP
+metadata: {name: six, uid: us, creationTimestamp: '2026-01-01T00:00:00Z'}
+spec: {egressIPs: ['2001:db8::100', '2001:db8:1::100', '2001:db8:ff::100', '2001:db8:2::100', 198.51.100.100, 203.0.113.100], namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: shop}}}
+---
+kind: EgressAllocation
+metadata: {name: 2001-0db8-0000-0000-0000-0000-0000-0100, uid: y, generation: 1}
+spec: {egressIP: '2001:db8::100', owner: a, leases: [{node: a, nodeUID: ua, generation: 1, ranges: [{first: 0, count: 10}]}]}";
+
+    fn dual_cluster() -> String {
+        let pod = |name: &str, v4: &str, v6: &str| {
+            let both = format!("{{podIPs: [{{ip: {v4}}}, {{ip: '{v6}'}}]}}");
+            pod("shop", name, v4).replace(&format!("{{podIP: {v4}}}"), &both)
+        };
+        let pods = [
+            pod("routed", "10.1.0.1", "fd00:1::1"),
+            pod("bridged", "10.1.2.21", "fd00:1:0:2::21"),
+            pod("macvlan", "10.1.2.22", "fd00:1:0:2::22"),
+            pod("quiet", "10.1.2.23", "fd00:1:0:2::23"),
+            pod("new", "10.1.9.1", "fd00:1:0:9::1"),
+        ];
+        let cluster = CLUSTER
+            .replace("{type: Hostname", "{type: InternalIP, address: '2001:db8::5'}, {type: Hostname")
+            .replace("tunnelAddress: 192.0.2.5, ", "tunnelAddresses: [192.0.2.5, '2001:db8::5'], ")
+            .replace("tunnelAddress: 192.0.2.6, ", "tunnelAddresses: [192.0.2.6, '2001:db8::6'], ");
+        format!("{cluster}\n{}\n{DUAL}", pods.join("\n"))
+    }
+
+    #[test]
+    fn both_families_of_a_pod_have_the_same_way_back() {
+        let c = with(&dual_cluster(), &dual_facts(), &mut Ids::default());
+        assert_eq!(c.problems, BTreeSet::new());
+        assert_eq!(c.image.pods.len(), 10);
+        for (v4, v6, ways) in [
+            ("10.1.0.1", "fd00:1::1", (10, DeliveryMode::Peer, 10, 1400)),
+            ("10.1.2.21", "fd00:1:0:2::21", (21, DeliveryMode::Peer, 21, 1400)),
+            ("10.1.2.22", "fd00:1:0:2::22", (22, DeliveryMode::Neighbour, 20, 1400)),
+            ("10.1.2.23", "fd00:1:0:2::23", (20, DeliveryMode::Neighbour, 20, 1300)),
+            ("10.1.9.1", "fd00:1:0:9::1", (0, DeliveryMode::Neighbour, 0, 0)),
+        ] {
+            for address in [v4, v6] {
+                let p = c.image.pods[&ip(address)];
+                let d = c.image.delivery[&p.id];
+                assert!(p.policy != 0);
+                assert_eq!(d.ip, ip(address));
+                let (ifindex, mode, device, mtu) = ways;
+                let got = (p.ifindex, d.mode, d.ifindex, d.mtu);
+                assert_eq!(got, (ifindex, mode as u8, device, mtu), "{address}");
+            }
+            assert_ne!(c.image.pods[&ip(v4)].id, c.image.pods[&ip(v6)].id);
+        }
+    }
+
+    #[test]
+    fn egress_ips_of_both_families_have_their_uplink() {
+        let c = with(&dual_cluster(), &dual_facts(), &mut Ids::default());
+        let uplink = |address: &str| {
+            let e = c.image.egress_ips[&egress(&c, address)];
+            (e.uplink, e.uplink_mtu)
+        };
+        assert_eq!(uplink("2001:db8::100"), (2, 1500));
+        assert_eq!(
+            uplink("2001:db8:1::100"),
+            (3, 1400),
+            "on the link by the router's word, without a route out"
+        );
+        assert_eq!(uplink("198.51.100.100"), (3, 1400));
+        assert_eq!(uplink("2001:db8:ff::100"), (2, 1500), "routed to the node: by its default route");
+        assert_eq!(uplink("203.0.113.100"), (2, 1500));
+        assert_eq!(uplink("2001:db8:2::100"), (0, 0));
+        let e = egress(&c, "2001:db8::100");
+        assert_eq!(c.image.egress_ips[&e].holder, c.image.settings.node);
+        assert_eq!(c.image.leases[&e], Lease::of(&[GranuleRange { first: 0, count: 10 }]));
+        assert_eq!(c.image.granules[&e].node[9], c.image.settings.node);
+        assert!(c.loaded.contains_key(&"2001:db8::100".parse::<IpAddr>().unwrap()));
+        // A default route of the other family is none.
+        let f = Facts { default_v6: None, ..dual_facts() };
+        let c = with(&dual_cluster(), &f, &mut Ids::default());
+        assert_eq!(c.image.egress_ips[&egress(&c, "2001:db8:ff::100")].uplink, 0);
+    }
+
+    #[test]
+    fn solicitations_are_let_through_for_what_a_node_holds_or_may_hold_on_its_link() {
+        let f = dual_facts();
+        let image = with(&dual_cluster(), &f, &mut Ids::default()).image;
+        let all = |answering: bool| {
+            proxies(&image, &f, |_| answering)
+                .into_iter()
+                .map(|(i, ip)| (i, ip.to_string()))
+                .collect::<Vec<_>>()
+        };
+        let held = (2, "2001:db8::100".to_owned());
+        let may_hold = (3, "2001:db8:1::100".to_owned());
+        assert_eq!(all(false), [held.clone(), may_hold], "not the routed one");
+        assert_eq!(all(true), [held], "the kernel would answer for another node's");
+        let unlabelled = dual_cluster().replace(", labels: {k8s.ovn.org/egress-assignable: ''}", "");
+        let image = with(&unlabelled, &f, &mut Ids::default()).image;
+        let wanted = proxies(&image, &f, |_| false);
+        assert_eq!(wanted, BTreeSet::from([(2, "2001:db8::100".parse().unwrap())]), "held still");
+    }
+
+    #[test]
+    fn nodes_are_reached_over_the_family_that_all_have_and_known_by_both() {
+        let yaml = dual_cluster();
+        let tunnel = |c: &Compiled, address: &str| {
+            c.image
+                .node_addrs
+                .get(&ip(address))
+                .map(|id| IpAddr::from(c.image.nodes[id].tunnel_ip).to_string())
+        };
+        let mut ids = Ids::default();
+        let both = with(&yaml, &dual_facts(), &mut ids);
+        for address in ["192.0.2.6", "2001:db8::6"] {
+            assert_eq!(tunnel(&both, address).as_deref(), Some("192.0.2.6"));
+        }
+        assert_eq!(
+            both.image.settings.mtu, 1350,
+            "the smaller uplink's 1400 less IPv4, UDP, VXLAN and Ethernet"
+        );
+        // A node that has only IPv6 comes.
+        let third = "---
+kind: Node
+metadata: {name: c, uid: uc}
+---
+kind: EgressNode
+metadata: {name: c}
+status: {nodeUID: uc, tunnelAddresses: ['2001:db8::7']}
+---
+kind: Node
+metadata: {name: b, uid: ub}";
+        let yaml = format!("{yaml}\n{third}");
+        let six = with(&yaml, &dual_facts(), &mut ids);
+        assert_eq!(six.problems, BTreeSet::new());
+        for (address, at) in [
+            ("192.0.2.5", "2001:db8::5"),
+            ("192.0.2.6", "2001:db8::6"),
+            ("2001:db8::6", "2001:db8::6"),
+            ("2001:db8::7", "2001:db8::7"),
+        ] {
+            assert_eq!(tunnel(&six, address).as_deref(), Some(at));
+        }
+        assert_eq!(six.image.settings.mtu, 1330);
+        assert_eq!(six.image.settings.node, both.image.settings.node, "nodes keep their ids");
+        // Without an address in common, those that have not what most have are named.
+        let lonely = yaml.replace("tunnelAddresses: [192.0.2.6, '2001:db8::6']", "tunnelAddress: 192.0.2.6");
+        let c = with(&lonely, &dual_facts(), &mut Ids::default());
+        assert!(
+            c.problems.iter().any(|p| p.about == "Node c" && p.message.contains("is IPv6 only")),
+            "{:?}",
+            c.problems
+        );
+        assert_eq!(tunnel(&c, "2001:db8::7"), None);
+        assert_eq!(tunnel(&c, "192.0.2.6").as_deref(), Some("192.0.2.6"));
+    }
+
+    #[test]
+    fn sizes_and_router_addresses() {
+        let s = with(&dual_cluster(), &dual_facts(), &mut Ids::default()).image.settings;
+        assert_eq!((s.router_v4, s.router_v6), (ip("192.0.2.5"), ip("2001:db8::5")));
+        // The Node names none that is there: an uplink's, the default route's first.
+        let unnamed = dual_cluster().replace("InternalIP", "Hostname");
+        let mut f = dual_facts();
+        f.default_v4 = Some(3);
+        let s = with(&unnamed, &f, &mut Ids::default()).image.settings;
+        assert_eq!((s.router_v4, s.router_v6), (ip("198.51.100.5"), ip("2001:db8::5")));
+        assert_eq!(of(&cluster(&[])).image.settings.router_v6, Ip::UNSPECIFIED);
+        assert_eq!(of(&cluster(&[])).image.settings.mtu, 1450);
+        // Alone, a node has no tunnel to fit into.
+        let alone = "kind: Node
+metadata: {name: a}
+---
+kind: EgressNode
+metadata: {name: a}
+status: {tunnelAddress: 192.0.2.5}";
+        assert_eq!(of(alone).image.settings.mtu, 1500);
+        assert_eq!(with(alone, &dual_facts(), &mut Ids::default()).image.settings.mtu, 1400);
+        let mut f = facts();
+        f.uplinks.get_mut(&2).unwrap().mtu = 65_536;
+        assert_eq!(with(alone, &f, &mut Ids::default()).image.settings.mtu, 65_535);
+        f.uplinks.clear();
+        assert_eq!(with(alone, &f, &mut Ids::default()).image.settings.mtu, 0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the agent knows of its own node's network, read from netlink: an input of `compile`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::keys::IfIndex;
 use ipnet::IpNet;
@@ -13,8 +13,8 @@ pub struct Facts {
     pub uplinks: BTreeMap<IfIndex, Uplink>,
     /// Interfaces that lead to pods, by index.
     pub pod_interfaces: BTreeMap<IfIndex, PodInterface>,
-    /// Bridges that have a pod interface as a port, with their hardware address.
-    pub bridges: BTreeMap<IfIndex, [u8; 6]>,
+    /// Bridges that have a pod interface as a port, by index.
+    pub bridges: BTreeMap<IfIndex, Bridge>,
     /// All other interfaces. What is in none of these has not been looked at.
     pub others: BTreeSet<IfIndex>,
     /// Host routes to single addresses (`10.1.2.3 dev vethX`), by address.
@@ -25,8 +25,31 @@ pub struct Facts {
     pub bridge_ports: BTreeMap<IpAddr, IfIndex>,
     /// Every address of the node, on any interface, without loopback and link-local.
     pub addresses: Vec<IpAddr>,
+    /// The uplink that the best IPv4 default route leaves by, if it is one.
+    pub default_v4: Option<IfIndex>,
+    /// The same for IPv6.
+    pub default_v6: Option<IfIndex>,
+    /// IPv6 proxy-neighbour entries of the uplinks, ours and others'.
+    pub proxies: BTreeMap<(IfIndex, Ipv6Addr), Proxy>,
     /// Index of the tunnel device `outgate0`; 0 until it exists.
     pub tunnel_ifindex: IfIndex,
+}
+
+impl Facts {
+    /// The uplink of the default route of an address's family.
+    #[must_use]
+    pub const fn default_uplink(&self, ip: &IpAddr) -> Option<IfIndex> {
+        if ip.is_ipv4() { self.default_v4 } else { self.default_v6 }
+    }
+}
+
+/// Whose a proxy-neighbour entry is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Proxy {
+    /// An agent made it.
+    Ours,
+    /// The node's operator or another program did: left alone.
+    Foreign,
 }
 
 /// An interface that leads out of the node.
@@ -36,12 +59,32 @@ pub struct Uplink {
     pub name: String,
     /// Its hardware address.
     pub mac: [u8; 6],
-    /// The networks of its addresses, as configured (`192.0.2.7/24`: host bits kept).
+    /// Its addresses with their networks, as configured (`192.0.2.7/24`: host bits kept); no link-local ones.
     pub networks: Vec<IpNet>,
+    /// IPv6 prefixes that routers advertise as on the link: an address that DHCP gave is a /128 and
+    /// has no network of its own (RFC 5942, 4).
+    pub on_link: Vec<IpNet>,
     /// Its MTU.
     pub mtu: u32,
     /// Whether it is up and has carrier.
     pub up: bool,
+}
+
+impl Uplink {
+    /// Length of the longest prefix of its networks that contains an address.
+    #[must_use]
+    pub fn prefix_of(&self, ip: &IpAddr) -> Option<u8> {
+        self.networks.iter().chain(&self.on_link).filter(|n| n.contains(ip)).map(IpNet::prefix_len).max()
+    }
+}
+
+/// A bridge that has a pod interface as a port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Bridge {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Its MTU.
+    pub mtu: u32,
 }
 
 /// An interface that leads to a pod.
@@ -55,4 +98,6 @@ pub struct PodInterface {
     pub bridge: IfIndex,
     /// Whether it is a veth whose peer is in another network namespace (`bpf_redirect_peer` works).
     pub peer_elsewhere: bool,
+    /// Its MTU.
+    pub mtu: u32,
 }

@@ -18,7 +18,7 @@ pub struct Ids {
     /// By [`identity`].
     policies: BTreeMap<u64, PolicyId>,
     egress: BTreeMap<(PolicyId, Ip), EgressId>,
-    /// By tunnel address. Flows do not name nodes, so these are few and may be given again.
+    /// By tunnel address, of either family. Flows do not name nodes, so these are few and may be given again.
     nodes: BTreeMap<Ip, NodeId>,
     next: Next,
 }
@@ -58,7 +58,7 @@ impl Ids {
             pods: image.delivery.iter().map(|(id, d)| ((d.ip, d.identity), *id)).collect(),
             policies: image.policies.iter().map(|(id, p)| (p.identity, *id)).collect(),
             egress: image.egress_ips.iter().map(|(id, e)| ((e.policy, e.ip), *id)).collect(),
-            nodes: image.nodes.iter().map(|(id, n)| (n.tunnel_ip, *id)).collect(),
+            nodes: image.node_addrs.clone(),
             next: Next {
                 pod: after(image.delivery.keys().chain(image.pods.values().map(|p| &p.id)).max(), s.next_pod),
                 policy: after(image.policies.keys().max(), s.next_policy),
@@ -85,20 +85,27 @@ impl Ids {
         *self.egress.entry((policy, ip)).or_insert_with(|| give(&mut self.next.egress))
     }
 
-    /// Numbers the nodes with these tunnel addresses, the smallest free number first; numbers of nodes that
-    /// are gone are free from the next call on, so that no entry ever means two nodes within one change.
-    pub(crate) fn nodes(&mut self, tunnels: &BTreeSet<Ip>) -> BTreeMap<Ip, NodeId> {
+    /// Numbers nodes, each by its tunnel addresses, the smallest free number first; in the order given. A node
+    /// keeps its number while it keeps one of its addresses. Numbers of nodes that are gone are free from the
+    /// next call on, so that no entry ever means two nodes within one change. No address may be in two nodes.
+    pub(crate) fn nodes(&mut self, nodes: &[Vec<Ip>]) -> Vec<Option<NodeId>> {
         let mut taken: BTreeSet<NodeId> = self.nodes.values().copied().collect();
-        self.nodes.retain(|ip, _| tunnels.contains(ip));
-        for ip in tunnels {
-            if !self.nodes.contains_key(ip)
-                && let Some(id) = (1..=NodeId::MAX).find(|id| !taken.contains(id))
-            {
-                taken.insert(id);
-                self.nodes.insert(*ip, id);
-            }
+        let old = std::mem::take(&mut self.nodes);
+        let mut kept = BTreeSet::new();
+        let mut ids = Vec::with_capacity(nodes.len());
+        for addresses in nodes {
+            // Addresses that were one node's may be two nodes' now.
+            let id = addresses.iter().find_map(|ip| old.get(ip).copied()).filter(|id| kept.insert(*id));
+            ids.push(id);
         }
-        self.nodes.clone()
+        for (addresses, id) in nodes.iter().zip(&mut ids) {
+            if id.is_none() {
+                *id = (1..=NodeId::MAX).find(|id| !taken.contains(id));
+                taken.extend(*id);
+            }
+            self.nodes.extend(addresses.iter().filter_map(|ip| Some((*ip, (*id)?))));
+        }
+        ids
     }
 
     /// Forgets all that the image has not: should it come back, it is something new.
@@ -146,10 +153,21 @@ mod tests {
     #[test]
     fn a_node_number_rests_for_one_change() {
         let mut ids = Ids::default();
-        let set = |ns: &[u8]| ns.iter().map(|n| ip(*n)).collect();
-        assert_eq!(ids.nodes(&set(&[1, 2])).into_values().collect::<Vec<_>>(), [1, 2]);
-        assert_eq!(ids.nodes(&set(&[2, 3]))[&ip(3)], 3);
-        assert_eq!(ids.nodes(&set(&[2, 3, 4]))[&ip(4)], 1);
+        let of = |ns: &[u8]| ns.iter().map(|n| vec![ip(*n)]).collect::<Vec<_>>();
+        assert_eq!(ids.nodes(&of(&[1, 2])), [Some(1), Some(2)]);
+        assert_eq!(ids.nodes(&of(&[2, 3])), [Some(2), Some(3)]);
+        assert_eq!(ids.nodes(&of(&[2, 3, 4])), [Some(2), Some(3), Some(1)]);
+    }
+
+    #[test]
+    fn a_node_keeps_its_number_while_it_keeps_an_address() {
+        let mut ids = Ids::default();
+        assert_eq!(ids.nodes(&[vec![ip(1)], vec![ip(2), ip(12)]]), [Some(1), Some(2)]);
+        let node_addrs = BTreeMap::from([(ip(1), 1), (ip(2), 2), (ip(12), 2)]);
+        let image = MapImage { node_addrs, ..MapImage::default() };
+        assert_eq!(Ids::recover(&image).nodes(&[vec![ip(12)]]), [Some(2)]);
+        assert_eq!(ids.nodes(&[vec![ip(11), ip(1)], vec![ip(12)]]), [Some(1), Some(2)]);
+        assert_eq!(ids.nodes(&[vec![ip(1)], vec![ip(11)]]), [Some(1), Some(3)], "two where one was");
     }
 
     #[test]

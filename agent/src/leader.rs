@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 
+use crate::addresses::object_name;
 use crate::assign::{self, Assignment};
 use crate::lease;
 use crate::model::{Allocation, Desired, Lease, TUNNEL_PORT};
@@ -47,7 +48,7 @@ pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut
     let requests: Vec<_> = requests
         .into_iter()
         .map(|mut r| {
-            r.addresses.retain(|ip| !around.unreadable.contains(&ip.to_string()));
+            r.addresses.retain(|ip| !around.unreadable.contains(&object_name(ip)));
             r
         })
         .collect();
@@ -109,8 +110,7 @@ fn allocations(
     let cluster_nodes = desired.nodes.len();
     let mut refused = BTreeMap::new();
     for (ip, e) in desired.addresses() {
-        let name = ip.to_string();
-        if around.unreadable.contains(&name) {
+        if around.unreadable.contains(&object_name(&ip)) {
             continue;
         }
         let old = desired.allocations.get(&ip);
@@ -138,7 +138,7 @@ fn allocations(
         let named: BTreeSet<_> = desired.egress_ips.values().flat_map(|e| &e.named).collect();
         for ip in desired.allocations.keys().filter(|ip| !named.contains(ip)) {
             plan.log.push(format!("egress IP {ip}: in no EgressIP any more, its port leases end"));
-            plan.writes.push(Write::RemoveAllocation(ip.to_string()));
+            plan.writes.push(Write::RemoveAllocation(object_name(ip)));
         }
     }
     refused
@@ -202,7 +202,7 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
         .collect();
     EgressAllocation {
         metadata: Meta {
-            name: ip.to_string(),
+            name: object_name(&ip),
             uid: a.uid.clone(),
             generation: a.generation,
             ..Meta::default()
@@ -326,11 +326,53 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
             |ip: &str| c.iter().find(|c| c.egress_ip == ip).map(|c| (c.status.as_str(), c.reason.as_str()));
         assert_eq!(of("192.0.2.100"), None);
         assert_eq!(of("192.0.2.102"), Some(("False", "NodeTaken")));
-        assert_eq!(of("2001:db8::1"), Some(("False", "NotSupported")));
+        assert_eq!(of("2001:db8::1"), Some(("False", "NoUplink")));
         assert_eq!(
             (c[0].kind.as_str(), c[0].status.as_str(), c[0].reason.as_str()),
             ("Assigned", "False", "PartlyAssigned")
         );
+    }
+
+    #[test]
+    fn an_ipv6_address_is_assigned_and_leased_as_an_ipv4_one() {
+        let yaml = CLUSTER.replace("192.0.2.5/24]", "192.0.2.5/24, '2001:db8::5/64']");
+        let mut w =
+            World::new(&yaml.replace("demand: [192.0.2.100]", "demand: [192.0.2.100, '2001:db8::1']"));
+        w.step();
+        assert!(w.items().contains(&("2001:db8::1", "a")), "{:?}", w.items());
+        let a = &w.objects.egress_allocations["2001-0db8-0000-0000-0000-0000-0000-0001"];
+        assert_eq!((a.spec.egress_ip.as_str(), a.spec.leases.len()), ("2001:db8::1", 1));
+        assert_eq!(w.step(), Plan::default(), "nothing more to do");
+        w.objects.egress_ips.clear();
+        w.step();
+        assert!(w.objects.egress_allocations.is_empty());
+        // One that cannot be read is left alone, by the same name.
+        let mut w = World::new(&yaml);
+        w.unreadable.insert("2001-0db8-0000-0000-0000-0000-0000-0001".into());
+        w.step();
+        assert_eq!(w.objects.egress_allocations.len(), 3, "the other three");
+        let c = &w.statuses["e"].status.conditions;
+        assert!(c.iter().any(|c| c.egress_ip == "2001:db8::1" && c.reason == "AllocationUnreadable"));
+    }
+
+    #[test]
+    fn an_address_that_is_routed_to_the_nodes_needs_a_default_route_and_no_network() {
+        let config = "---
+kind: EgressConfig
+metadata: {name: default}
+spec: {routedCIDRs: ['2001:db8::/64']}";
+        let yaml = format!("{CLUSTER}\n{config}");
+        let reason = |yaml: &str| {
+            let mut w = World::new(yaml);
+            w.step();
+            let c = &w.statuses["e"].status.conditions;
+            c.iter().find(|c| c.egress_ip == "2001:db8::1").map(|c| c.reason.clone())
+        };
+        assert_eq!(reason(&yaml).as_deref(), Some("NoUplink"));
+        let with = |family: &str| yaml.replace("up: true", &format!("up: true, defaultRoute: [{family}]"));
+        assert_eq!(reason(&with("IPv4")).as_deref(), Some("NoUplink"), "of the other family");
+        assert_eq!(reason(&with("IPv6")), None);
+        assert_eq!(reason(&with("IPv6").replace("up: true", "up: false")).as_deref(), Some("NoUplink"));
     }
 
     #[test]

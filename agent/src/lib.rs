@@ -4,6 +4,7 @@
 pub mod objects;
 pub mod watch;
 
+pub mod addresses;
 pub mod model;
 pub mod selector;
 

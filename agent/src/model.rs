@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use datapath::addr::Ip;
-use datapath::keys::{GranuleRange, Unassigned};
+use datapath::keys::{GranuleRange, Offload, Unassigned};
 use datapath::limits::{GRANULES, POLICY_ADDRESSES};
 use ipnet::IpNet;
 
+use crate::addresses;
 use crate::objects::{
     self, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects, TimeoutsSpec,
     Tunnel,
@@ -57,12 +58,24 @@ pub struct Config {
     pub hold_unknown: bool,
     /// How flows spread over an object's addresses.
     pub spread: Spread,
+    /// Which packets skip the host's stack.
+    pub offload: Offload,
+    /// Networks of egress IPs that are routed to the nodes.
+    pub routed_networks: Vec<IpNet>,
     /// The tunnel's port, if it is set.
     pub tunnel_port: Option<u16>,
     /// The tunnel's identifier, if it is set.
     pub tunnel_vni: Option<u32>,
     /// Idle times.
     pub timeouts: Timeouts,
+}
+
+impl Config {
+    /// Whether an address is one that is routed to the nodes.
+    #[must_use]
+    pub fn is_routed(&self, ip: &IpAddr) -> bool {
+        self.routed_networks.iter().any(|n| n.contains(ip))
+    }
 }
 
 impl Default for Config {
@@ -73,6 +86,8 @@ impl Default for Config {
             unassigned: Unassigned::Drop,
             hold_unknown: true,
             spread: Spread::Pod,
+            offload: Offload::Auto,
+            routed_networks: Vec::new(),
             tunnel_port: None,
             tunnel_vni: None,
             timeouts: Timeouts::default(),
@@ -145,9 +160,6 @@ pub struct Selectors {
 /// Why an address is refused.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, thiserror::Error)]
 pub enum Refusal {
-    /// IPv6.
-    #[error("IPv6 egress IPs are not supported yet")]
-    Ipv6,
     /// Another object has it.
     #[error("also in EgressIP {older}, which is older and keeps it")]
     Duplicate {
@@ -169,6 +181,12 @@ pub enum Refusal {
     /// Loopback, link-local, multicast, broadcast or unspecified.
     #[error("not an address that a host can have on a network")]
     Unusable,
+    /// The first address of an uplink's network, or the last of an IPv4 one.
+    #[error("it stands for the whole network {network} or for all hosts in it; no host can have it")]
+    NetworkItself {
+        /// The network.
+        network: IpNet,
+    },
 }
 
 impl Refusal {
@@ -176,11 +194,10 @@ impl Refusal {
     #[must_use]
     pub const fn reason(&self) -> &'static str {
         match self {
-            Self::Ipv6 => "NotSupported",
             Self::Duplicate { .. } => "Duplicate",
             Self::NodeAddress { .. } => "NodeAddress",
             Self::InsideCluster { .. } => "InsideCluster",
-            Self::Unusable => "Unusable",
+            Self::Unusable | Self::NetworkItself { .. } => "Unusable",
         }
     }
 }
@@ -244,12 +261,14 @@ pub struct NodeAgent {
     pub node_uid: String,
     /// The kernel's boot id.
     pub boot_id: String,
-    /// Where its tunnel ends.
-    pub tunnel_address: Option<IpAddr>,
+    /// Where its tunnel ends, one address of each family that it has.
+    pub tunnel_addresses: Vec<IpAddr>,
     /// Its addresses.
     pub addresses: BTreeSet<IpAddr>,
     /// Networks of its uplinks that work.
     pub networks: Vec<IpNet>,
+    /// Whether a working uplink has the IPv4 default route, and the IPv6 one.
+    pub default_routes: [bool; 2],
     /// Egress IPs that it needs ports of.
     pub demand: BTreeSet<IpAddr>,
     /// Allocations whose whole port table its kernel has: address to UID and generation.
@@ -284,7 +303,31 @@ pub struct Lease {
     pub ranges: Vec<GranuleRange>,
 }
 
+impl NodeAgent {
+    /// Where its tunnel ends in a family.
+    #[must_use]
+    pub fn tunnel_address(&self, v6: bool) -> Option<IpAddr> {
+        self.tunnel_addresses.iter().copied().find(|a| a.is_ipv6() == v6)
+    }
+}
+
 impl Desired {
+    /// Whether the nodes' tunnel runs over IPv6. All nodes use one family, for a packet's outer source is the
+    /// address that its receiver knows the sender by: IPv4 if all have it, else IPv6 if all have that, else
+    /// what more of them have.
+    #[must_use]
+    pub fn tunnel_over_v6(&self) -> bool {
+        let agents: Vec<_> = self
+            .nodes
+            .values()
+            .filter(|n| n.exists)
+            .filter_map(|n| n.agent.as_ref())
+            .filter(|a| !a.tunnel_addresses.is_empty())
+            .collect();
+        let with = |v6: bool| agents.iter().filter(|a| a.tunnel_address(v6).is_some()).count();
+        with(false) < with(true)
+    }
+
     /// Egress IPs that this node's pods need ports of.
     #[must_use]
     pub fn demand(&self) -> BTreeSet<IpAddr> {
@@ -351,15 +394,16 @@ fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
     let mut networks = |field: &str, texts: &[String]| {
         let mut networks = Vec::new();
         for text in texts {
-            match text.parse::<IpNet>() {
-                Ok(network) => networks.push(network.trunc()),
-                Err(_) => complain(field, format!("{text:?} is not a network such as 10.0.0.0/16; ignored")),
+            match addresses::network(text) {
+                Ok(network) => networks.push(network),
+                Err(error) => complain(field, format!("{text:?} {error}; ignored")),
             }
         }
         networks
     };
     config.cluster_networks = networks("clusterCIDRs", &spec.cluster_cidrs);
     config.service_networks = networks("serviceCIDRs", &spec.service_cidrs);
+    config.routed_networks = networks("routedCIDRs", &spec.routed_cidrs);
     match spec.unassigned.as_deref() {
         None | Some("Drop") => {}
         Some("NodeIP") => config.unassigned = Unassigned::NodeIp,
@@ -374,6 +418,14 @@ fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
         None | Some("Pod") => {}
         Some("Connection") => config.spread = Spread::Connection,
         Some(other) => complain("spread", format!("{other:?} is neither Pod nor Connection; Pod it is")),
+    }
+    match spec.offload.as_deref() {
+        None | Some("Auto") => {}
+        Some("Never") => config.offload = Offload::Never,
+        Some("Always") => config.offload = Offload::Always,
+        Some(other) => {
+            complain("offload", format!("{other:?} is neither Auto, Never nor Always; Auto it is"));
+        }
     }
     if let Some(port) = spec.tunnel.port {
         match u16::try_from(port) {
@@ -432,24 +484,24 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
             if !internal && address.kind != "ExternalIP" {
                 continue;
             }
-            match address.address.parse() {
+            match addresses::address(&address.address) {
                 Ok(ip) => {
                     node.object_addresses.insert(ip);
                     if internal {
                         node.internal_addresses.push(ip);
                     }
                 }
-                Err(_) => {
-                    complain(format!("status.addresses: {:?} is not an address; ignored", address.address));
+                Err(error) => {
+                    complain(format!("status.addresses: {:?} {error}; ignored", address.address));
                 }
             }
         }
         let cidrs: BTreeSet<_> =
             o.spec.pod_cidrs.iter().chain([&o.spec.pod_cidr]).filter(|c| !c.is_empty()).collect();
         for cidr in cidrs {
-            match cidr.parse::<IpNet>() {
-                Ok(network) => node.pod_networks.push(network.trunc()),
-                Err(_) => complain(format!("spec.podCIDRs: {cidr:?} is not a network; ignored")),
+            match addresses::network(cidr) {
+                Ok(network) => node.pod_networks.push(network),
+                Err(error) => complain(format!("spec.podCIDRs: {cidr:?} {error}; ignored")),
             }
         }
         if let Some(text) = o.metadata.annotations.get(EGRESS_CAPACITY) {
@@ -462,21 +514,30 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
     }
     for (name, o) in &objects.egress_nodes {
         let s = &o.status;
-        let addresses = |texts: &[String]| texts.iter().filter_map(|t| t.parse().ok()).collect();
+        let texts = |texts: &[String]| texts.iter().filter_map(|t| addresses::address(t).ok()).collect();
+        let working = || s.uplinks.iter().filter(|u| u.up);
+        let default_route = |family: &str| working().any(|u| u.default_route.iter().any(|f| f == family));
+        let mut tunnel_addresses: Vec<IpAddr> = Vec::new();
+        for ip in s.tunnel_addresses.iter().chain([&s.tunnel_address]) {
+            // One of a family.
+            if let Ok(ip) = addresses::address(ip)
+                && !tunnel_addresses.iter().any(|a| a.is_ipv6() == ip.is_ipv6())
+            {
+                tunnel_addresses.push(ip);
+            }
+        }
         nodes.entry(name.clone()).or_default().agent = Some(NodeAgent {
             node_uid: s.node_uid.clone(),
             boot_id: s.boot_id.clone(),
-            tunnel_address: s.tunnel_address.parse().ok(),
-            addresses: addresses(&s.addresses),
-            networks: s
-                .uplinks
-                .iter()
-                .filter(|u| u.up)
+            tunnel_addresses,
+            addresses: texts(&s.addresses),
+            default_routes: [default_route("IPv4"), default_route("IPv6")],
+            networks: working()
                 .flat_map(|u| &u.networks)
                 .filter_map(|n| n.parse::<IpNet>().ok())
                 .map(|n| n.trunc())
                 .collect(),
-            demand: addresses(&s.demand),
+            demand: texts(&s.demand),
             loaded: s
                 .loaded
                 .iter()
@@ -536,15 +597,14 @@ fn egress_ips(
         }
         let mut parsed = Vec::new();
         for (index, text) in o.spec.egress_ips.iter().enumerate() {
-            match text.parse::<IpAddr>() {
+            match addresses::address(text) {
                 Ok(ip) => {
                     if e.named.insert(ip) {
                         parsed.push((text, ip));
                     }
                 }
-                Err(_) => {
-                    e.rejected
-                        .get_or_insert(format!("spec.egressIPs[{index}]: {text:?} is not an IP address"));
+                Err(error) => {
+                    e.rejected.get_or_insert(format!("spec.egressIPs[{index}]: {text:?} {error}"));
                 }
             }
         }
@@ -604,9 +664,6 @@ fn refusal(
     nodes: &BTreeMap<String, Node>,
     taken: &BTreeMap<IpAddr, String>,
 ) -> Option<Refusal> {
-    if ip.is_ipv6() {
-        return Some(Refusal::Ipv6);
-    }
     if Ip::from(ip).stays_on_link() || ip.is_loopback() {
         return Some(Refusal::Unusable);
     }
@@ -616,13 +673,27 @@ fn refusal(
     if let Some((name, _)) = nodes.iter().find(|(_, node)| node.addresses().any(|a| a == ip)) {
         return Some(Refusal::NodeAddress { node: name.clone() });
     }
-    config
+    let inside = config
         .cluster_networks
         .iter()
         .chain(&config.service_networks)
         .chain(nodes.values().flat_map(|n| &n.pod_networks))
         .find(|n| n.contains(&ip))
-        .map(|network| Refusal::InsideCluster { network: *network })
+        .map(|network| Refusal::InsideCluster { network: *network });
+    let networks = nodes.values().filter_map(|n| n.agent.as_ref()).flat_map(|a| &a.networks);
+    inside.or_else(|| {
+        networks
+            .copied()
+            .find(|n| stands_for_network(&ip, n))
+            .map(|network| Refusal::NetworkItself { network })
+    })
+}
+
+/// Whether an address is a network's own, its broadcast address (RFC 1122, 3.2.1.3; none in a /31, RFC 3021),
+/// or its subnet-router anycast address (RFC 4291, 2.6.1; none in a /127, RFC 6164), which every router answers.
+fn stands_for_network(ip: &IpAddr, network: &IpNet) -> bool {
+    network.max_prefix_len() - network.prefix_len() >= 2
+        && (network.network() == *ip || (ip.is_ipv4() && network.broadcast() == *ip))
 }
 
 fn pods(
@@ -652,11 +723,11 @@ fn pods(
         let mut addresses = Vec::new();
         for text in o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]).filter(|t| !t.is_empty())
         {
-            match text.parse::<IpAddr>() {
-                Err(_) => {
+            match addresses::address(text) {
+                Err(error) => {
                     problems.insert(Problem::new(
                         &about,
-                        format_args!("status.podIPs: {text:?} is not an address; ignored"),
+                        format_args!("status.podIPs: {text:?} {error}; ignored"),
                     ));
                 }
                 Ok(ip) if addresses.contains(&ip) => {}
@@ -728,11 +799,8 @@ fn has_network(pod: &objects::Pod) -> bool {
 }
 
 fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
-    let ip = o
-        .spec
-        .egress_ip
-        .parse()
-        .map_err(|_| format!("spec.egressIP: {:?} is not an address; ignored", o.spec.egress_ip))?;
+    let ip = addresses::address(&o.spec.egress_ip)
+        .map_err(|error| format!("spec.egressIP: {:?} {error}; ignored", o.spec.egress_ip))?;
     let mut used = [false; GRANULES];
     let mut leases = Vec::new();
     for lease in &o.spec.leases {
@@ -852,6 +920,63 @@ status: {{phase: Running, podIP: 10.1.0.{}{more}}}",
     }
 
     #[test]
+    fn ipv4_in_ipv6_form_and_zones_are_refused_wherever_they_are_written() {
+        let pod = |name: &str, ip: &str| {
+            pod(name, &format!(", podIPs: [{{ip: '{ip}'}}]")).replace("podIP: 10.1.0.1,", "")
+        };
+        for (ip, why) in [
+            ("::ffff:192.0.2.1", "is an IPv4 address in IPv6 form; write it as IPv4"),
+            ("2001:db8::1%eth0", "has a zone (%)"),
+        ] {
+            let d = of(&[
+                SHOP,
+                &egress_ip("bad", "1", &format!("192.0.2.1, '{ip}'")),
+                &pod("p", ip),
+                &format!("kind: Node\nmetadata: {{name: a}}\nstatus: {{addresses: [{{type: InternalIP, address: '{ip}'}}]}}"),
+                "kind: EgressConfig\nmetadata: {name: default}\nspec: {clusterCIDRs: ['::ffff:10.0.0.0/104'], routedCIDRs: [10.0.0.0/64]}",
+            ]
+            .join("\n---\n"));
+            said(&d, "EgressIP bad", &format!("spec.egressIPs[1]: \"{ip}\" {why}"));
+            said(&d, "Pod shop/p", &format!("status.podIPs: \"{ip}\" {why}"));
+            said(&d, "Node a", &format!("status.addresses: \"{ip}\" {why}"));
+            said(
+                &d,
+                "EgressConfig default",
+                "spec.clusterCIDRs: \"::ffff:10.0.0.0/104\" is an IPv4 address in IPv6",
+            );
+            said(&d, "EgressConfig default", "spec.routedCIDRs: \"10.0.0.0/64\" is not a network");
+            assert!(
+                d.egress_ips["bad"].addresses.is_empty(),
+                "the object is refused, as for any wrong address"
+            );
+            assert!(d.pods.is_empty() && d.nodes["a"].internal_addresses.is_empty());
+        }
+    }
+
+    #[test]
+    fn all_nodes_tunnel_over_one_family() {
+        let over_v6 = |nodes: &[(&str, &str)]| {
+            let yaml = nodes.iter().map(|(name, addresses)| {
+                format!(
+                    "kind: Node\nmetadata: {{name: {name}}}\n---\nkind: EgressNode\nmetadata: {{name: {name}}}\nstatus: {{tunnelAddresses: [{addresses}]}}"
+                )
+            });
+            of(&yaml.collect::<Vec<_>>().join("\n---\n")).tunnel_over_v6()
+        };
+        let (v4, v6, both) = ("192.0.2.1", "'2001:db8::1'", "192.0.2.1, '2001:db8::1'");
+        assert!(!over_v6(&[("a", both), ("b", both)]), "IPv4 where there is a choice");
+        assert!(!over_v6(&[("a", both), ("b", v4)]));
+        assert!(over_v6(&[("a", both), ("b", v6)]));
+        assert!(over_v6(&[("a", v6), ("b", v6)]));
+        assert!(!over_v6(&[("a", v4), ("b", v6)]), "as many of each: IPv4");
+        assert!(over_v6(&[("a", v4), ("b", v6), ("c", v6)]), "what most have");
+        assert!(!over_v6(&[("a", both), ("b", "")]), "one that has none yet is no reason");
+        // What an agent before this version has written.
+        let d = of("kind: EgressNode\nmetadata: {name: a}\nstatus: {tunnelAddress: 192.0.2.1}");
+        assert_eq!(d.nodes["a"].agent.as_ref().unwrap().tunnel_addresses.len(), 1);
+    }
+
+    #[test]
     fn an_object_whose_selector_is_wrong_selects_nothing() {
         let d = of(&format!(
             "{SHOP}\n---\n{}\n---\nkind: EgressIP
@@ -872,33 +997,49 @@ spec: {podCIDR: 10.1.0.0/24}
 status: {addresses: [{type: InternalIP, address: 192.0.2.10}]}",
             "kind: EgressNode
 metadata: {name: a}
-status: {addresses: [192.0.2.11]}",
+status: {addresses: [192.0.2.11, '2001:db8::11'], uplinks: [{name: eth0, up: true, networks: [192.0.2.11/24, '2001:db8::11/64']}]}",
             "kind: EgressConfig
 metadata: {name: default}
-spec: {serviceCIDRs: [10.96.0.0/12]}",
+spec: {clusterCIDRs: ['fd00:1::/48'], serviceCIDRs: [10.96.0.0/12, 'fd00:2::/112']}",
             &egress_ip("young", "2", "192.0.2.1, 192.0.2.2"),
             &egress_ip(
                 "old",
                 "1",
-                "192.0.2.1, 192.0.2.1, '2001:db8::1', 192.0.2.10, 192.0.2.11, 10.1.0.9, 10.96.0.1, 127.0.0.1, 224.0.0.1",
+                "192.0.2.1, 192.0.2.1, '2001:db8::1', '2001:DB8:0::1', 192.0.2.10, 192.0.2.11, '2001:db8::11', \
+                 10.1.0.9, 10.96.0.1, 'fd00:1:0:5::9', 'fd00:2::1', 127.0.0.1, 224.0.0.1, '::1', '::', 'fe80::1', \
+                 'ff02::1', 192.0.2.0, 192.0.2.255, '2001:db8::'",
             ),
         ]
         .join("\n---\n"));
         let ip = |s: &str| s.parse::<IpAddr>().unwrap();
-        assert_eq!(d.egress_ips["old"].addresses, [ip("192.0.2.1")]);
+        assert_eq!(d.egress_ips["old"].addresses, [ip("192.0.2.1"), ip("2001:db8::1")]);
         assert_eq!(d.egress_ips["young"].addresses, [ip("192.0.2.2")]);
         let reasons: Vec<_> = d.egress_ips["old"].refused.iter().map(|(_, r)| r.reason()).collect();
         assert_eq!(
             reasons,
             [
-                "NotSupported",
                 "NodeAddress",
                 "NodeAddress",
+                "NodeAddress",
+                "InsideCluster",
+                "InsideCluster",
                 "InsideCluster",
                 "InsideCluster",
                 "Unusable",
-                "Unusable"
+                "Unusable",
+                "Unusable",
+                "Unusable",
+                "Unusable",
+                "Unusable",
+                "Unusable",
+                "Unusable",
+                "Unusable",
             ]
+        );
+        said(
+            &d,
+            "EgressIP old",
+            "address 2001:db8:: is refused: it stands for the whole network 2001:db8::/64",
         );
         said(&d, "EgressIP young", "192.0.2.1 is refused: also in EgressIP old");
     }
@@ -973,6 +1114,8 @@ spec:
   unassigned: NodeIp
   unknownPods: Allow
   spread: Connection
+  offload: never
+  routedCIDRs: [198.51.100.0/24, '2001:db8:ff::1/64']
   tunnel: {port: 70000, vni: 77}
   timeouts: {udpSeconds: 30, icmpSeconds: 0}
 ---
@@ -982,9 +1125,12 @@ metadata: {name: other}");
         assert_eq!(d.config.unassigned, Unassigned::Drop);
         assert!(!d.config.hold_unknown);
         assert_eq!(d.config.spread, Spread::Connection);
+        assert_eq!(d.config.offload, Offload::Auto);
+        let routed: Vec<_> = d.config.routed_networks.iter().map(ToString::to_string).collect();
+        assert_eq!(routed, ["198.51.100.0/24", "2001:db8:ff::/64"]);
         assert_eq!((d.config.tunnel_port, d.config.tunnel_vni), (None, Some(77)));
         assert_eq!((d.config.timeouts.udp, d.config.timeouts.icmp), (30, 60));
-        for part in ["clusterCIDRs", "unassigned", "tunnel.port", "timeouts.icmpSeconds"] {
+        for part in ["clusterCIDRs", "unassigned", "offload", "tunnel.port", "timeouts.icmpSeconds"] {
             said(&d, "EgressConfig default", part);
         }
         said(&d, "EgressConfig other", "ignored");

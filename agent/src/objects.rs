@@ -327,6 +327,12 @@ pub struct EgressConfigSpec {
     pub unknown_pods: Option<String>,
     /// `Pod` or `Connection`.
     pub spread: Option<String>,
+    /// `Auto`, `Never` or `Always`.
+    pub offload: Option<String>,
+    /// Networks of egress IPs that routers outside send to the egress nodes by a route. Such an address needs
+    /// no interface in its network: it leaves by the uplink of the node's default route, and is not announced.
+    #[serde(rename = "routedCIDRs", deserialize_with = "or_default")]
+    pub routed_cidrs: Vec<String>,
     /// The tunnel between the nodes.
     #[serde(deserialize_with = "or_default")]
     pub tunnel: TunnelSpec,
@@ -398,9 +404,12 @@ pub struct EgressNodeStatus {
     /// The kernel's boot id: a node that has restarted has forgotten its flows.
     #[serde(rename = "bootID", deserialize_with = "or_default")]
     pub boot_id: String,
-    /// Where its tunnel sends from and receives at; empty while it has no address.
+    /// Where its tunnel sends from and receives at, the first of `tunnelAddresses`; empty while it has no address.
     #[serde(deserialize_with = "or_default")]
     pub tunnel_address: String,
+    /// The same of each family that it has, IPv4 first. All nodes use one family: IPv4 if all have it.
+    #[serde(deserialize_with = "or_default")]
+    pub tunnel_addresses: Vec<String>,
     /// Every address of the node.
     #[serde(deserialize_with = "or_default")]
     pub addresses: Vec<String>,
@@ -425,9 +434,12 @@ pub struct EgressUplink {
     /// Hardware address.
     #[serde(deserialize_with = "or_default")]
     pub mac: String,
-    /// Its addresses with their prefix lengths.
+    /// Its addresses with their prefix lengths, and IPv6 prefixes that are on the link.
     #[serde(deserialize_with = "or_default")]
     pub networks: Vec<String>,
+    /// Families whose default route leaves by it: `IPv4`, `IPv6`.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub default_route: Vec<String>,
     /// Whether it is up and has carrier.
     #[serde(deserialize_with = "or_default")]
     pub up: bool,
@@ -457,7 +469,7 @@ pub struct EgressAllocation {
     pub api_version: String,
     /// `EgressAllocation`.
     pub kind: String,
-    /// Metadata; the name is the address.
+    /// Metadata; the name is [`crate::addresses::object_name`] of the address.
     #[serde(deserialize_with = "or_default")]
     pub metadata: Meta,
     /// Spec.

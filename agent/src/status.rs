@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::addresses::object_name;
 use crate::assign::Assignment;
 use crate::model::EgressIp;
 use crate::objects::{Condition, EgressIpItem, EgressIpStatus};
@@ -40,7 +41,7 @@ pub fn egress_ip(
         let text = ip.to_string();
         if let Some(node) = assignment.owners.get(ip) {
             items.push(EgressIpItem { node: node.clone(), egress_ip: text.clone() });
-        } else if unreadable.contains(&text) {
+        } else if unreadable.contains(&object_name(ip)) {
             let message =
                 "its EgressAllocation cannot be read, so who leases its ports is not known".to_owned();
             conditions.push(condition(

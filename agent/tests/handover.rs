@@ -228,6 +228,7 @@ impl World {
                     name: "eth0".into(),
                     mac: [1; 6],
                     networks: vec![format!("{address}/24").parse().unwrap()],
+                    on_link: Vec::new(),
                     mtu: 1500,
                     up: true,
                 },

@@ -13,6 +13,7 @@ use crate::agent::{Agent, Identity, Kernel};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
+use crate::compile::proxies;
 use crate::facts::Facts;
 use crate::image::MapImage;
 use crate::netlink;
@@ -94,6 +95,7 @@ impl Kernel for NodeKernel {
     }
 
     fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, bpf::Error> {
+        self.announcer.retract(image, facts);
         let unattached = match self.datapath.apply(image, facts) {
             Ok(()) => None,
             Err(error) if matches!(error, bpf::Error::Map { .. } | bpf::Error::MapFull { .. }) => {
@@ -102,8 +104,13 @@ impl Kernel for NodeKernel {
             // Maps are written even if an interface cannot be attached to.
             Err(error) => Some(error.to_string()),
         };
-        self.announcer.update(image);
+        self.announcer.announce(image, facts);
         Ok(unattached)
+    }
+
+    async fn settle(&mut self, image: &MapImage, facts: &Facts) -> Result<(), String> {
+        let wanted = proxies(image, facts, netlink::proxies::are_answered);
+        netlink::proxies::set(&wanted, &facts.proxies).await.map_err(|e| e.to_string())
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {

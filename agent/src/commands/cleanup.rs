@@ -20,7 +20,11 @@ pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()
     if device {
         writeln!(out, "removed device {}", netlink::TUNNEL)?;
     }
-    if removed.is_empty() && !device {
+    let proxies = runtime.block_on(netlink::proxies::remove_all())?;
+    for ip in &proxies {
+        writeln!(out, "removed proxy neighbour {ip}")?;
+    }
+    if removed.is_empty() && !device && proxies.is_empty() {
         writeln!(out, "nothing to remove")?;
     }
     Ok(())

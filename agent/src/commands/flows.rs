@@ -83,7 +83,7 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
         let end = |ip: Option<IpAddr>, port: u16| match ip {
             None => String::new(),
             // An ICMP identifier stands where the port would, on the pod's side only.
-            Some(ip) if key.protocol == packet::ICMP => ip.to_string(),
+            Some(ip) if matches!(key.protocol, packet::ICMP | ICMPV6) => ip.to_string(),
             Some(ip) => SocketAddr::new(ip, port).to_string(),
         };
         rows.push(Row {
@@ -119,6 +119,9 @@ fn idle(now: Ticks, seen: Ticks) -> Ticks {
     if idle > Ticks::MAX / 2 { 0 } else { idle }
 }
 
+/// ICMP for IPv6 (RFC 4443, 1).
+pub(super) const ICMPV6: u8 = 58;
+
 pub(super) fn name(name: &PodName) -> String {
     let text = |bytes: &[u8]| {
         let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
@@ -132,6 +135,7 @@ fn protocol(number: u8) -> String {
         packet::TCP => "tcp".to_owned(),
         packet::UDP => "udp".to_owned(),
         packet::ICMP => "icmp".to_owned(),
+        ICMPV6 => "icmpv6".to_owned(),
         other => other.to_string(),
     }
 }
@@ -165,7 +169,11 @@ fn table(rows: &[Row]) -> Table {
             r.pod.clone(),
             r.source.clone(),
             r.destination.clone(),
-            format!("{}:{}", r.egress_ip, r.egress_port),
+            // In brackets if it is IPv6; unknown once it is gone from the maps.
+            r.egress_ip.parse().map_or_else(
+                |_| format!(":{}", r.egress_port),
+                |ip| SocketAddr::new(ip, r.egress_port).to_string(),
+            ),
             r.state.clone(),
             r.path.clone(),
             format!("{} s", r.idle_seconds),
@@ -204,11 +212,25 @@ mod tests {
             ..Flow::default()
         };
         let icmp = FlowKey { protocol: packet::ICMP, remote_port: 0, pod: 8, ..key };
+        let v6 = |text: &str| Ip::from(text.parse::<IpAddr>().unwrap());
+        let key6 = FlowKey { remote: v6("2001:db8::9"), pod: 9, protocol: packet::UDP, ..key };
+        let echo6 = FlowKey { protocol: ICMPV6, remote_port: 0, ..key6 };
+        let flow6 = Flow { egress: 4, ..flow };
+        let (pod6, egress6) = (v6("fd00::1"), v6("2001:db8::100"));
+        names.name[..3].copy_from_slice(b"six");
+        let six = names;
+        names.name[..3].copy_from_slice(b"web");
         Picture {
-            flows: BTreeMap::from([(key, flow), (icmp, flow)]),
-            egress_ips: BTreeMap::from([(3, EgressIp { ip: Ip::v4([192, 0, 2, 1]), ..EgressIp::default() })]),
-            delivery: BTreeMap::from([(7, Delivery { ip: Ip::v4([10, 1, 0, 1]), ..Delivery::default() })]),
-            names: BTreeMap::from([(7, names)]),
+            flows: BTreeMap::from([(key, flow), (icmp, flow), (key6, flow6), (echo6, flow6)]),
+            egress_ips: BTreeMap::from([
+                (3, EgressIp { ip: Ip::v4([192, 0, 2, 1]), ..EgressIp::default() }),
+                (4, EgressIp { ip: egress6, ..EgressIp::default() }),
+            ]),
+            delivery: BTreeMap::from([
+                (7, Delivery { ip: Ip::v4([10, 1, 0, 1]), ..Delivery::default() }),
+                (9, Delivery { ip: pod6, ..Delivery::default() }),
+            ]),
+            names: BTreeMap::from([(7, names), (9, six)]),
             now: 100 + datapath::conntrack::seconds(12) + 1,
         }
     }
@@ -227,10 +249,20 @@ mod tests {
     fn flows_are_shown_by_name_and_filtered() {
         let web =
             "tcp shop/web 10.1.0.1:4000 203.0.113.1:443 192.0.2.1:2000 established offloaded 12 s 5 600";
+        let six = [
+            "icmpv6 shop/six fd00::1 2001:db8::9 [2001:db8::100]:2000 established offloaded 12 s 5 600",
+            "udp shop/six [fd00::1]:4000 [2001:db8::9]:443 [2001:db8::100]:2000 established offloaded 12 s 5 600",
+        ];
         assert_eq!(
             shown(""),
-            ["icmp gone (8) - 203.0.113.1 192.0.2.1:2000 established offloaded 12 s 5 600", web]
+            [
+                "icmp gone (8) - 203.0.113.1 192.0.2.1:2000 established offloaded 12 s 5 600",
+                six[0],
+                six[1],
+                web
+            ]
         );
+        assert_eq!(shown("--egress-ip 2001:DB8::0:100"), six);
         assert_eq!(shown("--pod shop/web"), [web]);
         assert_eq!(shown("--pod shop/other"), Vec::<String>::new());
         assert_eq!(shown("--egress-ip 192.0.2.1").len(), 2);

@@ -59,6 +59,7 @@ struct Node {
     ready: bool,
     assignable: bool,
     agent: bool,
+    /// The address that the nodes' tunnel uses.
     tunnel_address: Option<IpAddr>,
     addresses: Vec<IpAddr>,
     networks: Vec<String>,
@@ -109,6 +110,7 @@ fn status(source: &DirSource) -> Status {
             }
         })
         .collect();
+    let v6 = desired.tunnel_over_v6();
     let nodes = desired
         .nodes
         .iter()
@@ -122,7 +124,7 @@ fn status(source: &DirSource) -> Status {
                 ready: n.exists && n.ready,
                 assignable: n.assignable,
                 agent: agent.is_some(),
-                tunnel_address: agent.and_then(|a| a.tunnel_address),
+                tunnel_address: agent.and_then(|a| a.tunnel_address(v6)),
                 addresses,
                 networks: agent.iter().flat_map(|a| &a.networks).map(ToString::to_string).collect(),
                 egress_ips: desired
@@ -264,7 +266,7 @@ metadata: {name: a, labels: {k8s.ovn.org/egress-assignable: ''}}
 apiVersion: k8s.ovn.org/v1
 kind: EgressIP
 metadata: {name: e}
-spec: {egressIPs: [192.0.2.100, 192.0.2.101, '2001:db8::1'], namespaceSelector: {}}
+spec: {egressIPs: [192.0.2.100, 192.0.2.101, '2001:DB8:0::1', 'ff02::1'], namespaceSelector: {}}
 ---
 apiVersion: k8s.ovn.org/v1
 kind: EgressIP
@@ -277,8 +279,9 @@ spec: {egressIPs: [192.0.2.x], namespaceSelector: {}}
                 "metadata: {name: a}
 status:
   tunnelAddress: 192.0.2.5
-  addresses: [192.0.2.5]
-  uplinks: [{name: eth0, up: true, networks: [192.0.2.5/24]}]
+  tunnelAddresses: [192.0.2.5, '2001:db8:5::5']
+  addresses: [192.0.2.5, '2001:db8:5::5']
+  uplinks: [{name: eth0, up: true, networks: [192.0.2.5/24, '2001:db8:5::5/64']}]
   loaded: [{egressIP: 192.0.2.100, uid: x, generation: 2}]
 ",
             ),
@@ -296,6 +299,7 @@ status:
   conditions:
   - {type: Assigned, status: 'False', reason: PartlyAssigned}
   - {type: AddressAssigned, egressIP: 192.0.2.101, status: 'False', reason: NodeTaken, message: no room}
+  - {type: AddressAssigned, egressIP: '2001:db8::1', status: 'False', reason: NoUplink, message: no uplink}
 ",
             ),
         ] {
@@ -325,9 +329,10 @@ status:
             "EGRESS IP OBJECT OWNER PORTS LEASED STATE",
             "192.0.2.100 e a 128 of 64512 (1 nodes) held",
             "192.0.2.101 e - - unassigned: no room",
-            "2001:db8::1 e - - refused: IPv6 egress IPs are not supported yet",
+            "2001:db8::1 e - - unassigned: no uplink",
+            "ff02::1 e - - refused: not an address that a host can have on a network",
             "- wrong - - object refused: spec.egressIPs[0]: \"192.0.2.x\" is not an IP address",
-            "a yes yes yes 192.0.2.5 192.0.2.100 192.0.2.5 192.0.2.0/24",
+            "a yes yes yes 192.0.2.5 192.0.2.100 192.0.2.5,2001:db8:5::5 192.0.2.0/24,2001:db8:5::/64",
         ] {
             assert!(lines.iter().any(|l| l == line), "{line} in\n{text}");
         }

@@ -1,5 +1,6 @@
 //! `outgate trace`: walks a packet through the decisions that the kernel runs, on the maps that it uses.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 
@@ -67,21 +68,27 @@ pub(super) fn run(args: &TraceArgs, out: &mut impl Write) -> anyhow::Result<()> 
 
 /// Walks the first packet of a connection.
 fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol) -> anyhow::Result<Walk> {
-    let id =
-        image.pod_names.iter().find(|(_, name)| flows::name(name) == pod).map(|(id, _)| *id).with_context(
-            || format!("no pod {pod} on this node; `outgate trace` knows the pods of its own node"),
-        )?;
+    // A pod has an id for each of its addresses.
+    let ids: BTreeSet<_> =
+        image.pod_names.iter().filter(|(_, name)| flows::name(name) == pod).map(|(id, _)| *id).collect();
+    anyhow::ensure!(
+        !ids.is_empty(),
+        "no pod {pod} on this node; `outgate trace` knows the pods of its own node"
+    );
     let to = Ip::from(destination.ip());
     let ip = image
         .pods
         .iter()
-        .find(|(ip, p)| p.id == id && ip.is_v4() == to.is_v4())
+        .find(|(ip, p)| ids.contains(&p.id) && ip.is_v4() == to.is_v4())
         .map(|(ip, _)| *ip)
         .with_context(|| format!("pod {pod} has no address of the family of {}", destination.ip()))?;
     let (kind, number, ports) = match protocol {
         Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, destination.port())),
         Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, destination.port())),
-        Protocol::Icmp => (Kind::EchoRequest, packet::ICMP, (SOURCE_PORT, 0)),
+        Protocol::Icmp => {
+            let number = if to.is_v4() { packet::ICMP } else { flows::ICMPV6 };
+            (Kind::EchoRequest, number, (SOURCE_PORT, 0))
+        }
     };
     let tuple = Tuple {
         source: ip,
@@ -297,6 +304,29 @@ mod tests {
         assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").drop_reason, Some("NoOwner"));
         image.settings.unassigned = 1;
         assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").outcome, "untouched");
+    }
+
+    #[test]
+    fn an_ipv6_pod_leaves_by_an_ipv6_egress_ip() {
+        let mut image = image();
+        let of = |text: &str| Ip::from(text.parse::<IpAddr>().unwrap());
+        let (pod, address) = (of("fd00:1::1"), of("2001:db8::100"));
+        image.pods.insert(pod, Pod { id: 3, policy: 1, ifindex: 11, pad: 0 });
+        image.delivery.insert(3, Delivery { ip: pod, ifindex: 11, mode: 1, ..Delivery::default() });
+        image.pod_names.insert(3, image.pod_names[&1]);
+        let egress = EgressIp { ip: address, policy: 1, holder: 2, ..EgressIp::default() };
+        image.egress_ips.insert(2, egress);
+        image.egress_addrs.insert(address, 2);
+        let policy = image.policies.get_mut(&1).unwrap();
+        (policy.len, policy.egress[1]) = (2, 2);
+        image.leases.insert(2, Lease::of(&[GranuleRange { first: 0, count: 4 }]));
+        let w = to(&image, "prod/shop", "[2001:db8:9::9]:443");
+        assert_eq!((w.outcome, w.egress_ip), ("translated", Some(address.into())), "{:?}", w.steps);
+        assert_eq!((w.source.as_str(), w.destination.as_str()), ("fd00:1::1", "[2001:db8:9::9]:443 (TCP)"));
+        let w = walk(&image, "prod/shop", "[2001:db8:9::9]:0".parse().unwrap(), Protocol::Icmp).unwrap();
+        assert_eq!((w.outcome, w.destination.as_str()), ("translated", "2001:db8:9::9 (echo)"));
+        // The pod's other address goes its own way.
+        assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").egress_ip, Some(EGRESS.into()));
     }
 
     #[test]

@@ -5,25 +5,29 @@
     reason = "netlink's attributes are many, and more with every kernel"
 )]
 
+pub mod proxies;
+mod routes;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use datapath::keys::IfIndex;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags};
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteType};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup, RouteMessageBuilder};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
+};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use crate::facts::{Facts, PodInterface, Uplink};
+use crate::facts::{Bridge, Facts, PodInterface, Proxy, Uplink};
 
 /// The tunnel's device.
 pub const TUNNEL: &str = "outgate0";
@@ -120,19 +124,27 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
 }
 
 /// Makes sure that the tunnel's device exists with this UDP port, and is up.
+///
+/// One device carries both families: in metadata mode it opens a socket of each, and does with IPv4's alone
+/// where the kernel has no IPv6 (`vxlan_sock_add`, `drivers/net/vxlan/vxlan_core.c`). With
+/// `net.ipv6.conf.all.disable_ipv6=1` it still opens both (tried on 6.18).
 pub async fn ensure_tunnel(port: u16) -> Result<IfIndex, Error> {
     let handle = connect()?;
     if let Some(link) = find(&handle, TUNNEL).await? {
-        if vxlan_port(&link) == Some(port) {
+        if vxlan_fits(&link, port) {
             return Ok(link.header.index);
         }
+        // The kernel changes neither of an existing device (`vxlan_nl2conf`: "cannot change").
         delete(&handle, link.header.index).await?;
     }
-    // Metadata mode: VNI and addresses come with each packet. It learns nothing and resolves nothing.
+    // Metadata mode: VNI and addresses come with each packet. It learns nothing and resolves nothing. Packets
+    // over IPv6 may come without a UDP checksum (RFC 6935): who sends decides, `bpf_skb_set_tunnel_key` has a
+    // flag for it; without this the receiver would drop them (`udp6_csum_init`, net/ipv6/ip6_checksum.c).
     let message = LinkMessageBuilder::<LinkVxlan>::new(TUNNEL)
         .collect_metadata(true)
         .learning(false)
         .port(port)
+        .udp_zero_csum6_rx(true)
         .up()
         .build();
     handle.link().add(message).execute().await.map_err(|source| Error::Tunnel { port, source })?;
@@ -187,13 +199,23 @@ fn is_kind(link: &LinkMessage, kind: &InfoKind) -> bool {
     link_infos(link).iter().any(|info| matches!(info, LinkInfo::Kind(k) if k == kind))
 }
 
-fn vxlan_port(link: &LinkMessage) -> Option<u16> {
-    link_infos(link).iter().find_map(|info| match info {
+/// Whether it is a device as [`ensure_tunnel`] makes them.
+fn vxlan_fits(link: &LinkMessage, port: u16) -> bool {
+    link_infos(link).iter().any(|info| match info {
         LinkInfo::Data(InfoData::Vxlan(data)) => {
-            data.iter().find_map(|d| if let InfoVxlan::Port(port) = d { Some(*port) } else { None })
+            data.contains(&InfoVxlan::Port(port))
+                && data.contains(&InfoVxlan::CollectMetadata(true))
+                && data.contains(&InfoVxlan::UDPZeroCsumRX(true))
         }
-        _ => None,
+        _ => false,
     })
+}
+
+fn mtu_of(link: &LinkMessage) -> u32 {
+    link.attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
+        .unwrap_or(0)
 }
 
 fn mac_of(link: &LinkMessage) -> [u8; 6] {
@@ -203,17 +225,10 @@ fn mac_of(link: &LinkMessage) -> [u8; 6] {
         .unwrap_or_default()
 }
 
-/// A unicast route, reduced to what matters here.
-struct Route {
-    destination: IpNet,
-    by_gateway: bool,
-    interfaces: Vec<IfIndex>,
-}
-
 async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
     let links = links(handle).await?;
     let addresses = addresses(handle).await?;
-    let routes = routes(handle).await?;
+    let routes = routes::list(handle).await?;
 
     let controller = |link: &LinkMessage| {
         link.attributes
@@ -250,6 +265,7 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
             bridge: controller(link),
             peer_elsewhere: is_kind(link, &InfoKind::Veth)
                 && link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkNetNsId(_))),
+            mtu: mtu_of(link),
         };
         facts.pod_interfaces.insert(*index, interface);
     }
@@ -259,7 +275,7 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
         let index = link.header.index;
         let name = link_name(link);
         if bridges.contains(&index) {
-            facts.bridges.insert(index, mac_of(link));
+            facts.bridges.insert(index, Bridge { mac: mac_of(link), mtu: mtu_of(link) });
         }
         if name == TUNNEL {
             facts.tunnel_ifindex = index;
@@ -276,18 +292,12 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
             facts.others.insert(index);
         }
     }
-    for route in &routes {
-        let [interface] = route.interfaces[..] else { continue };
-        let single = route.destination.prefix_len() == route.destination.max_prefix_len();
-        if !route.by_gateway && single && pod_facing.contains_key(&interface) {
-            facts.host_routes.insert(route.destination.addr(), interface);
-        } else if !route.by_gateway && bridges.contains(&interface) {
-            facts.bridge_networks.insert(route.destination, interface);
-        }
-    }
+    routes::put_into(&routes, &mut facts);
     if !bridges.is_empty() {
         facts.bridge_ports = bridge_ports(handle, &bridges, &pod_facing).await?;
     }
+    facts.proxies = proxies::list(handle).await?;
+    facts.proxies.retain(|(index, _), proxy| *proxy == Proxy::Ours || facts.uplinks.contains_key(index));
     facts.addresses = addresses.into_values().flatten().map(|net| net.addr()).filter(is_global).collect();
     facts.addresses.sort_unstable();
     facts.addresses.dedup();
@@ -295,17 +305,20 @@ async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
 }
 
 fn uplink(link: &LinkMessage, addresses: &[IpNet]) -> Uplink {
-    let mtu = link
-        .attributes
-        .iter()
-        .find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
-        .unwrap_or(0);
     Uplink {
         name: link_name(link).to_owned(),
         mac: mac_of(link),
         networks: addresses.iter().filter(|net| is_global(&net.addr())).copied().collect(),
-        mtu,
+        on_link: Vec::new(),
+        mtu: mtu_of(link),
         up: link.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
+    }
+}
+
+const fn is_link_local(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local() || ip.is_multicast(),
     }
 }
 
@@ -322,6 +335,14 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Err
     let mut found: BTreeMap<IfIndex, Vec<IpNet>> = BTreeMap::new();
     let mut messages = handle.address().get().execute();
     while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+        // Another host has it: the kernel does not use it (RFC 4862, 5.4.5).
+        if message
+            .attributes
+            .iter()
+            .any(|a| matches!(a, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Dadfailed)))
+        {
+            continue;
+        }
         // On point-to-point interfaces `Address` is the peer, `Local` is ours.
         let local = message.attributes.iter().find_map(|a| match a {
             AddressAttribute::Local(ip) => Some(*ip),
@@ -339,45 +360,6 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<IpNet>>, Err
     }
     for nets in found.values_mut() {
         nets.sort_unstable();
-    }
-    Ok(found)
-}
-
-async fn routes(handle: &Handle) -> Result<Vec<Route>, Error> {
-    let what = "list routes";
-    let queries =
-        [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
-    let mut found = Vec::new();
-    for query in queries {
-        let v4 = query.header.address_family == AddressFamily::Inet;
-        let mut messages = handle.route().get(query).execute();
-        while let Some(message) =
-            messages.try_next().await.map_err(|source| Error::Request { what, source })?
-        {
-            if message.header.kind != RouteType::Unicast {
-                continue;
-            }
-            let mut address =
-                if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
-            let mut by_gateway = false;
-            let mut interfaces = Vec::new();
-            for attribute in &message.attributes {
-                match attribute {
-                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => address = IpAddr::V4(*ip),
-                    RouteAttribute::Destination(RouteAddress::Inet6(ip)) => address = IpAddr::V6(*ip),
-                    RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => by_gateway = true,
-                    RouteAttribute::Oif(index) => interfaces.push(*index),
-                    RouteAttribute::MultiPath(hops) => {
-                        by_gateway = true;
-                        interfaces.extend(hops.iter().map(|hop| hop.interface_index));
-                    }
-                    _ => {}
-                }
-            }
-            if let Ok(destination) = IpNet::new(address, message.header.destination_prefix_length) {
-                found.push(Route { destination, by_gateway, interfaces });
-            }
-        }
     }
     Ok(found)
 }
@@ -424,17 +406,13 @@ async fn bridge_ports(
             if !bridges.contains(&entry.header.ifindex) {
                 continue;
             }
-            let mut ip = None;
-            let mut mac = None;
-            for attribute in &entry.attributes {
-                match attribute {
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => ip = Some(IpAddr::V4(*a)),
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => ip = Some(IpAddr::V6(*a)),
-                    NeighbourAttribute::LinkLayerAddress(address) => mac = Some(address.clone()),
-                    _ => {}
-                }
-            }
+            let ip = destination(&entry);
+            let mac = entry.attributes.iter().find_map(|a| match a {
+                NeighbourAttribute::LinkLayerAddress(address) => Some(address.clone()),
+                _ => None,
+            });
             if let (Some(ip), Some(mac)) = (ip, mac)
+                && !is_link_local(&ip)
                 && let Some(port) = ports.get(&(entry.header.ifindex, mac))
             {
                 found.insert(ip, *port);
@@ -442,6 +420,14 @@ async fn bridge_ports(
         }
     }
     Ok(found)
+}
+
+fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
+    entry.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    })
 }
 
 /// Whether a name matches a pattern in which `*` stands for any characters.
