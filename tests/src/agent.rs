@@ -17,7 +17,7 @@ use crate::netns::Netns;
 const METRICS: &str = "127.0.0.1:9090";
 
 /// How long an agent may take until it is ready, on a busy machine.
-const READY: Duration = Duration::from_secs(20);
+const READY: Duration = Duration::from_secs(60);
 
 /// One node's running agent. Dropping it kills it.
 #[derive(Debug)]
@@ -41,15 +41,22 @@ impl Lab {
 
     /// Writes one node's object.
     pub fn describe_node(&self, node: &Node, assignable: bool, ready: bool) {
-        let pods = format!("{}.0/24", node.pod_prefix);
-        self.objects.node(&node.name, &node.address, &pods, assignable, ready);
+        self.objects.node(&node.name, &node.addresses(), &node.pod_networks(), assignable, ready);
     }
 
     /// Starts the agents of all nodes and waits until they are ready.
     #[track_caller]
     #[must_use]
     pub fn start_agents(&self) -> Vec<Agent> {
-        let mut agents: Vec<_> = self.nodes.iter().map(|node| self.start_agent(&node.name)).collect();
+        self.start_agents_with(&[])
+    }
+
+    /// The same with further options.
+    #[track_caller]
+    #[must_use]
+    pub fn start_agents_with(&self, options: &[&str]) -> Vec<Agent> {
+        let nodes = self.nodes.iter();
+        let mut agents: Vec<_> = nodes.map(|node| self.start_agent_with(&node.name, options)).collect();
         agents.iter_mut().for_each(Agent::wait_ready);
         agents
     }
@@ -58,9 +65,16 @@ impl Lab {
     #[track_caller]
     #[must_use]
     pub fn start_agent(&self, node: &str) -> Agent {
+        self.start_agent_with(node, &[])
+    }
+
+    /// The same with further options.
+    #[track_caller]
+    #[must_use]
+    pub fn start_agent_with(&self, node: &str, options: &[&str]) -> Agent {
         let node = self.node(node);
         let arguments = self.agent_arguments(&node.name);
-        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let words: Vec<&str> = arguments.iter().map(String::as_str).chain(options.iter().copied()).collect();
         let process = node.netns.spawn(&format!("agent-{}", node.name), &words, &[("NO_COLOR", "1")]);
         Agent { node: node.name.clone(), netns: node.netns.clone(), process }
     }

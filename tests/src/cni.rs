@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::command::{Output, Process, eventually};
-use crate::lab::{Lab, Node, utf8};
+use crate::family::Family;
+use crate::lab::{Lab, Node, choose, utf8};
 use crate::netns::Netns;
 use crate::objects::{Objects, PodObject};
 
@@ -26,13 +27,16 @@ pub enum Cni {
 impl Cni {
     /// The network configuration that a kubelet's `/etc/cni/net.d` would hold.
     fn config(self, node: &Node, data: &str) -> Value {
+        let networks = node.pod_networks();
+        let ranges: Vec<_> = networks.iter().map(|network| json!([{ "subnet": network }])).collect();
+        let everything = ["0.0.0.0/0", "::/0"].map(|all| json!({ "dst": all }));
         let ipam = json!({
             "type": "host-local",
             "dataDir": data,
-            "ranges": [[{ "subnet": format!("{}.0/24", node.pod_prefix) }]],
-            "routes": [{ "dst": "0.0.0.0/0" }],
+            "ranges": ranges,
+            "routes": everything[..networks.len()],
         });
-        match self {
+        let mut config = match self {
             Self::Ptp => json!({
                 "cniVersion": "1.0.0", "name": "lab", "type": "ptp", "ipMasq": true, "ipam": ipam,
             }),
@@ -40,7 +44,11 @@ impl Cni {
                 "cniVersion": "1.0.0", "name": "lab", "type": "bridge", "ipMasq": true, "ipam": ipam,
                 "bridge": "cni0", "isGateway": true, "hairpinMode": true,
             }),
+        };
+        if let Some(mtu) = node.pod_mtu {
+            config["mtu"] = json!(mtu);
         }
+        config
     }
 
     fn plugin(self) -> &'static str {
@@ -105,8 +113,10 @@ pub struct Pod {
     pub name: String,
     /// The node it runs on.
     pub node: String,
-    /// Its address.
+    /// Its IPv4 address.
     pub ip: String,
+    /// Its IPv6 address; empty in a lab of IPv4.
+    pub ip6: String,
     /// Its network namespace.
     pub netns: Netns,
     /// Its interface's other end, in the node's namespace.
@@ -126,9 +136,12 @@ impl Lab {
         let node = self.node(node);
         let object = PodObject::new(&spec.namespace, &spec.name, &node.name, &spec.labels);
         if !spec.unannounced {
-            self.objects.write_pod(&object, None);
+            self.objects.write_pod(&object, &[]);
         }
         let netns = Netns::create(&format!("{}-{}-{}", self.id(), spec.namespace, spec.name), self.dir());
+        if !node.pod_prefix6.is_empty() {
+            netns.without_dad();
+        }
         let data: PathBuf = self.dir().join("ipam").join(&node.name);
         let config = node.cni.config(node, utf8(&data)).to_string();
         let mut pod = Pod {
@@ -136,6 +149,7 @@ impl Lab {
             name: spec.name.clone(),
             node: node.name.clone(),
             ip: String::new(),
+            ip6: String::new(),
             netns,
             host_interface: String::new(),
             object,
@@ -150,8 +164,12 @@ impl Lab {
         }
         let result = pod.call_plugin("ADD", &arguments).expect_success();
         let result: Value = serde_json::from_str(&result).expect("the plugin's result is JSON");
-        let address = result["ips"][0]["address"].as_str().expect("an address");
-        address.split('/').next().expect("a part").clone_into(&mut pod.ip);
+        for ip in result["ips"].as_array().expect("addresses") {
+            let address = ip["address"].as_str().expect("an address");
+            let address = address.split('/').next().expect("a part");
+            let place = if Family::of(address) == Family::V4 { &mut pod.ip } else { &mut pod.ip6 };
+            address.clone_into(place);
+        }
         // Both plugins report the pod's interface with its sandbox, the host's without.
         let interfaces = result["interfaces"].as_array().expect("interfaces");
         let host_side = interfaces.iter().filter(|interface| {
@@ -161,7 +179,7 @@ impl Lab {
         assert_eq!(names.len(), 1, "one interface at the host's side: {result}");
         names[0].clone_into(&mut pod.host_interface);
         if !spec.unannounced {
-            self.objects.write_pod(&pod.object, Some(&pod.ip));
+            pod.announce();
         }
         pod
     }
@@ -198,12 +216,20 @@ impl Pod {
     /// Replaces the pod's labels.
     pub fn set_labels(&mut self, labels: &[(&str, &str)]) {
         self.object.labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        self.objects.write_pod(&self.object, Some(&self.ip));
+        self.announce();
     }
 
     /// Tells the agents of a pod that was made unannounced.
     pub fn announce(&self) {
-        self.objects.write_pod(&self.object, Some(&self.ip));
+        let ips = [&*self.ip, &*self.ip6];
+        self.objects.write_pod(&self.object, if self.ip6.is_empty() { &ips[..1] } else { &ips });
+    }
+
+    /// Its address of a family, which it must have.
+    #[track_caller]
+    #[must_use]
+    pub fn ip_of(&self, family: Family) -> &str {
+        choose(&self.name, family, &self.ip, &self.ip6)
     }
 
     /// Ends the pod as a kubelet does: its network first, then its object.

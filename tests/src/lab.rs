@@ -13,14 +13,64 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::cni::Cni;
-use crate::command::{self, eventually, keep_failed, signal};
+use crate::command::{self, eventually, eventually_ok, keep_failed, signal};
+use crate::family::{Family, solicited_node};
 use crate::netns::{Netns, identity};
 use crate::objects::Objects;
+use crate::record;
 
-/// The prefix length and router of the nodes' network.
-const UNDERLAY: (&str, &str) = ("172.18.0", "172.18.0.1");
-/// The network outside.
-const OUTSIDE: &str = "203.0.113";
+/// The prefixes of the lab's networks: IPv4 /24, IPv6 /64.
+struct Network {
+    v4: &'static str,
+    v6: &'static str,
+}
+
+impl Network {
+    /// An address in each family; in IPv6 the digits of `last` are read as hexadecimal.
+    fn host(&self, last: usize) -> [String; 2] {
+        [format!("{}.{last}", self.v4), format!("{}::{last}", self.v6)]
+    }
+}
+
+/// Between the nodes.
+const UNDERLAY: Network = Network { v4: "172.18.0", v6: "2001:db8:172:18" };
+/// The nodes' second network.
+const SECOND: Network = Network { v4: "172.19.0", v6: "fd00:172:19" };
+/// Outside.
+const OUTSIDE: Network = Network { v4: "203.0.113", v6: "2001:db8:203" };
+/// The pods' networks, all nodes' together.
+pub(crate) const POD_NETWORKS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
+/// The services' networks.
+pub(crate) const SERVICE_NETWORKS: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
+/// Whether iptables sees what a namespace's bridges forward.
+const BRIDGE_CALLS: &str = "net.bridge.bridge-nf-call-iptables";
+/// The table of a node's routes by its second uplink.
+const SECOND_TABLE: u32 = 119;
+
+/// How a node is connected to its network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uplink {
+    /// `eth0` is the interface, and has the addresses.
+    Plain,
+    /// `eth0` is a port of the bridge `br-ex`, which has the addresses.
+    Bridge,
+    /// `eth0` is a macvlan on an interface in a namespace outside the node.
+    Macvlan,
+    /// `eth0` is a macvlan on the node's own interface `under0`: every packet passes both, as with a VLAN on a
+    /// bond.
+    Stacked,
+}
+
+/// Who has addresses of which families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Families {
+    /// Everybody has IPv4 only.
+    V4,
+    /// Everybody has both.
+    Both,
+    /// Everybody has both, but the nodes' network, which has IPv6 only.
+    BothOverV6,
+}
 
 /// What to make.
 #[derive(Debug, Clone)]
@@ -29,11 +79,28 @@ pub struct LabSpec {
     cni: Cni,
     rp_filter: u8,
     routed_pods: bool,
+    families: Families,
+    mtu: Option<u32>,
+    pod_mtu: Option<u32>,
+    uplink: Uplink,
+    second_uplink: bool,
+    snooping: bool,
 }
 
 impl Default for LabSpec {
     fn default() -> Self {
-        Self { nodes: 3, cni: Cni::Ptp, rp_filter: 1, routed_pods: false }
+        Self {
+            nodes: 3,
+            cni: Cni::Ptp,
+            rp_filter: 1,
+            routed_pods: false,
+            families: Families::V4,
+            mtu: None,
+            pod_mtu: None,
+            uplink: Uplink::Plain,
+            second_uplink: false,
+            snooping: false,
+        }
     }
 }
 
@@ -66,6 +133,78 @@ impl LabSpec {
         self.routed_pods = true;
         self
     }
+
+    /// Nodes, pods and hosts have IPv6 addresses too (no).
+    #[must_use]
+    pub fn dual_stack(mut self) -> Self {
+        self.families = Families::Both;
+        self
+    }
+
+    /// Dual-stack pods and outside hosts, but the nodes' network has IPv6 only.
+    #[must_use]
+    pub fn ipv6_only_underlay(mut self) -> Self {
+        self.families = Families::BothOverV6;
+        self
+    }
+
+    /// The MTU of the nodes' networks (1500). Pods and outside keep 1500.
+    #[must_use]
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.mtu = Some(mtu);
+        self
+    }
+
+    /// The MTU that the CNI plugin gives the pods (1500).
+    #[must_use]
+    pub fn pod_mtu(mut self, mtu: u32) -> Self {
+        self.pod_mtu = Some(mtu);
+        self
+    }
+
+    /// How the nodes are connected to their network (plainly).
+    #[must_use]
+    pub fn uplink(mut self, uplink: Uplink) -> Self {
+        self.uplink = uplink;
+        self
+    }
+
+    /// Each node's `eth1` is on a second network, with a router that leads outside as well. Routes by it are in
+    /// a table of their own, which packets from that network's addresses ask, and those bound to `eth1`.
+    #[must_use]
+    pub fn second_uplink(mut self) -> Self {
+        self.second_uplink = true;
+        self
+    }
+
+    /// The wire between the nodes snoops multicast and has a querier: it takes groups to members only, as
+    /// switches do. [`Lab::wait_snooping`] waits until it does.
+    #[must_use]
+    pub fn snooping(mut self) -> Self {
+        self.snooping = true;
+        self
+    }
+
+    fn v6(&self) -> bool {
+        self.families != Families::V4
+    }
+
+    /// Those of a pair of IPv4 and IPv6 that the nodes' network has.
+    fn on_underlay<T>(&self, [v4, v6]: [T; 2]) -> Vec<T> {
+        match self.families {
+            Families::V4 => vec![v4],
+            Families::Both => vec![v4, v6],
+            Families::BothOverV6 => vec![v6],
+        }
+    }
+
+    /// Those of a pair of IPv4 and IPv6 that pods and outside hosts have.
+    fn on_others<T>(&self, [v4, v6]: [T; 2]) -> Vec<T> {
+        match self.families {
+            Families::V4 => vec![v4],
+            Families::Both | Families::BothOverV6 => vec![v4, v6],
+        }
+    }
 }
 
 /// One node.
@@ -75,12 +214,112 @@ pub struct Node {
     pub name: String,
     /// Its own network namespace.
     pub netns: Netns,
-    /// Its address on `eth0`.
+    /// Its IPv4 address; empty where the nodes' network has IPv6 only.
     pub address: String,
-    /// Its pods' addresses, without the last number: `10.244.1`.
+    /// Its IPv6 address; empty in a lab of IPv4.
+    pub address6: String,
+    /// The interface that has its addresses.
+    pub uplink: String,
+    /// Its pods' IPv4 addresses, without the last number: `10.244.1`.
     pub pod_prefix: String,
+    /// Its pods' IPv6 addresses, without the last number: `fd00:10:244:1`; empty in a lab of IPv4.
+    pub pod_prefix6: String,
     /// Which plugin connects its pods.
     pub cni: Cni,
+    pub(crate) pod_mtu: Option<u32>,
+}
+
+impl Node {
+    fn new(spec: &LabSpec, index: usize, netns: impl Fn(&str) -> Netns) -> Self {
+        let name = format!("node-{}", char::from(b'a' + index as u8));
+        let addresses = spec.on_underlay(UNDERLAY.host(11 + index));
+        let of = |family| addresses.iter().find(|a| Family::of(a) == family).cloned().unwrap_or_default();
+        Self {
+            netns: netns(&name),
+            name,
+            address: of(Family::V4),
+            address6: of(Family::V6),
+            uplink: if spec.uplink == Uplink::Bridge { "br-ex" } else { "eth0" }.into(),
+            pod_prefix: format!("10.244.{}", 1 + index),
+            pod_prefix6: if spec.v6() { format!("fd00:10:244:{}", 1 + index) } else { String::new() },
+            cni: spec.cni,
+            pod_mtu: spec.pod_mtu,
+        }
+    }
+
+    /// Sets the kernel's parameters as a kubelet and a distribution do.
+    fn settle(&self, spec: &LabSpec) {
+        let mode = spec.rp_filter;
+        let mut settings = vec![
+            "net.ipv4.ip_forward=1".to_owned(),
+            format!("net.ipv4.conf.all.rp_filter={mode}"),
+            format!("net.ipv4.conf.default.rp_filter={mode}"),
+        ];
+        let bridges = Path::new("/proc/sys/net/bridge").exists();
+        // As kubeadm asks for.
+        settings.extend(bridges.then(|| format!("{BRIDGE_CALLS}=1")));
+        if spec.v6() {
+            settings.push("net.ipv6.conf.all.forwarding=1".to_owned());
+            settings.extend(bridges.then(|| "net.bridge.bridge-nf-call-ip6tables=1".to_owned()));
+        }
+        self.netns.sysctl(&settings.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+
+    /// Makes its uplink.
+    fn connect(&self, spec: &LabSpec, wire: &Netns, netns: impl Fn(&str) -> Netns) {
+        let plug = |netns: &Netns, name: &str| plug(netns, name, wire, &self.name, "br0", spec.mtu);
+        match spec.uplink {
+            Uplink::Plain => plug(&self.netns, "eth0"),
+            Uplink::Bridge => {
+                plug(&self.netns, "eth0");
+                self.netns.ip(&[
+                    "link add br-ex type bridge forward_delay 0 mcast_snooping 0",
+                    "link set eth0 master br-ex",
+                    "link set br-ex up",
+                ]);
+            }
+            Uplink::Macvlan => {
+                let machine = netns(&format!("{}-machine", self.name));
+                plug(&machine, "eth0");
+                let to = self.netns.name();
+                machine.ip(&[&format!("link add link eth0 name eth0 netns {to} type macvlan mode bridge")]);
+                self.netns.ip(&["link set eth0 up"]);
+            }
+            Uplink::Stacked => {
+                plug(&self.netns, "under0");
+                let add = "link add link under0 name eth0 type macvlan mode bridge";
+                self.netns.ip(&[add, "link set eth0 up"]);
+            }
+        }
+    }
+
+    /// Its address of a family, which it must have.
+    #[track_caller]
+    #[must_use]
+    pub fn address_of(&self, family: Family) -> &str {
+        choose(&self.name, family, &self.address, &self.address6)
+    }
+
+    /// Its addresses: IPv4, IPv6.
+    pub(crate) fn addresses(&self) -> Vec<&str> {
+        [&*self.address, &*self.address6].into_iter().filter(|address| !address.is_empty()).collect()
+    }
+
+    /// The routes by which others reach its pods, in the families that both pods and nodes have.
+    fn ways_to_pods(&self) -> Vec<String> {
+        let networks = self.pod_networks();
+        let pairs = networks.iter().filter_map(|network| {
+            let via = self.addresses().into_iter().find(|via| Family::of(via) == Family::of(network))?;
+            Some(format!("route add {network} via {via}"))
+        });
+        pairs.collect()
+    }
+
+    /// Its pods' networks: IPv4, IPv6.
+    pub(crate) fn pod_networks(&self) -> Vec<String> {
+        let v6 = (!self.pod_prefix6.is_empty()).then(|| format!("{}::/64", self.pod_prefix6));
+        [format!("{}.0/24", self.pod_prefix)].into_iter().chain(v6).collect()
+    }
 }
 
 /// A host that is no part of the cluster.
@@ -88,8 +327,44 @@ pub struct Node {
 pub struct Host {
     /// Its network namespace.
     pub netns: Netns,
-    /// Its address on `eth0`.
+    /// Its IPv4 address on `eth0`; empty for the neighbour where the nodes' network has IPv6 only.
     pub address: String,
+    /// Its IPv6 address on `eth0`; empty in a lab of IPv4.
+    pub address6: String,
+}
+
+impl Host {
+    fn new(netns: Netns, addresses: Vec<String>, via: &[String]) -> Self {
+        give(&netns, "eth0", &addresses);
+        let ways: Vec<_> = via.iter().map(|via| format!("route add default via {via}")).collect();
+        netns.ip(&ways.iter().map(String::as_str).collect::<Vec<_>>());
+        let mut host = Self { netns, address: String::new(), address6: String::new() };
+        for address in addresses {
+            match Family::of(&address) {
+                Family::V4 => host.address = address,
+                Family::V6 => host.address6 = address,
+            }
+        }
+        host
+    }
+
+    /// Its address of a family, which it must have.
+    #[track_caller]
+    #[must_use]
+    pub fn address_of(&self, family: Family) -> &str {
+        choose(self.netns.name(), family, &self.address, &self.address6)
+    }
+}
+
+/// The address of a family among two, which must be there.
+#[track_caller]
+pub(crate) fn choose<'a>(who: &str, family: Family, v4: &'a str, v6: &'a str) -> &'a str {
+    let address = match family {
+        Family::V4 => v4,
+        Family::V6 => v6,
+    };
+    assert!(!address.is_empty(), "{who} has no {family:?} address in this lab");
+    address
 }
 
 /// A small network of nodes, a router and outside hosts.
@@ -99,14 +374,19 @@ pub struct Lab {
     pub nodes: Vec<Node>,
     /// Routes between the nodes' network and the outside.
     pub router: Netns,
-    /// An outside host behind the router, for servers: 203.0.113.10.
+    /// An outside host behind the router, for servers: 203.0.113.10, `2001:db8:203::10`.
     pub web: Host,
-    /// Another outside host behind the router: 203.0.113.20.
+    /// Another outside host behind the router: 203.0.113.20, `2001:db8:203::20`.
     pub other: Host,
-    /// An outside host on the nodes' own network: 172.18.0.250. It asks for egress IPs by ARP itself.
+    /// An outside host on the nodes' own network: 172.18.0.250, `2001:db8:172:18::250`. It asks for egress IPs by
+    /// ARP and neighbour discovery itself.
     pub neighbour: Host,
     /// The directory of Kubernetes objects that the agents read.
     pub objects: Objects,
+    /// Whether nodes, pods and hosts have IPv6 addresses.
+    pub(crate) v6: bool,
+    /// Whether outside hosts know the way to pods, and so may see their addresses.
+    routed_pods: bool,
     pub(crate) home: Home,
     tolerated: Mutex<Vec<String>>,
 }
@@ -125,77 +405,94 @@ impl Lab {
     pub fn with(spec: &LabSpec) -> Self {
         assert!(rustix::process::geteuid().is_root(), "the lab makes network namespaces: run it as root");
         let home = Home::create();
-        let netns = |name: &str| Netns::create(&format!("{}-{name}", home.id), &home.dir);
+        let netns = |name: &str| {
+            let netns = Netns::create(&format!("{}-{name}", home.id), &home.dir);
+            if spec.v6() {
+                netns.without_dad();
+            }
+            netns
+        };
 
         // The wire between the nodes is a namespace of its own: no node sees another's bridge.
         let wire = netns("wire");
         wire.ip(&["link add br0 type bridge forward_delay 0", "link set br0 up"]);
-        let bridge_calls = "net.bridge.bridge-nf-call-iptables";
+        if spec.snooping {
+            // A querier is believed once the time for answers to its first question is over: in hundredths.
+            wire.ip(&["link set br0 type bridge mcast_snooping 1 mcast_query_response_interval 50"]);
+            wire.ip(&["link set br0 type bridge mcast_querier 1"]);
+        }
         if Path::new("/proc/sys/net/bridge").exists() {
-            wire.sysctl(&[&format!("{bridge_calls}=0")]);
+            wire.sysctl(&[&format!("{BRIDGE_CALLS}=0")]);
         }
 
         let router = netns("router");
         router.sysctl(&["net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0"]);
-        plug(&router, "eth0", &wire, "router", "br0", &format!("{}/24", UNDERLAY.1));
-        router.ip(&[
-            "link add br1 type bridge forward_delay 0",
-            &format!("addr add {OUTSIDE}.1/24 dev br1"),
-            "link set br1 up",
-        ]);
-        if Path::new("/proc/sys/net/bridge").exists() {
-            router.sysctl(&[&format!("{bridge_calls}=0")]);
+        if spec.v6() {
+            router.sysctl(&["net.ipv6.conf.all.forwarding=1"]);
         }
-        let outside = |name: &str, last: u8| {
-            let host = Host { netns: netns(name), address: format!("{OUTSIDE}.{last}") };
-            plug(&host.netns, "eth0", &router, name, "br1", &format!("{}/24", host.address));
-            host.netns.ip(&[&format!("route add default via {OUTSIDE}.1")]);
-            host
+        let gateways = UNDERLAY.host(1);
+        plug(&router, "eth0", &wire, "router", "br0", spec.mtu);
+        give(&router, "eth0", &spec.on_underlay(gateways.clone()));
+        router.ip(&["link add br1 type bridge forward_delay 0", "link set br1 up"]);
+        give(&router, "br1", &spec.on_others(OUTSIDE.host(1)));
+        if Path::new("/proc/sys/net/bridge").exists() {
+            router.sysctl(&[&format!("{BRIDGE_CALLS}=0")]);
+        }
+        let outside = |name: &str, last: usize| {
+            let netns = netns(name);
+            plug(&netns, "eth0", &router, name, "br1", None);
+            Host::new(netns, spec.on_others(OUTSIDE.host(last)), &spec.on_others(OUTSIDE.host(1)))
         };
         let (web, other) = (outside("web", 10), outside("other", 20));
 
-        let neighbour = Host { netns: netns("neighbour"), address: format!("{}.250", UNDERLAY.0) };
-        plug(&neighbour.netns, "eth0", &wire, "neighbour", "br0", &format!("{}/24", neighbour.address));
-        neighbour.netns.ip(&[&format!("route add default via {}", UNDERLAY.1)]);
+        let neighbour = netns("neighbour");
+        plug(&neighbour, "eth0", &wire, "neighbour", "br0", spec.mtu);
+        let neighbour =
+            Host::new(neighbour, spec.on_underlay(UNDERLAY.host(250)), &spec.on_underlay(gateways.clone()));
 
-        let nodes: Vec<Node> = (0..spec.nodes)
-            .map(|index| {
-                let name = format!("node-{}", char::from(b'a' + index as u8));
-                Node {
-                    netns: netns(&name),
-                    name,
-                    address: format!("{}.{}", UNDERLAY.0, 11 + index),
-                    pod_prefix: format!("10.244.{}", 1 + index),
-                    cni: spec.cni,
-                }
-            })
-            .collect();
-        for node in &nodes {
-            let mode = spec.rp_filter;
-            node.netns.sysctl(&[
-                "net.ipv4.ip_forward=1",
-                &format!("net.ipv4.conf.all.rp_filter={mode}"),
-                &format!("net.ipv4.conf.default.rp_filter={mode}"),
-            ]);
-            if Path::new("/proc/sys/net/bridge").exists() {
-                // As kubeadm asks for.
-                node.netns.sysctl(&[&format!("{bridge_calls}=1")]);
+        let nodes: Vec<Node> = (0..spec.nodes).map(|index| Node::new(spec, index, netns)).collect();
+        for (index, node) in nodes.iter().enumerate() {
+            node.settle(spec);
+            node.connect(spec, &wire, netns);
+            give(&node.netns, &node.uplink, &spec.on_underlay(UNDERLAY.host(11 + index)));
+            let mut ways: Vec<_> = spec
+                .on_underlay(gateways.clone())
+                .iter()
+                .map(|via| format!("route add default via {via}"))
+                .collect();
+            for other in nodes.iter().filter(|other| other.name != node.name) {
+                ways.extend(other.ways_to_pods());
             }
-            plug(&node.netns, "eth0", &wire, &node.name, "br0", &format!("{}/24", node.address));
-            let mut ways = vec![format!("route add default via {}", UNDERLAY.1)];
-            let others = nodes.iter().filter(|other| other.name != node.name);
-            ways.extend(others.map(|o| format!("route add {}.0/24 via {}", o.pod_prefix, o.address)));
             node.netns.ip(&ways.iter().map(String::as_str).collect::<Vec<_>>());
             node.proxy_rules();
             if spec.routed_pods {
-                let (prefix, via) = (&node.pod_prefix, &node.address);
-                router.ip(&[&format!("route add {prefix}.0/24 via {via}")]);
-                neighbour.netns.ip(&[&format!("route add {prefix}.0/24 via {via}")]);
+                let ways = node.ways_to_pods();
+                let ways: Vec<_> = ways.iter().map(String::as_str).collect();
+                router.ip(&ways);
+                neighbour.netns.ip(&ways);
             }
         }
+        if spec.second_uplink {
+            second_network(spec, &wire, &router, &nodes);
+        }
 
-        let objects = Objects::new(&home.dir.join("objects"));
-        Self { nodes, router, web, other, neighbour, objects, home, tolerated: Mutex::default() }
+        for host in [&web, &other, &neighbour] {
+            record::watch_foreign_sources(&host.netns, &POD_NETWORKS);
+        }
+
+        let objects = Objects::new(&home.dir.join("objects"), spec.v6());
+        Self {
+            nodes,
+            router,
+            web,
+            other,
+            neighbour,
+            objects,
+            v6: spec.v6(),
+            routed_pods: spec.routed_pods,
+            home,
+            tolerated: Mutex::default(),
+        }
     }
 
     /// The lab's short name: every namespace of it begins with this and a dash.
@@ -220,10 +517,51 @@ impl Lab {
     /// Which node has this address on `eth0`.
     #[must_use]
     pub fn node_with_address(&self, address: &str) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.address == address)
+        self.nodes.iter().find(|node| node.addresses().contains(&address))
     }
 
-    /// Every other warning or error in an agent's log fails the test; a line with this text does not.
+    /// Waits until the wire takes multicast to members only ([`LabSpec::snooping`]): a question for an address
+    /// that nobody has reaches nobody any more.
+    #[track_caller]
+    pub fn wait_snooping(&self) {
+        let nobody = format!("{}::dead", UNDERLAY.v6);
+        let group = solicited_node(&nobody);
+        let rules = format!(
+            "table ip6 snooping {{
+                counter asked {{}}
+                chain in {{
+                    type filter hook prerouting priority -500;
+                    ip6 daddr {group} counter name asked
+                }}
+                chain out {{
+                    type filter hook postrouting priority 500;
+                    ip6 daddr {group} counter name asked
+                }}
+            }}"
+        );
+        let ends = [&self.neighbour.netns, &self.router];
+        for netns in ends {
+            let _ = netns.exec_input(&["nft", "-f", "-"], &[], &rules).expect_success();
+        }
+        eventually_ok("the wire snoops", Duration::from_secs(20), || {
+            // The kernel repeats its question: one between two of these commands must count as heard, not as sent.
+            for netns in ends.iter().rev() {
+                let _ = netns.exec(&["nft", "reset", "counter", "ip6", "snooping", "asked"]);
+            }
+            let _ = self.neighbour.netns.try_exec(&["ping", "-6", "-c", "1", "-W", "0.2", &nobody]);
+            let [sent, heard] = ends.map(|netns| {
+                let text = netns.exec(&["nft", "list", "counter", "ip6", "snooping", "asked"]);
+                !text.contains("packets 0 ")
+            });
+            if sent && !heard { Ok(()) } else { Err(format!("asked: {sent}, heard by others: {heard}")) }
+        });
+        for netns in ends {
+            let _ = netns.exec(&["nft", "delete", "table", "ip6", "snooping"]);
+        }
+    }
+
+    /// Warnings and errors in an agent's log, bad checksums and foreign sources fail the test when it ends; a
+    /// line about them with this text does not.
     pub fn tolerate(&self, text: &str) {
         self.tolerated.lock().unwrap_or_else(PoisonError::into_inner).push(text.to_owned());
     }
@@ -257,8 +595,10 @@ impl Lab {
                 &[
                     "ip -br addr",
                     "ip route",
+                    "ip -6 route | grep -v ' fe80::/64 '",
                     "ip neigh",
                     "iptables-save -c | grep -v '^[#:]'",
+                    "ip6tables-save -c | grep -v '^[#:]'",
                     "conntrack -L 2>/dev/null | head -12",
                 ],
             );
@@ -268,7 +608,7 @@ impl Lab {
         }
         let outside = [&self.router, &self.web.netns, &self.other.netns, &self.neighbour.netns];
         for netns in outside {
-            look(&mut text, netns, &["ip -br addr", "ip route", "ip neigh", "nft list ruleset"]);
+            look(&mut text, netns, &["ip -br addr", "ip route; ip -6 route", "ip neigh", "nft list ruleset"]);
         }
         let described = self.nodes.iter().map(|node| &node.netns).chain(outside);
         let described: Vec<_> = described.map(Netns::name).collect();
@@ -278,15 +618,22 @@ impl Lab {
         text
     }
 
-    /// Warnings and errors in the agents' logs that no one announced with [`Lab::tolerate`].
+    /// What no test may leave behind and no one announced with [`Lab::tolerate`]: warnings and errors in the
+    /// agents' logs, packets with bad checksums anywhere, pods' addresses at outside hosts.
     fn complaints(&self) -> Vec<String> {
         let tolerated = self.tolerated.lock().unwrap_or_else(PoisonError::into_inner);
         let mut complaints = Vec::new();
         for (name, log) in self.agent_logs() {
             let bad = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
-            let bad = bad.filter(|line| !tolerated.iter().any(|text| line.contains(text)));
             complaints.extend(bad.map(|line| format!("{name}: {line}")));
         }
+        let names = namespaces(&self.home.id);
+        complaints.extend(names.iter().flat_map(|name| record::bad_checksums(name)));
+        if !self.routed_pods {
+            let outside = [&self.web, &self.other, &self.neighbour];
+            complaints.extend(outside.iter().flat_map(|host| record::foreign_sources(&host.netns)));
+        }
+        complaints.retain(|line| !tolerated.iter().any(|text| line.contains(text)));
         complaints
     }
 
@@ -334,18 +681,53 @@ impl Drop for Lab {
         }
         let complaints = self.complaints();
         self.home.remove();
-        assert!(complaints.is_empty(), "agents complained:\n{}", complaints.join("\n"));
+        assert!(complaints.is_empty(), "what no test may leave behind:\n{}", complaints.join("\n"));
     }
 }
 
-/// Connects a namespace's interface to a bridge in another one.
-fn plug(netns: &Netns, interface: &str, at: &Netns, port: &str, bridge: &str, address: &str) {
-    netns.ip(&[
-        &format!("link add {interface} type veth peer name {port} netns {}", at.name()),
-        &format!("addr add {address} dev {interface}"),
-    ]);
+/// Connects a namespace's new interface to a bridge in another one.
+fn plug(netns: &Netns, interface: &str, at: &Netns, port: &str, bridge: &str, mtu: Option<u32>) {
+    let mtu = mtu.map(|mtu| format!("mtu {mtu}")).unwrap_or_default();
+    netns.ip(&[&format!("link add {interface} {mtu} type veth peer name {port} {mtu} netns {}", at.name())]);
     at.ip(&[&format!("link set {port} master {bridge} up")]);
     netns.ip(&[&format!("link set {interface} up")]);
+}
+
+/// Adds addresses to an interface, usable at once.
+fn give(netns: &Netns, interface: &str, addresses: &[String]) {
+    let commands = addresses.iter().map(|address| match Family::of(address) {
+        Family::V4 => format!("addr add {address}/24 dev {interface}"),
+        Family::V6 => format!("addr add {address}/64 dev {interface} nodad"),
+    });
+    netns.ip(&commands.collect::<Vec<_>>().iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+/// Connects the nodes and the router by a second network ([`LabSpec::second_uplink`]).
+fn second_network(spec: &LabSpec, wire: &Netns, router: &Netns, nodes: &[Node]) {
+    wire.ip(&["link add br1 type bridge forward_delay 0", "link set br1 up"]);
+    plug(router, "eth1", wire, "router1", "br1", spec.mtu);
+    let gateways = spec.on_others(SECOND.host(1));
+    give(router, "eth1", &gateways);
+    for (index, node) in nodes.iter().enumerate() {
+        plug(&node.netns, "eth1", wire, &format!("{}1", node.name), "br1", spec.mtu);
+        give(&node.netns, "eth1", &spec.on_others(SECOND.host(11 + index)));
+        for gateway in &gateways {
+            let (family, network) = match Family::of(gateway) {
+                Family::V4 => (Family::V4, format!("{}.0/24", SECOND.v4)),
+                Family::V6 => (Family::V6, format!("{}::/64", SECOND.v6)),
+            };
+            node.netns.ip(&[
+                &format!("route add {network} dev eth1 table {SECOND_TABLE}"),
+                &format!("route add default via {gateway} dev eth1 table {SECOND_TABLE}"),
+            ]);
+            for chooser in [["from", &network], ["oif", "eth1"]] {
+                let table = SECOND_TABLE.to_string();
+                // In a batch `ip rule` takes every rule for one of IPv4.
+                let words = [&["ip", family.option(), "rule", "add"], &chooser[..], &["lookup", &table]];
+                let _ = node.netns.exec(&words.concat());
+            }
+        }
+    }
 }
 
 /// The lab's name and directory, and who removes them.

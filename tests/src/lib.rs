@@ -20,6 +20,7 @@
 pub mod agent;
 pub mod cni;
 mod command;
+pub mod family;
 pub mod kernel;
 pub mod lab;
 pub mod netns;
@@ -33,6 +34,7 @@ pub mod traffic;
 pub use agent::Agent;
 pub use cni::{Cni, Pod, PodSpec};
 pub use command::{Output, Process, eventually, eventually_ok};
-pub use lab::{Lab, LabSpec, Node};
+pub use family::{Family, endpoint};
+pub use lab::{Host, Lab, LabSpec, Node, Uplink};
 pub use netns::Netns;
 pub use record::Recorder;

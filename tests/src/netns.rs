@@ -31,6 +31,12 @@ impl Netns {
         netns
     }
 
+    /// New interfaces' IPv6 addresses are usable at once: nothing in a lab has an address twice.
+    pub(crate) fn without_dad(&self) {
+        // The larger of the two counts (Documentation/networking/ip-sysctl.rst, accept_dad).
+        self.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"]);
+    }
+
     /// Its name for `ip netns`.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -98,9 +104,20 @@ impl Netns {
     /// Appends iptables rules, each `table chain rule…`, and waits for whoever holds the lock.
     #[track_caller]
     pub fn iptables(&self, rules: &[&str]) {
+        self.append_rules("iptables", rules);
+    }
+
+    /// The same for IPv6.
+    #[track_caller]
+    pub fn ip6tables(&self, rules: &[&str]) {
+        self.append_rules("ip6tables", rules);
+    }
+
+    #[track_caller]
+    fn append_rules(&self, program: &str, rules: &[&str]) {
         for rule in rules {
             let (table, rest) = rule.split_once(' ').expect("a rule starts with its table");
-            let mut words = vec!["iptables", "-w", "-t", table, "-A"];
+            let mut words = vec![program, "-w", "-t", table, "-A"];
             words.extend(rest.split(' '));
             let _ = self.exec(&words);
         }

@@ -6,10 +6,14 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::lab::{POD_NETWORKS, SERVICE_NETWORKS};
+
 /// A directory that agents watch.
 #[derive(Debug, Clone)]
 pub struct Objects {
     dir: PathBuf,
+    /// Whether the cluster's networks are of both families.
+    v6: bool,
 }
 
 /// Labels as pairs, in the order they are written.
@@ -42,9 +46,9 @@ impl PodObject {
 }
 
 impl Objects {
-    pub(crate) fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path, v6: bool) -> Self {
         fs::create_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
-        Self { dir: dir.into() }
+        Self { dir: dir.into(), v6 }
     }
 
     /// The directory.
@@ -70,8 +74,14 @@ impl Objects {
         }
     }
 
-    /// A Node that may own egress IPs if `assignable`, as its kubelet reports it.
-    pub fn node(&self, name: &str, address: &str, pod_cidr: &str, assignable: bool, ready: bool) {
+    /// A Node that may own egress IPs if `assignable`, as its kubelet reports it. The first of the pods' networks
+    /// is the cluster's primary one.
+    pub fn node(&self, name: &str, addresses: &[&str], pod_cidrs: &[String], assignable: bool, ready: bool) {
+        let internal = addresses.iter().fold(String::new(), |mut text, address| {
+            let _ = write!(text, "\n  - type: InternalIP\n    address: \"{address}\"");
+            text
+        });
+        let (pod_cidr, pod_cidrs) = (&pod_cidrs[0], list(pod_cidrs));
         let label = if assignable { "\n    k8s.ovn.org/egress-assignable: \"\"" } else { "" };
         let status = if ready { "True" } else { "False" };
         self.write(
@@ -85,13 +95,10 @@ metadata:
   labels:
     kubernetes.io/hostname: {name}{label}
 spec:
-  podCIDR: {pod_cidr}
-  podCIDRs:
-  - {pod_cidr}
+  podCIDR: \"{pod_cidr}\"
+  podCIDRs:{pod_cidrs}
 status:
-  addresses:
-  - type: InternalIP
-    address: {address}
+  addresses:{internal}
   - type: Hostname
     address: {name}
   conditions:
@@ -130,6 +137,8 @@ metadata:
 
     /// The `EgressConfig` with the lab's networks and, indented by two, further fields of its `spec`.
     pub fn config(&self, more: &str) {
+        let families = if self.v6 { 2 } else { 1 };
+        let (pods, services) = (list(&POD_NETWORKS[..families]), list(&SERVICE_NETWORKS[..families]));
         self.write(
             "egressconfig.yaml",
             &format!(
@@ -138,21 +147,26 @@ kind: EgressConfig
 metadata:
   name: default
 spec:
-  clusterCIDRs:
-  - 10.244.0.0/16
-  serviceCIDRs:
-  - 10.96.0.0/16
+  clusterCIDRs:{pods}
+  serviceCIDRs:{services}
 {more}"
             ),
         );
     }
 
-    pub(crate) fn write_pod(&self, pod: &PodObject, ip: Option<&str>) {
+    /// Writes a pod's object: pending without addresses, running with them.
+    pub(crate) fn write_pod(&self, pod: &PodObject, ips: &[&str]) {
         let PodObject { namespace, name, node, uid, labels } = pod;
         let labels = map(4, labels.iter().map(|(key, value)| (key.as_str(), value.as_str())));
-        let status = match ip {
-            Some(ip) => format!("  phase: Running\n  podIP: {ip}\n  podIPs:\n  - ip: {ip}"),
-            None => "  phase: Pending".to_owned(),
+        let status = match ips {
+            [] => "  phase: Pending".to_owned(),
+            [first, ..] => ips.iter().fold(
+                format!("  phase: Running\n  podIP: \"{first}\"\n  podIPs:"),
+                |mut text, ip| {
+                    let _ = write!(text, "\n  - ip: \"{ip}\"");
+                    text
+                },
+            ),
         };
         self.write(
             &pod.file(),
@@ -181,10 +195,7 @@ status:
 /// An `EgressIP`'s manifest.
 #[must_use]
 pub fn egress_ip(name: &str, addresses: &[&str], namespaces: Labels, pods: Labels) -> String {
-    let addresses = addresses.iter().fold(String::new(), |mut text, address| {
-        let _ = write!(text, "\n  - {address}");
-        text
-    });
+    let addresses = list(addresses);
     let selector = |name: &str, labels: Labels| match labels {
         [] => String::new(),
         labels => format!("  {name}:\n    matchLabels:{}\n", map(6, labels.iter().copied())),
@@ -207,6 +218,14 @@ spec:
 
 fn egress_ip_file(name: &str) -> String {
     format!("egressip-{name}.yaml")
+}
+
+/// A block sequence of plain strings. An address is one: none of its colons is followed by a space.
+fn list<T: AsRef<str>>(items: &[T]) -> String {
+    items.iter().fold(String::new(), |mut text, item| {
+        let _ = write!(text, "\n  - {}", item.as_ref());
+        text
+    })
 }
 
 /// A block mapping of strings, or ` {}`.

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use crate::command::Process;
+use crate::family::endpoint;
 use crate::lab::{Lab, helper_path, utf8};
 use crate::netns::Netns;
 
@@ -21,14 +22,16 @@ impl Lab {
         let prefix = self.dir().join(format!("nginx-{}", netns.name()));
         fs::create_dir(&prefix).unwrap_or_else(|error| panic!("{}: {error}", prefix.display()));
         let config = prefix.join("nginx.conf");
+        let listen6 = if self.v6 { "listen [::]:80 backlog=1024;" } else { "" };
         let content = "daemon off; master_process off; user root; pid nginx.pid; error_log stderr;
             events { worker_connections 2048; }
             http {
                 access_log off; default_type text/plain; keepalive_timeout 0;
                 client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
                 uwsgi_temp_path uwsgi; scgi_temp_path scgi;
-                server { listen 80 backlog=1024; location / { return 200 \"$remote_addr $remote_port\\n\"; } }
-            }";
+                server { listen 80 backlog=1024; LISTEN6 location / { return 200 \"$remote_addr $remote_port\\n\"; } }
+            }"
+        .replace("LISTEN6", listen6);
         fs::write(&config, content).unwrap_or_else(|error| panic!("{}: {error}", config.display()));
         let words = ["nginx", "-p", utf8(&prefix), "-c", utf8(&config), "-e", "stderr"];
         let process = netns.spawn("nginx", &words, &[]);
@@ -40,7 +43,7 @@ impl Lab {
     #[track_caller]
     #[must_use]
     pub fn echo(&self, netns: &Netns) -> Process {
-        self.echo_on(netns, "0.0.0.0")
+        self.echo_on(netns, if self.v6 { "::" } else { "0.0.0.0" })
     }
 
     /// The same on one address of a host with several, which would answer datagrams from any of them.
@@ -48,7 +51,7 @@ impl Lab {
     #[must_use]
     pub fn echo_on(&self, netns: &Netns, address: &str) -> Process {
         let helper = helper_path("peer");
-        let address = format!("{address}:{ECHO}");
+        let address = endpoint(address, ECHO);
         let mut process = netns.spawn("echo", &[utf8(&helper), "serve", &address], &[]);
         process.wait_stdout("ready", Duration::from_secs(10));
         process
@@ -67,8 +70,9 @@ impl Lab {
     #[track_caller]
     #[must_use]
     pub fn dnsmasq(&self, netns: &Netns) -> Process {
-        let answer = format!("--address=/web.example/{}", self.web.address);
-        let words = [
+        let answer = |address: &str| format!("--address=/web.example/{address}");
+        let [v4, v6] = [answer(&self.web.address), answer(&self.web.address6)];
+        let mut words = vec![
             "dnsmasq",
             "--keep-in-foreground",
             "--conf-file=/dev/null",
@@ -77,8 +81,11 @@ impl Lab {
             "--pid-file=",
             "--user=root",
             "--bind-interfaces",
-            &answer,
+            &*v4,
         ];
+        if self.v6 {
+            words.push(&v6);
+        }
         let process = netns.spawn("dnsmasq", &words, &[]);
         netns.wait_listening("udp", 53);
         process

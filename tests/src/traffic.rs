@@ -100,6 +100,19 @@ impl Netns {
         self.client("udp", destination, &["--count", &count.to_string()])
     }
 
+    /// `count` exchanges of UDP datagrams with `size` bytes of data, of one flow or each of its own. What comes
+    /// back must be the same bytes.
+    #[track_caller]
+    #[must_use]
+    pub fn udp_sized(&self, destination: &str, size: u32, count: u64, one_flow: bool) -> Report {
+        let (size, count) = (size.to_string(), count.to_string());
+        let mut more = vec!["--size", &size, "--count", &count, "--limit-ms", "2000"];
+        if one_flow {
+            more.push("--one-flow");
+        }
+        self.client("udp", destination, &more)
+    }
+
     /// One UDP exchange from a given port, if it is answered within `limit`.
     #[track_caller]
     #[must_use]
@@ -139,8 +152,48 @@ impl Netns {
     #[track_caller]
     #[must_use]
     pub fn ping(&self, destination: &str, count: u32, interval: &str) -> u32 {
-        let words = ["ping", "-n", "-q", "-W", "1", "-c", &count.to_string(), "-i", interval, destination];
-        number_before(&self.try_exec(&words).stdout, "received")
+        self.ping_sized(destination, 56, count, interval)
+    }
+
+    /// The same with `size` bytes of data, which ping compares with the answer's.
+    #[track_caller]
+    #[must_use]
+    pub fn ping_sized(&self, destination: &str, size: u32, count: u32, interval: &str) -> u32 {
+        let (size, count) = (size.to_string(), count.to_string());
+        let words = ["ping", "-n", "-W", "1", "-c", &count, "-i", interval, "-s", &size, destination];
+        // Not `-q`: it would say nothing of wrong data.
+        let text = self.try_exec(&words).stdout;
+        assert!(!text.contains("wrong data byte"), "{text}");
+        number_before(&text, "received")
+    }
+
+    /// Who answers UDP to a port that nobody listens on, with hop limits from 1 to `hops`: what traceroute shows.
+    /// Each is read from the error queue of a socket of its own.
+    #[track_caller]
+    #[must_use]
+    pub fn trace(&self, destination: &str, hops: u32) -> Vec<String> {
+        // IP_RECVERR is 11, IPV6_RECVERR 25 (linux/in.h, linux/in6.h); the offender's address follows the 16 bytes
+        // of struct sock_extended_err (linux/errqueue.h).
+        let program = "import select, socket, sys
+destination, hops = sys.argv[1], int(sys.argv[2])
+v6 = ':' in destination
+family, level = (socket.AF_INET6, socket.IPPROTO_IPV6) if v6 else (socket.AF_INET, socket.IPPROTO_IP)
+for hop in range(1, hops + 1):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.setsockopt(level, 25 if v6 else 11, 1)
+    s.setsockopt(level, socket.IPV6_UNICAST_HOPS if v6 else socket.IP_TTL, hop)
+    s.connect((destination, 33433 + hop))
+    s.send(b'x' * 24)
+    poll = select.poll()
+    poll.register(s, select.POLLERR)
+    if not poll.poll(2000):
+        print('nobody')
+        continue
+    control = s.recvmsg(512, 512, socket.MSG_ERRQUEUE)[1]
+    offender = control[0][2][16:]
+    print(socket.inet_ntop(family, offender[8:24] if v6 else offender[4:8]))";
+        let text = self.exec(&["python3", "-c", program, destination, &hops.to_string()]);
+        text.lines().map(str::to_owned).collect()
     }
 
     /// Starts pinging.

@@ -32,6 +32,9 @@ fn errors_reach_the_pod(owner: &str) {
     let third = hop("3");
     assert_eq!(third.matches(&format!("bytes from {WEB}")).count(), 3, "{third}");
 
+    // The same by UDP, as traceroute and tracepath do it.
+    assert_eq!(pod.netns.trace(WEB, 3), ["10.244.1.1", "172.18.0.1", WEB]);
+
     // Nobody listens: the server's refusal reaches the pod's socket at once, by UDP's and by TCP's own way.
     for kind in ["socket.SOCK_DGRAM", "socket.SOCK_STREAM"] {
         let program = format!(

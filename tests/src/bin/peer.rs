@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
@@ -47,6 +47,12 @@ enum Mode {
         /// The client's own port instead of a free one.
         #[arg(long, default_value_t = 0)]
         source_port: u16,
+        /// Bytes of a datagram; 0 stands for a short one.
+        #[arg(long, default_value_t = 0)]
+        size: usize,
+        /// All of them from one socket.
+        #[arg(long)]
+        one_flow: bool,
     },
     /// Numbered messages over one connection until standard input ends.
     Stream {
@@ -87,10 +93,20 @@ fn main() -> io::Result<()> {
             tcp(destination, count, parallel, Duration::from_millis(limit_ms));
             Ok(())
         }
-        Mode::Udp { destination, count, limit_ms, source_port } => {
+        Mode::Udp { destination, count, limit_ms, source_port, size, one_flow } => {
+            let limit = Duration::from_millis(limit_ms);
             let mut tally = Tally::default();
-            for _ in 0..count {
-                tally.add(udp_exchange(destination, source_port, Duration::from_millis(limit_ms)));
+            let mut kept = None;
+            for number in 0..count {
+                let socket = match kept.take() {
+                    Some(socket) => Ok(socket),
+                    None => udp_socket(destination, source_port, limit),
+                };
+                tally.add(socket.and_then(|socket| {
+                    let result = udp_exchange(&socket, &pattern(size, number));
+                    kept = one_flow.then_some(socket);
+                    result
+                }));
             }
             tally.print();
             Ok(())
@@ -150,11 +166,12 @@ fn serve(address: SocketAddr) -> io::Result<()> {
     let socket = UdpSocket::bind(address)?;
     println!("ready");
     thread::spawn(move || {
-        let mut buffer = [0; 2048];
+        let mut buffer = vec![0; usize::from(u16::MAX)];
         // An ICMP error for an earlier answer is reported here: it concerns that client only.
         loop {
             let Ok((length, client)) = socket.recv_from(&mut buffer) else { continue };
-            let mut answer = format!("{} {}\n", client.ip(), client.port()).into_bytes();
+            // A socket of both families sees IPv4 addresses mapped.
+            let mut answer = format!("{} {}\n", client.ip().to_canonical(), client.port()).into_bytes();
             answer.extend(&buffer[..length]);
             let _ = socket.send_to(&answer, client);
         }
@@ -172,7 +189,7 @@ fn serve(address: SocketAddr) -> io::Result<()> {
 fn answer(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let client = stream.peer_addr()?;
-    stream.write_all(format!("{} {}\n", client.ip(), client.port()).as_bytes())?;
+    stream.write_all(format!("{} {}\n", client.ip().to_canonical(), client.port()).as_bytes())?;
     io::copy(&mut stream.try_clone()?, &mut stream)?;
     Ok(())
 }
@@ -230,17 +247,37 @@ fn tcp(destination: SocketAddr, count: u64, parallel: u64, limit: Duration) {
     tally.into_inner().unwrap_or_else(PoisonError::into_inner).print();
 }
 
-fn udp_exchange(destination: SocketAddr, source_port: u16, limit: Duration) -> io::Result<String> {
-    let socket = UdpSocket::bind(("0.0.0.0", source_port))?;
+/// The unspecified address of a destination's family.
+fn any(destination: SocketAddr) -> IpAddr {
+    if destination.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+fn udp_socket(destination: SocketAddr, source_port: u16, limit: Duration) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((any(destination), source_port))?;
     socket.connect(destination)?;
     socket.set_read_timeout(Some(limit))?;
-    socket.send(b"hello")?;
-    let mut buffer = [0; 2048];
+    Ok(socket)
+}
+
+/// Data in which no part can stand for another: of two fragments in the wrong place, the answer tells.
+fn pattern(size: usize, number: u64) -> Vec<u8> {
+    if size == 0 {
+        return b"hello".to_vec();
+    }
+    (0..size)
+        .map(|at| (at as u64).wrapping_mul(31).wrapping_add(at as u64 >> 8).wrapping_add(number) as u8)
+        .collect()
+}
+
+fn udp_exchange(socket: &UdpSocket, data: &[u8]) -> io::Result<String> {
+    socket.send(data)?;
+    let mut buffer = vec![0; usize::from(u16::MAX)];
     let length = socket.recv(&mut buffer)?;
-    let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-    match text.split_once('\n') {
-        Some((source, "hello")) => Ok(source.to_owned()),
-        _ => Err(io::Error::other(format!("answered '{text}'"))),
+    let answer = &buffer[..length];
+    let newline = answer.iter().position(|byte| *byte == b'\n');
+    match newline.map(|at| (&answer[..at], &answer[at + 1..])) {
+        Some((source, echoed)) if echoed == data => Ok(String::from_utf8_lossy(source).into_owned()),
+        _ => Err(io::Error::other(format!("answered {length} bytes that are not what was sent"))),
     }
 }
 
@@ -303,7 +340,7 @@ fn stream_tcp(destination: SocketAddr, interval: Duration) -> io::Result<()> {
 }
 
 fn stream_udp(destination: SocketAddr, interval: Duration) -> io::Result<()> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let socket = UdpSocket::bind((any(destination), 0))?;
     socket.connect(destination)?;
     // Short, so that the end is noticed; nothing is lost by it.
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
@@ -371,7 +408,9 @@ fn fresh(protocol: Protocol, destination: SocketAddr, interval: Duration) {
     while !stop.load(Ordering::Relaxed) {
         let limit = Duration::from_secs(2);
         let result = match protocol {
-            Protocol::Udp => udp_exchange(destination, 0, limit),
+            Protocol::Udp => {
+                udp_socket(destination, 0, limit).and_then(|socket| udp_exchange(&socket, b"hello"))
+            }
             Protocol::Tcp => open(destination, limit).and_then(|(mut reader, source)| {
                 exchange(&mut reader)?;
                 Ok(source)
