@@ -21,8 +21,10 @@ pub mod image;
 pub mod agent;
 pub mod announce;
 pub mod bpf;
+pub mod conntrack;
 pub mod metrics;
 pub mod netlink;
+mod nfnetlink;
 
 pub mod cli;
 pub mod commands;

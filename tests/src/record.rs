@@ -19,16 +19,29 @@ impl Recorder {
     #[track_caller]
     #[must_use]
     pub fn start(netns: &Netns) -> Self {
-        let rules = "table ip seen
+        Self::start_with(netns, "")
+    }
+
+    /// The same without TCP resets that acknowledge nothing: a node's own answer to what is for no connection.
+    #[track_caller]
+    #[must_use]
+    pub fn start_without_resets(netns: &Netns) -> Self {
+        Self::start_with(netns, "tcp flags & (fin | syn | rst | psh | ack) == rst return;")
+    }
+
+    fn start_with(netns: &Netns, first: &str) -> Self {
+        let rules = format!(
+            "table ip seen
         delete table ip seen
-        table ip seen {
-            set sources { type ipv4_addr . inet_proto; size 65535; flags dynamic; counter; }
-            chain in {
-                type filter hook prerouting priority -400;
-                update @sources { ip saddr . ip protocol }
-            }
-        }";
-        let _ = netns.exec_input(&["nft", "-f", "-"], &[], rules).expect_success();
+        table ip seen {{
+            set sources {{ type ipv4_addr . inet_proto; size 65535; flags dynamic; counter; }}
+            chain in {{
+                type filter hook prerouting priority -400; {first}
+                update @sources {{ ip saddr . ip protocol }}
+            }}
+        }}"
+        );
+        let _ = netns.exec_input(&["nft", "-f", "-"], &[], &rules).expect_success();
         Self { netns: netns.clone() }
     }
 

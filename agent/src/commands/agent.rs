@@ -13,6 +13,7 @@ use crate::agent::{Agent, Identity, Kernel};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
+use crate::conntrack::Conntrack;
 use crate::facts::Facts;
 use crate::image::MapImage;
 use crate::netlink;
@@ -56,7 +57,8 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         args.node,
         args.source.dir().display()
     );
-    let kernel = NodeKernel { datapath, announcer: Announcer::default() };
+    let conntrack = Conntrack::new(datapath.recovered());
+    let kernel = NodeKernel { datapath, announcer: Announcer::default(), conntrack };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
     let mut agent = Agent::new(identity, source, kernel, facts, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
@@ -80,6 +82,7 @@ fn boot_id() -> anyhow::Result<String> {
 struct NodeKernel {
     datapath: Datapath,
     announcer: Announcer,
+    conntrack: Conntrack,
 }
 
 impl Kernel for NodeKernel {
@@ -102,6 +105,7 @@ impl Kernel for NodeKernel {
             // Maps are written even if an interface cannot be attached to.
             Err(error) => Some(error.to_string()),
         };
+        self.conntrack.update(image);
         self.announcer.update(image);
         Ok(unattached)
     }
