@@ -25,6 +25,7 @@ pub mod conntrack;
 pub mod metrics;
 pub mod netlink;
 mod nfnetlink;
+pub mod notrack;
 
 pub mod cli;
 pub mod commands;

@@ -17,6 +17,7 @@ use crate::conntrack::Conntrack;
 use crate::facts::Facts;
 use crate::image::MapImage;
 use crate::netlink;
+use crate::notrack::Notrack;
 use crate::watch::dir::DirSource;
 use crate::{metrics, watch};
 
@@ -58,7 +59,8 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         args.source.dir().display()
     );
     let conntrack = Conntrack::new(datapath.recovered());
-    let kernel = NodeKernel { datapath, announcer: Announcer::default(), conntrack };
+    let kernel =
+        NodeKernel { datapath, announcer: Announcer::default(), conntrack, notrack: Notrack::default() };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
     let mut agent = Agent::new(identity, source, kernel, facts, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
@@ -83,6 +85,7 @@ struct NodeKernel {
     datapath: Datapath,
     announcer: Announcer,
     conntrack: Conntrack,
+    notrack: Notrack,
 }
 
 impl Kernel for NodeKernel {
@@ -93,7 +96,9 @@ impl Kernel for NodeKernel {
     }
 
     async fn ensure_tunnel(&mut self, port: u16) -> Result<(), String> {
-        netlink::ensure_tunnel(port).await.map(drop).map_err(|e| e.to_string())
+        netlink::ensure_tunnel(port).await.map_err(|e| e.to_string())?;
+        self.notrack.set(port);
+        Ok(())
     }
 
     fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, bpf::Error> {
@@ -111,6 +116,7 @@ impl Kernel for NodeKernel {
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {
+        self.notrack.keep();
         let swept = self.datapath.sweep()?;
         Ok((swept.removed, swept.left))
     }

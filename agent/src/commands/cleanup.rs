@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::Context as _;
 
 use crate::cli::CleanupArgs;
-use crate::{bpf, netlink};
+use crate::{bpf, netlink, notrack};
 
 pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let removed = bpf::cleanup(&args.bpffs.bpffs)?;
@@ -20,7 +20,12 @@ pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()
     if device {
         writeln!(out, "removed device {}", netlink::TUNNEL)?;
     }
-    if removed.is_empty() && !device {
+    let table =
+        notrack::remove().with_context(|| format!("cannot remove the nftables table {}", notrack::TABLE))?;
+    if table {
+        writeln!(out, "removed table inet {}", notrack::TABLE)?;
+    }
+    if removed.is_empty() && !device && !table {
         writeln!(out, "nothing to remove")?;
     }
     Ok(())
