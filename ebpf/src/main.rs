@@ -8,6 +8,7 @@
 
 mod arp;
 mod ctx;
+mod guard;
 mod maps;
 mod packet;
 mod report;

@@ -58,10 +58,18 @@ impl Lab {
     #[track_caller]
     #[must_use]
     pub fn start_agent(&self, node: &str) -> Agent {
+        self.start_agent_with(node, &[])
+    }
+
+    /// The same with more environment variables, which stand for options.
+    #[track_caller]
+    #[must_use]
+    pub fn start_agent_with(&self, node: &str, environment: &[(&str, &str)]) -> Agent {
         let node = self.node(node);
         let arguments = self.agent_arguments(&node.name);
         let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let process = node.netns.spawn(&format!("agent-{}", node.name), &words, &[("NO_COLOR", "1")]);
+        let environment = [&[("NO_COLOR", "1")], environment].concat();
+        let process = node.netns.spawn(&format!("agent-{}", node.name), &words, &environment);
         Agent { node: node.name.clone(), netns: node.netns.clone(), process }
     }
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::agent::{Agent, Identity, Kernel};
 use crate::announce::Announcer;
@@ -40,7 +40,12 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     // The signals first, so that one that comes early is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
+    let guarded = cgroup.as_ref().map_or(Ok(()), |cgroup| datapath.guard(cgroup));
+    if args.pod_cgroup.is_some() {
+        guarded.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
+    }
     let source = DirSource::open(args.source.dir())?;
     let selection =
         netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
@@ -58,6 +63,11 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         args.node,
         args.source.dir().display()
     );
+    match (&cgroup, guarded) {
+        (Some(cgroup), Ok(())) => info!("pods not known yet are held in cgroup {}", cgroup.display()),
+        (None, _) => info!("no kubepods cgroup is seen here; --pod-cgroup can name one"),
+        (_, Err(error)) => warn!("{error}; pods that start while no agent runs are held at the uplinks only"),
+    }
     let conntrack = Conntrack::new(datapath.recovered());
     let kernel =
         NodeKernel { datapath, announcer: Announcer::default(), conntrack, notrack: Notrack::default() };
