@@ -34,7 +34,7 @@ const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
-/// `CTA_FILTER_F_CTA_IP_SRC` (net/netfilter/nf_conntrack_netlink.c).
+/// `CTA_FILTER_F_CTA_IP_SRC` (`net/netfilter/nf_conntrack_netlink.c`).
 const FILTER_SOURCE: u32 = 1;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_IP_V4_SRC: u16 = 1;

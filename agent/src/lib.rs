@@ -21,6 +21,7 @@ pub mod image;
 pub mod agent;
 pub mod announce;
 pub mod bpf;
+pub mod conflict;
 pub mod conntrack;
 pub mod metrics;
 pub mod netlink;

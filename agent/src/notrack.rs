@@ -15,7 +15,7 @@ pub const TABLE: &str = "outgate";
 
 /// Both families at once (include/uapi/linux/netfilter.h).
 const NFPROTO_INET: u8 = 1;
-/// `NF_IP_PRI_RAW`: before connection tracking, at -200 (include/uapi/linux/netfilter_ipv4.h).
+/// `NF_IP_PRI_RAW`: before connection tracking, at -200 (`include/uapi/linux/netfilter_ipv4.h`).
 const PRIORITY_RAW: i32 = -300;
 /// `NF_INET_PRE_ROUTING` and `NF_INET_LOCAL_OUT`.
 const PREROUTING: u32 = 0;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lab::record::Recorder;
 use lab::servers::ECHO;
-use lab::{Lab, LabSpec, Netns, PodSpec, eventually, eventually_ok};
+use lab::{Lab, LabSpec, Netns, PodSpec, eventually_ok};
 
 const EGRESS: &str = "172.18.0.101";
 const LIMIT: Duration = Duration::from_secs(5);

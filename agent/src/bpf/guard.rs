@@ -24,7 +24,7 @@ pub fn find() -> Option<PathBuf> {
 }
 
 /// Mount points of cgroup2 in `/proc/self/mountinfo`: the fifth field; the type follows the field `-`
-/// (proc_pid_mountinfo(5)).
+/// (`proc_pid_mountinfo(5)`).
 fn cgroup_mounts(mountinfo: &str) -> impl Iterator<Item = &str> {
     mountinfo.lines().filter_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;

@@ -13,6 +13,7 @@ use crate::agent::{Agent, Identity, Kernel};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
+use crate::conflict::Conflicts;
 use crate::conntrack::Conntrack;
 use crate::facts::Facts;
 use crate::image::MapImage;
@@ -68,9 +69,15 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         (None, _) => info!("no kubepods cgroup is seen here; --pod-cgroup can name one"),
         (_, Err(error)) => warn!("{error}; pods that start while no agent runs are held at the uplinks only"),
     }
+    let conflicts = Conflicts::new(Rc::clone(&state));
     let conntrack = Conntrack::new(datapath.recovered());
-    let kernel =
-        NodeKernel { datapath, announcer: Announcer::default(), conntrack, notrack: Notrack::default() };
+    let kernel = NodeKernel {
+        datapath,
+        announcer: Announcer::default(),
+        conntrack,
+        notrack: Notrack::default(),
+        conflicts,
+    };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
     let mut agent = Agent::new(identity, source, kernel, facts, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
@@ -96,6 +103,7 @@ struct NodeKernel {
     announcer: Announcer,
     conntrack: Conntrack,
     notrack: Notrack,
+    conflicts: Conflicts,
 }
 
 impl Kernel for NodeKernel {
@@ -122,6 +130,7 @@ impl Kernel for NodeKernel {
         };
         self.conntrack.update(image);
         self.announcer.update(image);
+        self.conflicts.update(image);
         Ok(unattached)
     }
 
