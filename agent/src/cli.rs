@@ -81,6 +81,10 @@ pub struct AgentArgs {
         default_values = ["veth*", "cali*", "lxc*", "cni*", "tap*"]
     )]
     pub pod_interfaces: Vec<String>,
+    /// Cgroup (version 2) of the node's pods, where pods that are not known yet are held, also while no agent
+    /// runs [default: kubepods.slice or kubepods, if there is one]
+    #[arg(long, env = "OUTGATE_POD_CGROUP", value_name = "PATH")]
+    pub pod_cgroup: Option<PathBuf>,
     /// Serve /metrics, /healthz and /readyz on this address
     #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,

@@ -22,8 +22,12 @@ pub mod image;
 pub mod agent;
 pub mod announce;
 pub mod bpf;
+pub mod conflict;
+pub mod conntrack;
 pub mod metrics;
 pub mod netlink;
+mod nfnetlink;
+pub mod notrack;
 
 pub mod cli;
 pub mod commands;

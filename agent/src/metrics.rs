@@ -48,6 +48,8 @@ pub struct State {
     pub apply_failures: u64,
     /// Files and objects that are wrong at the moment.
     pub problems: usize,
+    /// Times that somebody else was seen to claim an egress IP that this node holds.
+    pub address_conflicts: u64,
 }
 
 /// Reads the drop counters.
@@ -146,6 +148,12 @@ fn text(state: &State, drops: &[(DropReason, DropCount)]) -> String {
     family("applies_total", "counter", "Map images applied.", &one(state.applies));
     family("apply_failures_total", "counter", "Map images not applied.", &one(state.apply_failures));
     family("problems", "gauge", "Files and objects that are wrong.", &count(state.problems));
+    family(
+        "address_conflicts_total",
+        "counter",
+        "Claims of egress IPs that this node holds by others, at most one a second of each.",
+        &one(state.address_conflicts),
+    );
     out
 }
 

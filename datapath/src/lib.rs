@@ -22,6 +22,7 @@ pub mod fragments;
 pub mod from_pod;
 pub mod from_tunnel;
 pub mod from_uplink;
+pub mod guard;
 pub mod keys;
 pub mod limits;
 #[cfg(any(test, feature = "memory"))]

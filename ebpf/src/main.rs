@@ -9,6 +9,7 @@
 mod answer;
 mod arp;
 mod ctx;
+mod guard;
 mod maps;
 mod nd;
 mod packet;

@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, ProgramArray};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::programs::{CgroupSkb, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
@@ -191,7 +191,7 @@ pub struct Kernel {
     tokens: Table<u32, Token>,
     drops: PerCpuArray<MapData, Plain<DropCount>>,
     // Last: the harness's table does not keep programs alive once its last handle is gone.
-    _programs: (ProgramArray<MapData>, Ebpf),
+    programs: (ProgramArray<MapData>, Ebpf),
 }
 
 /// Entries of the LRU maps under test: small, because reading a map looks at each of its buckets.
@@ -223,6 +223,7 @@ impl Kernel {
             table.set(number as u32, fd, 0).expect("the harness may call it");
         }
         classifier(&mut harness, harness::NAME).load().expect("the harness is verified");
+        guard(&mut ebpf).load().expect("from_cgroup");
         let e = &mut ebpf;
         Self {
             harness,
@@ -244,7 +245,7 @@ impl Kernel {
             openers: Table::new(e, "OPENERS"),
             tokens: Table::new(e, "TOKENS"),
             drops: PerCpuArray::try_from(take(e, "DROPS")).expect("DROPS"),
-            _programs: (table, ebpf),
+            programs: (table, ebpf),
         }
     }
 
@@ -305,6 +306,20 @@ impl Kernel {
             })
         };
         DropReason::ALL.iter().map(of).collect()
+    }
+
+    /// Runs the guard of the pods' cgroup on a packet, from its Ethernet header on. Whether it passes; if not,
+    /// the sender sees no error.
+    #[must_use]
+    pub fn passes_guard(&mut self, frame: &[u8]) -> bool {
+        let options = TestRunOptions { data_in: Some(frame), repeat: 1, ..TestRunOptions::default() };
+        let result = guard(&mut self.programs.1).test_run(options).expect("a test run");
+        // __cgroup_bpf_run_filter_skb, kernel/bpf/cgroup.c: 1 keeps, 2 drops as a full queue does.
+        match result.return_value {
+            1 => true,
+            2 => false,
+            other => panic!("from_cgroup gave back {other}"),
+        }
     }
 
     /// Runs a program on a packet; shows its verdict.
@@ -370,6 +385,11 @@ impl State {
             tokens: tables.tokens.borrow().clone(),
         }
     }
+}
+
+fn guard(ebpf: &mut Ebpf) -> &mut CgroupSkb {
+    let program = ebpf.program_mut("from_cgroup").expect("the object has from_cgroup");
+    program.try_into().expect("a cgroup program")
 }
 
 fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
+use crate::cgroup;
 use crate::cni::Cni;
 use crate::command::{self, eventually, eventually_ok, keep_failed, signal};
 use crate::family::{Family, solicited_node};
@@ -832,6 +833,7 @@ pub fn remove(id: &str) -> io::Result<()> {
     if gone.is_none() {
         return Err(io::Error::other(format!("processes survive: {:?}", pids_in(&names))));
     }
+    cgroup::remove(id)?;
     let dir = labs_dir().join(id);
     let bpf = dir.join("bpf");
     while is_mount(&bpf) {

@@ -18,6 +18,7 @@
 //! backtrace that way, and there is nothing to be recovered in a half-made lab.
 
 pub mod agent;
+pub mod cgroup;
 pub mod cni;
 mod command;
 pub mod family;
@@ -32,6 +33,7 @@ pub mod service;
 pub mod traffic;
 
 pub use agent::Agent;
+pub use cgroup::Cgroup;
 pub use cni::{Cni, Pod, PodSpec};
 pub use command::{Output, Process, eventually, eventually_ok};
 pub use family::{Family, endpoint};

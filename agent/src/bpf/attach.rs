@@ -76,6 +76,11 @@ impl Programs {
         Ok(programs)
     }
 
+    /// The loaded object, for a program that is attached to no interface.
+    pub(super) const fn object(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
     /// Attaches to what the facts ask for, detaches from what they no longer do.
     pub(super) fn attach(&mut self, facts: &Facts) -> Result<(), Error> {
         let wanted = wanted(facts);
@@ -177,7 +182,7 @@ fn pinned_links(dir: &Path) -> Result<Vec<(Attachment, PathBuf)>, Error> {
 }
 
 /// Removes a pin, and with it the link.
-fn unpin(path: &Path) -> Result<(), Error> {
+pub(super) fn unpin(path: &Path) -> Result<(), Error> {
     match std::fs::remove_file(path) {
         Err(source) if source.kind() != ErrorKind::NotFound => {
             Err(Error::Pin { what: "remove", path: path.to_path_buf(), source })

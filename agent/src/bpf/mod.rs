@@ -1,6 +1,7 @@
 //! The kernel side: programs, maps, links and their pins. The only module that makes `bpf` system calls.
 
 pub mod attach;
+pub mod guard;
 pub mod maps;
 mod object;
 pub mod sweep;
@@ -185,6 +186,12 @@ impl Datapath {
         let maps = maps::Maps::open(&dir)?;
         let programs = attach::Programs::new(ebpf, &dir)?;
         Ok(Self { maps, programs, sweeper: sweep::Sweeper::new(&dir) })
+    }
+
+    /// Attaches the guard to the pods' cgroup.
+    pub fn guard(&mut self, cgroup: &Path) -> Result<(), Error> {
+        let dir = self.maps.dir().to_path_buf();
+        guard::attach(self.programs.object(), &dir, cgroup)
     }
 
     /// What the policy maps hold: at start, the work of the agent before this one.

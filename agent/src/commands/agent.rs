@@ -7,16 +7,19 @@ use std::rc::Rc;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::agent::{Agent, Identity, Kernel};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
 use crate::compile::proxies;
+use crate::conflict::Conflicts;
+use crate::conntrack::Conntrack;
 use crate::facts::Facts;
 use crate::image::MapImage;
 use crate::netlink;
+use crate::notrack::Notrack;
 use crate::watch::dir::DirSource;
 use crate::{metrics, watch};
 
@@ -39,7 +42,12 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     // The signals first, so that one that comes early is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
+    let guarded = cgroup.as_ref().map_or(Ok(()), |cgroup| datapath.guard(cgroup));
+    if args.pod_cgroup.is_some() {
+        guarded.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
+    }
     let source = DirSource::open(args.source.dir())?;
     let selection =
         netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
@@ -57,7 +65,20 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         args.node,
         args.source.dir().display()
     );
-    let kernel = NodeKernel { datapath, announcer: Announcer::default() };
+    match (&cgroup, guarded) {
+        (Some(cgroup), Ok(())) => info!("pods not known yet are held in cgroup {}", cgroup.display()),
+        (None, _) => info!("no kubepods cgroup is seen here; --pod-cgroup can name one"),
+        (_, Err(error)) => warn!("{error}; pods that start while no agent runs are held at the uplinks only"),
+    }
+    let conflicts = Conflicts::new(Rc::clone(&state));
+    let conntrack = Conntrack::new(datapath.recovered());
+    let kernel = NodeKernel {
+        datapath,
+        announcer: Announcer::default(),
+        conntrack,
+        notrack: Notrack::default(),
+        conflicts,
+    };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
     let mut agent = Agent::new(identity, source, kernel, facts, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
@@ -81,6 +102,9 @@ fn boot_id() -> anyhow::Result<String> {
 struct NodeKernel {
     datapath: Datapath,
     announcer: Announcer,
+    conntrack: Conntrack,
+    notrack: Notrack,
+    conflicts: Conflicts,
 }
 
 impl Kernel for NodeKernel {
@@ -91,7 +115,9 @@ impl Kernel for NodeKernel {
     }
 
     async fn ensure_tunnel(&mut self, port: u16) -> Result<(), String> {
-        netlink::ensure_tunnel(port).await.map(drop).map_err(|e| e.to_string())
+        netlink::ensure_tunnel(port).await.map_err(|e| e.to_string())?;
+        self.notrack.set(port);
+        Ok(())
     }
 
     fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, bpf::Error> {
@@ -104,7 +130,9 @@ impl Kernel for NodeKernel {
             // Maps are written even if an interface cannot be attached to.
             Err(error) => Some(error.to_string()),
         };
+        self.conntrack.update(image);
         self.announcer.announce(image, facts);
+        self.conflicts.update(image);
         Ok(unattached)
     }
 
@@ -114,6 +142,7 @@ impl Kernel for NodeKernel {
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {
+        self.notrack.keep();
         let swept = self.datapath.sweep()?;
         Ok((swept.removed, swept.left))
     }

@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::Context as _;
 
 use crate::cli::CleanupArgs;
-use crate::{bpf, netlink};
+use crate::{bpf, netlink, notrack};
 
 pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let removed = bpf::cleanup(&args.bpffs.bpffs)?;
@@ -24,7 +24,12 @@ pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()
     for ip in &proxies {
         writeln!(out, "removed proxy neighbour {ip}")?;
     }
-    if removed.is_empty() && !device && proxies.is_empty() {
+    let table =
+        notrack::remove().with_context(|| format!("cannot remove the nftables table {}", notrack::TABLE))?;
+    if table {
+        writeln!(out, "removed table inet {}", notrack::TABLE)?;
+    }
+    if removed.is_empty() && !device && proxies.is_empty() && !table {
         writeln!(out, "nothing to remove")?;
     }
     Ok(())

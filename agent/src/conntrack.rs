@@ -1,0 +1,317 @@
+//! A pod that becomes selected keeps no old connection with the node's address: the node's conntrack entries of
+//! what it opened towards outside go, once the maps have the pod.
+//!
+//! From then on the programs drop the pod's packets of such a connection, or give them an egress IP; what still
+//! comes back to the node's address finds no translation, so that the node answers it with a reset.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use datapath::addr::Ip;
+use datapath::keys::{Network, NetworkKey, PodId};
+use tracing::{debug, warn};
+
+use crate::image::MapImage;
+use crate::nfnetlink::{Request, Socket, attribute, put, put_nested};
+
+/// There in each network namespace when conntrack is loaded. Without it there are no entries, and asking for
+/// some would load it.
+const LOADED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
+
+// include/uapi/linux/netfilter.h: the values of AF_INET and AF_INET6.
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+// include/uapi/linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
+const CTNETLINK: u16 = 1 << 8;
+const IPCTNL_MSG_CT_GET: u16 = 1;
+const IPCTNL_MSG_CT_DELETE: u16 = 2;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+const CTA_FILTER: u16 = 25;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+/// `CTA_FILTER_F_CTA_IP_SRC` (`net/netfilter/nf_conntrack_netlink.c`).
+const FILTER_SOURCE: u32 = 1;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V6_SRC: u16 = 3;
+
+type Networks = BTreeMap<NetworkKey, Network>;
+
+/// What a thread of its own is asked to do: a table of a million entries takes a second to read.
+struct Job {
+    pods: BTreeSet<Ip>,
+    networks: Networks,
+}
+
+/// Watches which pods become selected.
+pub struct Conntrack {
+    /// Selected pods whose old entries are gone, or are being removed.
+    done: BTreeMap<Ip, PodId>,
+    jobs: Option<Sender<Job>>,
+}
+
+impl Conntrack {
+    /// Begins with the maps as the agent before this one left them: its selected pods are done.
+    #[must_use]
+    pub fn new(recovered: &MapImage) -> Self {
+        Self { done: selected(recovered), jobs: None }
+    }
+
+    /// Removes the old entries of pods that the image newly selects. Call it after the image is applied, or new
+    /// packets would make new ones.
+    pub fn update(&mut self, image: &MapImage) {
+        let selected = selected(image);
+        let pods: BTreeSet<Ip> = newly(&self.done, &selected);
+        self.done = selected;
+        if pods.is_empty() {
+            return;
+        }
+        let job = Job { pods, networks: image.networks.clone() };
+        let jobs = self.jobs.get_or_insert_with(|| {
+            let (sender, receiver) = channel();
+            std::thread::spawn(move || work(&receiver));
+            sender
+        });
+        // The thread ends with its sender only.
+        let _ = jobs.send(job);
+    }
+}
+
+fn selected(image: &MapImage) -> BTreeMap<Ip, PodId> {
+    image.pods.iter().filter(|(_, pod)| pod.policy != 0).map(|(ip, pod)| (*ip, pod.id)).collect()
+}
+
+/// An id is never given again: the same address with another id is another pod.
+fn newly(done: &BTreeMap<Ip, PodId>, selected: &BTreeMap<Ip, PodId>) -> BTreeSet<Ip> {
+    selected.iter().filter(|(ip, id)| done.get(ip) != Some(id)).map(|(ip, _)| *ip).collect()
+}
+
+fn work(jobs: &Receiver<Job>) {
+    while let Ok(mut job) = jobs.recv() {
+        while let Ok(next) = jobs.try_recv() {
+            job.pods.extend(next.pods);
+            job.networks = next.networks;
+        }
+        if !Path::new(LOADED).exists() {
+            continue;
+        }
+        for (family, v4) in [(NFPROTO_IPV4, true), (NFPROTO_IPV6, false)] {
+            let pods: BTreeSet<Ip> = job.pods.iter().filter(|ip| ip.is_v4() == v4).copied().collect();
+            match remove(family, &pods, &job.networks) {
+                Ok(0) => {}
+                Ok(removed) => debug!("removed {removed} conntrack entries of {} pods", pods.len()),
+                Err(error) => warn!(
+                    "cannot remove old conntrack entries of pods that became selected: {error}; \
+                     what answers their old connections still reaches them"
+                ),
+            }
+        }
+    }
+}
+
+/// Removes the entries that these pods opened towards outside. How many.
+fn remove(family: u8, pods: &BTreeSet<Ip>, networks: &Networks) -> io::Result<usize> {
+    // Of one pod, the kernel looks; of many, looking once is cheaper.
+    let body = match pods.len() {
+        0 => return Ok(0),
+        1 => pods.first().map(filter).unwrap_or_default(),
+        _ => Vec::new(),
+    };
+    let request = |kind, body| Request { kind: CTNETLINK | kind, flags: 0, family, body };
+    let mut socket = Socket::open()?;
+    let mut old = Vec::new();
+    socket.dump(&request(IPCTNL_MSG_CT_GET, body), |entry| {
+        if is_old(entry, pods, networks) {
+            old.push(entry_key(entry));
+        }
+    })?;
+    let mut removed = 0;
+    for key in old {
+        match socket.request(&request(IPCTNL_MSG_CT_DELETE, key)) {
+            Ok(()) => removed += 1,
+            // It ended meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(removed)
+}
+
+/// Has the kernel show entries with this original source only.
+fn filter(pod: &Ip) -> Vec<u8> {
+    let mut body = Vec::new();
+    put_nested(&mut body, CTA_TUPLE_ORIG, |tuple| {
+        put_nested(tuple, CTA_TUPLE_IP, |addresses| {
+            if pod.is_v4() {
+                put(addresses, CTA_IP_V4_SRC, &pod.v4_octets());
+            } else {
+                put(addresses, CTA_IP_V6_SRC, &pod.octets);
+            }
+        });
+    });
+    put_nested(&mut body, CTA_FILTER, |flags| {
+        // In host order, other than most of netfilter's numbers (ctnetlink_parse_filter).
+        put(flags, CTA_FILTER_ORIG_FLAGS, &FILTER_SOURCE.to_ne_bytes());
+        put(flags, CTA_FILTER_REPLY_FLAGS, &0u32.to_ne_bytes());
+    });
+    body
+}
+
+/// Whether an entry is one of the pods' own connections, and leads outside. Where it leads is who answers: the
+/// destination that the pod asked for may be a service, which leads anywhere.
+fn is_old(entry: &[u8], pods: &BTreeSet<Ip>, networks: &Networks) -> bool {
+    let source = |tuple| source(attribute(attribute(entry, tuple)?, CTA_TUPLE_IP)?);
+    let (Some(opener), Some(answerer)) = (source(CTA_TUPLE_ORIG), source(CTA_TUPLE_REPLY)) else {
+        return false;
+    };
+    pods.contains(&opener) && !answerer.stays_on_link() && !networks.keys().any(|n| contains(n, &answerer))
+}
+
+/// The source address of a tuple.
+fn source(addresses: &[u8]) -> Option<Ip> {
+    if let Some(v4) = attribute(addresses, CTA_IP_V4_SRC) {
+        return Some(Ip::v4(v4.try_into().ok()?));
+    }
+    Some(Ip { octets: attribute(addresses, CTA_IP_V6_SRC)?.try_into().ok()? })
+}
+
+fn contains(network: &NetworkKey, ip: &Ip) -> bool {
+    let differs = u128::from_be_bytes(network.ip.octets) ^ u128::from_be_bytes(ip.octets);
+    // A shift by all 128 bits: every address.
+    differs.checked_shr(128 - network.prefix_len).is_none_or(|rest| rest == 0)
+}
+
+/// What names an entry to the kernel: its tuple, its zone, and the number that no later entry with the same tuple
+/// has.
+fn entry_key(entry: &[u8]) -> Vec<u8> {
+    let mut key = Vec::new();
+    if let Some(tuple) = attribute(entry, CTA_TUPLE_ORIG) {
+        put_nested(&mut key, CTA_TUPLE_ORIG, |out| out.extend(tuple));
+    }
+    for kind in [CTA_ZONE, CTA_ID] {
+        if let Some(value) = attribute(entry, kind) {
+            put(&mut key, kind, value);
+        }
+    }
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use datapath::keys::{NetworkKind, Pod};
+
+    use super::*;
+
+    const CTA_IP_V4_DST: u16 = 2;
+
+    fn ip(text: &str) -> Ip {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn networks() -> Networks {
+        let net = |prefix_len, text, kind: NetworkKind| {
+            (NetworkKey { prefix_len, ip: ip(text) }, Network { kind: kind as u32 })
+        };
+        [
+            net(96 + 16, "10.244.0.0", NetworkKind::Pods),
+            net(96 + 12, "10.96.0.0", NetworkKind::Services),
+            net(128, "172.18.0.11", NetworkKind::Node),
+            net(48, "fd00:1:2::", NetworkKind::Pods),
+        ]
+        .into()
+    }
+
+    /// A conntrack entry by the sources and destinations of its two tuples.
+    fn entry(original: (&str, &str), reply: (&str, &str)) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (kind, (from, to)) in [(CTA_TUPLE_ORIG, original), (CTA_TUPLE_REPLY, reply)] {
+            put_nested(&mut out, kind, |tuple| {
+                put_nested(tuple, CTA_TUPLE_IP, |addresses| {
+                    for (offset, address) in [(0, ip(from)), (1, ip(to))] {
+                        if address.is_v4() {
+                            put(addresses, CTA_IP_V4_SRC + offset, &address.v4_octets());
+                        } else {
+                            put(addresses, CTA_IP_V6_SRC + offset, &address.octets);
+                        }
+                    }
+                });
+                put_nested(tuple, 2, |ports| put(ports, 1, &[6]));
+            });
+        }
+        put(&mut out, CTA_ID, &[0, 0, 0, 9]);
+        out
+    }
+
+    #[test]
+    fn only_what_the_pod_opened_towards_outside_is_old() {
+        let pods = [ip("10.244.1.2"), ip("fd00:1:2::5")].into();
+        let old = |original, reply| is_old(&entry(original, reply), &pods, &networks());
+        let masqueraded = ("203.0.113.10", "172.18.0.11");
+        assert!(old(("10.244.1.2", "203.0.113.10"), masqueraded));
+        assert!(old(("10.244.1.2", "10.96.0.7"), masqueraded), "a service that leads outside");
+        assert!(old(("fd00:1:2::5", "2001:db8::1"), ("2001:db8::1", "fd00:9::1")));
+        assert!(!old(("10.244.1.3", "203.0.113.10"), masqueraded), "another pod");
+        assert!(!old(("10.244.1.2", "10.244.2.2"), ("10.244.2.2", "10.244.1.2")), "to a pod");
+        assert!(!old(("10.244.1.2", "10.96.0.1"), ("10.244.2.2", "10.244.1.2")), "a service");
+        assert!(!old(("10.244.1.2", "172.18.0.11"), ("172.18.0.11", "10.244.1.2")), "to a node");
+        assert!(!old(("10.244.1.2", "169.254.169.254"), ("169.254.169.254", "172.18.0.11")), "on the link");
+        assert!(!old(("203.0.113.10", "10.244.1.2"), ("10.244.1.2", "203.0.113.10")), "came in");
+        assert!(
+            !old(("203.0.113.10", "172.18.0.11"), ("10.244.1.2", "172.18.0.11")),
+            "came in by a node port"
+        );
+    }
+
+    #[test]
+    fn what_is_not_understood_stays() {
+        let pods = [ip("10.244.1.2")].into();
+        assert!(!is_old(&[], &pods, &networks()));
+        let mut only_original = Vec::new();
+        put_nested(&mut only_original, CTA_TUPLE_ORIG, |t| {
+            put_nested(t, CTA_TUPLE_IP, |a| put(a, CTA_IP_V4_SRC, &[10, 244, 1, 2]));
+        });
+        assert!(!is_old(&only_original, &pods, &networks()));
+    }
+
+    #[test]
+    fn an_entry_is_named_by_its_original_tuple_and_number() {
+        let entry = entry(("10.244.1.2", "203.0.113.10"), ("203.0.113.10", "172.18.0.11"));
+        let key = entry_key(&entry);
+        assert_eq!(attribute(&key, CTA_TUPLE_ORIG), attribute(&entry, CTA_TUPLE_ORIG));
+        assert_eq!(attribute(&key, CTA_TUPLE_REPLY), None);
+        assert_eq!(attribute(&key, CTA_ID), Some(&[0, 0, 0, 9][..]));
+        let tuple = attribute(&key, CTA_TUPLE_ORIG).unwrap();
+        let addresses = attribute(tuple, CTA_TUPLE_IP).unwrap();
+        assert_eq!(attribute(addresses, CTA_IP_V4_DST), Some(&[203, 0, 113, 10][..]));
+    }
+
+    #[test]
+    fn pods_become_selected_once() {
+        let image = |pods: &[(&str, PodId, u32)]| MapImage {
+            pods: pods
+                .iter()
+                .map(|(address, id, policy)| {
+                    (ip(address), Pod { id: *id, policy: *policy, ..Pod::default() })
+                })
+                .collect(),
+            ..MapImage::default()
+        };
+        let before = selected(&image(&[("10.0.0.1", 1, 0), ("10.0.0.2", 2, 7), ("10.0.0.3", 3, 7)]));
+        let after = selected(&image(&[
+            ("10.0.0.1", 1, 7), // selected now
+            ("10.0.0.2", 2, 8), // by another object: had an egress IP before
+            ("10.0.0.3", 9, 7), // another pod with the address
+            ("10.0.0.4", 4, 7), // not known before
+            ("10.0.0.5", 5, 0),
+        ]));
+        assert_eq!(newly(&before, &after), [ip("10.0.0.1"), ip("10.0.0.3"), ip("10.0.0.4")].into());
+        assert_eq!(newly(&after, &after), BTreeSet::new());
+    }
+}
