@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::command::{Output, Process, eventually};
-use crate::lab::{Lab, Node, utf8};
+use crate::lab::{Lab, Node, helper_path, utf8};
 use crate::netns::Netns;
 use crate::objects::{Objects, PodObject};
 
@@ -59,6 +59,7 @@ pub struct PodSpec {
     labels: Vec<(String, String)>,
     ip: Option<String>,
     unannounced: bool,
+    early: Vec<String>,
 }
 
 impl PodSpec {
@@ -71,6 +72,7 @@ impl PodSpec {
             labels: Vec::new(),
             ip: None,
             unannounced: false,
+            early: Vec::new(),
         }
     }
 
@@ -85,6 +87,14 @@ impl PodSpec {
     #[must_use]
     pub fn ip(mut self, ip: &str) -> Self {
         self.ip = Some(ip.into());
+        self
+    }
+
+    /// Starts one of this package's programs in the pod before its network is made, and waits until it says
+    /// `running`: it can speak from the interface's first moment.
+    #[must_use]
+    pub fn early(mut self, words: &[&str]) -> Self {
+        self.early = words.iter().map(|word| (*word).to_owned()).collect();
         self
     }
 
@@ -111,6 +121,8 @@ pub struct Pod {
     pub netns: Netns,
     /// Its interface's other end, in the node's namespace.
     pub host_interface: String,
+    /// The program that was there before the network ([`PodSpec::early`]).
+    pub early: Option<Process>,
     object: PodObject,
     objects: Objects,
     node_netns: Netns,
@@ -129,6 +141,13 @@ impl Lab {
             self.objects.write_pod(&object, None);
         }
         let netns = Netns::create(&format!("{}-{}-{}", self.id(), spec.namespace, spec.name), self.dir());
+        let early = spec.early.split_first().map(|(program, words)| {
+            let program = helper_path(program);
+            let words: Vec<_> = [utf8(&program)].into_iter().chain(words.iter().map(String::as_str)).collect();
+            let mut process = netns.spawn("early", &words, &[]);
+            process.wait_stdout("running", Duration::from_secs(10));
+            process
+        });
         let data: PathBuf = self.dir().join("ipam").join(&node.name);
         let config = node.cni.config(node, utf8(&data)).to_string();
         let mut pod = Pod {
@@ -138,6 +157,7 @@ impl Lab {
             ip: String::new(),
             netns,
             host_interface: String::new(),
+            early,
             object,
             objects: self.objects.clone(),
             node_netns: node.netns.clone(),

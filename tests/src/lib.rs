@@ -20,6 +20,7 @@
 pub mod agent;
 pub mod cni;
 mod command;
+pub mod hostile;
 pub mod kernel;
 pub mod lab;
 pub mod netns;
