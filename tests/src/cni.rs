@@ -229,12 +229,23 @@ impl Pod {
     /// Ends the pod as a kubelet does: its network first, then its object.
     #[track_caller]
     pub fn delete(self) {
+        self.end_network();
+        self.remove_object();
+    }
+
+    /// The first half of [`Pod::delete`]: the network is gone, the object is not yet.
+    #[track_caller]
+    pub fn end_network(&self) {
         let _ = self.call_plugin("DEL", "IgnoreUnknown=1").expect_success();
         // The plugin has taken the interface; the namespace may still have processes, as a slow container has.
         let (name, path) = (self.netns.name(), self.netns.path());
         let _ = crate::command::run(&["ip", "netns", "del", name], &[], "").expect_success();
         let gone = eventually(Duration::from_secs(2), || (!path.exists()).then_some(()));
         assert!(gone.is_some(), "{} is still there", path.display());
+    }
+
+    /// The second half of [`Pod::delete`].
+    pub fn remove_object(&self) {
         self.objects.remove_pod(&self.object);
     }
 

@@ -1,6 +1,6 @@
 //! Packets that a pod makes itself, and the look from outside that finds what should not be there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use crate::lab::Lab;
@@ -106,6 +106,36 @@ impl Outside {
         recorders.push(Recorder::start(&lab.router));
         let own = hosts.iter().map(|host| host.address.clone());
         Self { recorders, own: own.chain(["172.18.0.1".into(), "203.0.113.1".into()]).collect() }
+    }
+
+    /// Forgets what was seen.
+    #[track_caller]
+    pub fn reset(&self) {
+        self.recorders.iter().for_each(Recorder::reset);
+    }
+
+    /// Packets of each source that is no outside host's, over all protocols and all recorders.
+    #[track_caller]
+    #[must_use]
+    pub fn packets(&self) -> BTreeMap<String, u64> {
+        let mut all = BTreeMap::new();
+        for recorder in &self.recorders {
+            for (source, packets) in ["tcp", "udp", "icmp"].iter().flat_map(|p| recorder.sources(p)) {
+                if !self.own.contains(&source) {
+                    *all.entry(source).or_default() += packets;
+                }
+            }
+        }
+        all
+    }
+
+    /// Packets of a source that other hosts than `web` saw: the second host outside, and the neighbour.
+    #[track_caller]
+    #[must_use]
+    pub fn to_others(&self, source: &str) -> u64 {
+        let others = self.recorders[1..3].iter();
+        let seen = others.flat_map(|recorder| ["tcp", "udp", "icmp"].map(|p| recorder.sources(p)));
+        seen.filter_map(|sources| sources.get(source).copied()).sum()
     }
 
     /// Panics if TCP, UDP or ICMP of a source was seen outside that is none of these and no outside host's.
