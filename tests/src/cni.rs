@@ -143,7 +143,8 @@ impl Lab {
         let netns = Netns::create(&format!("{}-{}-{}", self.id(), spec.namespace, spec.name), self.dir());
         let early = spec.early.split_first().map(|(program, words)| {
             let program = helper_path(program);
-            let words: Vec<_> = [utf8(&program)].into_iter().chain(words.iter().map(String::as_str)).collect();
+            let words: Vec<_> =
+                [utf8(&program)].into_iter().chain(words.iter().map(String::as_str)).collect();
             let mut process = netns.spawn("early", &words, &[]);
             process.wait_stdout("running", Duration::from_secs(10));
             process

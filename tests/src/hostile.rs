@@ -55,7 +55,8 @@ impl Netns {
     #[track_caller]
     fn router_macs(&self) -> [[u8; 6]; 2] {
         let route = self.exec(&["ip", "-4", "route", "show", "default"]);
-        let router = route.split(' ').nth(2).unwrap_or_else(|| panic!("no default route: {route}")).to_owned();
+        let router =
+            route.split(' ').nth(2).unwrap_or_else(|| panic!("no default route: {route}")).to_owned();
         let _ = self.try_exec(&["ping", "-n", "-q", "-c", "1", "-W", "1", &router]);
         let neighbour = self.exec(&["ip", "-4", "neigh", "show", &router]);
         let after = |text: &str, word: &str| {

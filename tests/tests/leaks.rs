@@ -170,7 +170,11 @@ fn forged_sources(cni: Cni, rp_filter: u8) {
                 .iter()
                 .flat_map(|host| {
                     let to = octets(&host.address);
-                    [udp(from, (to, ECHO)), tcp(from, (to, ECHO), datapath::packet::SYN), icmp(from.0, to, 8, 77)]
+                    [
+                        udp(from, (to, ECHO)),
+                        tcp(from, (to, ECHO), datapath::packet::SYN),
+                        icmp(from.0, to, 8, 77),
+                    ]
                 })
                 .collect();
             outside.reset();
@@ -178,7 +182,9 @@ fn forged_sources(cni: Cni, rp_filter: u8) {
             // Behind them on the same way: when its answer is here, so would the others be.
             forger.netns.tcp(&server, 1, 1).expect_all_from(1, EGRESS);
             let seen = outside.packets().into_keys();
-            leaked.extend(seen.filter(|s| s != EGRESS).map(|seen| format!("as {whose} ({source}): seen as {seen}")));
+            leaked.extend(
+                seen.filter(|s| s != EGRESS).map(|seen| format!("as {whose} ({source}): seen as {seen}")),
+            );
             // The forger itself has sent to `web` only.
             let as_egress = outside.to_others(EGRESS);
             if as_egress > 0 {

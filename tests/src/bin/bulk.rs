@@ -40,6 +40,18 @@ enum Mode {
         #[arg(long)]
         count: u64,
     },
+    /// Open connections and hold them until standard input ends.
+    Hold {
+        protocol: Protocol,
+        destination: SocketAddr,
+        #[arg(long)]
+        count: usize,
+        /// How long each may take.
+        #[arg(long, default_value_t = 1000)]
+        limit_ms: u64,
+    },
+    /// One datagram after the other, each from a port of its own, until standard input ends.
+    Flood { destination: SocketAddr },
     /// Send UDP to a server and TCP SYNs to another port of it, before there is a network and until both the
     /// server has answered and standard input has ended.
     Spray {
@@ -56,6 +68,12 @@ enum Direction {
     Down,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Protocol {
+    Tcp,
+    Udp,
+}
+
 /// Bytes that are written, read and compared at a time.
 const BLOCK: usize = 1 << 18;
 /// A prime, so that the pattern never falls in step with segments.
@@ -68,6 +86,10 @@ fn main() -> io::Result<()> {
         Mode::Serve { address } => serve(address),
         Mode::Tcp { destination, bytes, direction } => tcp(destination, bytes, direction),
         Mode::Udp { destination, count } => udp(destination, count),
+        Mode::Hold { protocol, destination, count, limit_ms } => {
+            hold(protocol, destination, count, Duration::from_millis(limit_ms))
+        }
+        Mode::Flood { destination } => flood(destination),
         Mode::Spray { destination, syn } => spray(destination, syn),
     }
 }
@@ -237,6 +259,77 @@ fn udp(destination: SocketAddr, count: u64) -> io::Result<()> {
         }
     }
     println!("{}", json!({"sent": sent, "answered": answered, "lost": lost, "wrong": wrong}));
+    Ok(())
+}
+
+/// Opens connections that the lab's own server answers, and holds those that were.
+fn hold(protocol: Protocol, destination: SocketAddr, count: usize, limit: Duration) -> io::Result<()> {
+    let open = |results: &mut BTreeMap<String, u64>| -> io::Result<Box<dyn std::any::Any + Send>> {
+        let mut buffer = [0; 128];
+        let (held, len): (Box<dyn std::any::Any + Send>, usize) = match protocol {
+            Protocol::Tcp => {
+                let mut stream = TcpStream::connect_timeout(&destination, limit)?;
+                stream.set_read_timeout(Some(limit))?;
+                let len = stream.read(&mut buffer)?;
+                (Box::new(stream), len)
+            }
+            Protocol::Udp => {
+                let socket = UdpSocket::bind("0.0.0.0:0")?;
+                socket.connect(destination)?;
+                socket.set_read_timeout(Some(limit))?;
+                socket.send(b"hold")?;
+                let len = socket.recv(&mut buffer)?;
+                (Box::new(socket), len)
+            }
+        };
+        let text = String::from_utf8_lossy(&buffer[..len]);
+        let source = text.split(' ').next().unwrap_or_default();
+        *results.entry(source.to_owned()).or_default() += 1;
+        Ok(held)
+    };
+    // All at once: what has to wait waits for the same time.
+    let (held, answers, failed) = thread::scope(|scope| {
+        let threads: Vec<_> = (0..count)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut answers = BTreeMap::new();
+                    let held = open(&mut answers);
+                    (held, answers)
+                })
+            })
+            .collect();
+        let (mut all, mut sources, mut failed) = (Vec::new(), BTreeMap::<String, u64>::new(), 0_u64);
+        for thread in threads {
+            let (held, answers) = thread.join().expect("no panic");
+            match held {
+                Ok(held) => all.push(held),
+                Err(_) => failed += 1,
+            }
+            for (source, count) in answers {
+                *sources.entry(source).or_default() += count;
+            }
+        }
+        (all, sources, failed)
+    });
+    println!("{}", json!({"held": held.len(), "failed": failed, "answers": answers}));
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    Ok(())
+}
+
+fn flood(destination: SocketAddr) -> io::Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&stop);
+    thread::spawn(move || {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        told.store(true, Ordering::Relaxed);
+    });
+    println!("running");
+    let mut sent = 0_u64;
+    while !stop.load(Ordering::Relaxed) {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        sent += u64::from(socket.send_to(b"flood", destination).is_ok());
+    }
+    println!("{}", json!({"sent": sent}));
     Ok(())
 }
 
