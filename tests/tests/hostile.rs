@@ -96,7 +96,12 @@ fn nothing_is_injected(cni: Cni, rp_filter: u8) {
     let [a, b, c] = ["node-a", "node-b", "node-c"].map(|name| lab.node(name));
     let unselected = lab.run_pod("node-a", &PodSpec::new("dev", "unselected"));
     lab.wait_source(&unselected.netns, &cluster.server, &a.address);
-    a.service(Front::Address("10.96.0.50", 80), "udp", &format!("{}:{TUNNEL}", b.address), Masquerade::Cluster);
+    a.service(
+        Front::Address("10.96.0.50", 80),
+        "udp",
+        &format!("{}:{TUNNEL}", b.address),
+        Masquerade::Cluster,
+    );
     c.service(Front::NodePort(30_000), "udp", &format!("{}:{TUNNEL}", b.address), Masquerade::Cluster);
 
     // The victim's flow is one of the node that the forged packets come to, or pass.

@@ -56,8 +56,13 @@ impl Cluster {
 
     #[track_caller]
     fn stream(&self, bytes: u64, direction: &str) {
-        let report = self.client(&["tcp", &self.bulk, "--bytes", &bytes.to_string(), "--direction", direction]);
-        assert_eq!((&report["bytes"], &report["wrong"]), (&bytes.into(), &Value::Null), "{direction}: {report}");
+        let report =
+            self.client(&["tcp", &self.bulk, "--bytes", &bytes.to_string(), "--direction", direction]);
+        assert_eq!(
+            (&report["bytes"], &report["wrong"]),
+            (&bytes.into(), &Value::Null),
+            "{direction}: {report}"
+        );
     }
 
     /// Loss is no corruption, but where nothing is overloaded there is hardly any.

@@ -88,7 +88,8 @@ fn rules_drop_new_connections(cni: Cni) {
             let kept = pod.netns.stream("tcp", &cluster.other, Duration::from_millis(20));
             pod.netns.tcp(&cluster.web, 2, 1).expect_all_from(2, EGRESS);
             shell(&node.netns, &rule.add);
-            for seen in [pod.netns.tcp_source(&cluster.web, LIMIT), pod.netns.udp_source(&cluster.web, LIMIT)] {
+            for seen in [pod.netns.tcp_source(&cluster.web, LIMIT), pod.netns.udp_source(&cluster.web, LIMIT)]
+            {
                 assert!(seen.is_err(), "{what}: {seen:?}");
             }
             assert_eq!(pod.netns.ping(&lab.web.address, 2, "0.01"), 0, "{what}");
@@ -135,7 +136,9 @@ fn a_port_that_is_used_again_is_asked_about_again() {
     let pods = cluster.pods();
     let outside = Outside::watch(lab);
     let web = lab.web.address.clone();
-    let silence = |verb: &str| shell(&lab.web.netns, &format!("iptables -w {verb} INPUT -p tcp --dport {ECHO} -j DROP"));
+    let silence = |verb: &str| {
+        shell(&lab.web.netns, &format!("iptables -w {verb} INPUT -p tcp --dport {ECHO} -j DROP"))
+    };
     for pod in &pods {
         let node = &lab.node(&pod.node).netns;
         let rule = |verb: &str| shell(node, &format!("iptables -w {verb} FORWARD -d {web} -j DROP"));
@@ -150,7 +153,11 @@ fn a_port_that_is_used_again_is_asked_about_again() {
         assert_eq!(connect_from(&pod.netns, 41_001, &web, ECHO), "TimeoutError");
         rule("-I");
         silence("-D");
-        assert_eq!(connect_from(&pod.netns, 41_001, &web, ECHO), "TimeoutError", "after a SYN without an answer");
+        assert_eq!(
+            connect_from(&pod.netns, 41_001, &web, ECHO),
+            "TimeoutError",
+            "after a SYN without an answer"
+        );
         rule("-D");
         assert_eq!(connect_from(&pod.netns, 41_001, &web, ECHO), "open");
     }
@@ -210,7 +217,11 @@ fn a_rule_stops_udp_and_ping_within_30_seconds() {
     let silent = counts();
     eventually_ok("answers again", Duration::from_secs(5), || {
         let counts = counts();
-        if counts.iter().zip(&silent).all(|(now, then)| now > then) { Ok(()) } else { Err(format!("{counts:?}")) }
+        if counts.iter().zip(&silent).all(|(now, then)| now > then) {
+            Ok(())
+        } else {
+            Err(format!("{counts:?}"))
+        }
     });
     outside.expect_at_most(&[EGRESS]);
 }
@@ -226,7 +237,10 @@ fn what_conntrack_does_not_know_goes_on(cni: Cni) {
     for node in &lab.nodes {
         // First of all: whatever comes up the stack is judged. Strict about windows, as it is by default.
         shell(&node.netns, "iptables -w -I FORWARD -m conntrack --ctstate INVALID -j DROP");
-        node.netns.sysctl(&["net.netfilter.nf_conntrack_tcp_be_liberal=0", "net.netfilter.nf_conntrack_tcp_loose=0"]);
+        node.netns.sysctl(&[
+            "net.netfilter.nf_conntrack_tcp_be_liberal=0",
+            "net.netfilter.nf_conntrack_tcp_loose=0",
+        ]);
     }
     // A service whose target is outside walks the stack with every packet, both ways.
     for node in &lab.nodes {
@@ -245,7 +259,8 @@ fn what_conntrack_does_not_know_goes_on(cni: Cni) {
     let streams: Vec<_> = pods
         .iter()
         .flat_map(|pod| {
-            ["tcp", "udp"].map(|p| [pod.netns.stream(p, web, interval), pod.netns.stream(p, "10.96.0.30:80", interval)])
+            ["tcp", "udp"]
+                .map(|p| [pod.netns.stream(p, web, interval), pod.netns.stream(p, "10.96.0.30:80", interval)])
         })
         .flatten()
         .collect();
