@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::command::{Output, Process, eventually};
 use crate::family::Family;
-use crate::lab::{Lab, Node, choose, utf8};
+use crate::lab::{Lab, Node, choose, helper_path, utf8};
 use crate::netns::Netns;
 use crate::objects::{Objects, PodObject};
 
@@ -67,6 +67,7 @@ pub struct PodSpec {
     labels: Vec<(String, String)>,
     ip: Option<String>,
     unannounced: bool,
+    early: Vec<String>,
 }
 
 impl PodSpec {
@@ -79,6 +80,7 @@ impl PodSpec {
             labels: Vec::new(),
             ip: None,
             unannounced: false,
+            early: Vec::new(),
         }
     }
 
@@ -93,6 +95,14 @@ impl PodSpec {
     #[must_use]
     pub fn ip(mut self, ip: &str) -> Self {
         self.ip = Some(ip.into());
+        self
+    }
+
+    /// Starts one of this package's programs in the pod before its network is made, and waits until it says
+    /// `running`: it can speak from the interface's first moment.
+    #[must_use]
+    pub fn early(mut self, words: &[&str]) -> Self {
+        self.early = words.iter().map(|word| (*word).to_owned()).collect();
         self
     }
 
@@ -121,6 +131,8 @@ pub struct Pod {
     pub netns: Netns,
     /// Its interface's other end, in the node's namespace.
     pub host_interface: String,
+    /// The program that was there before the network ([`PodSpec::early`]).
+    pub early: Option<Process>,
     object: PodObject,
     objects: Objects,
     node_netns: Netns,
@@ -142,6 +154,14 @@ impl Lab {
         if !node.pod_prefix6.is_empty() {
             netns.without_dad();
         }
+        let early = spec.early.split_first().map(|(program, words)| {
+            let program = helper_path(program);
+            let words: Vec<_> =
+                [utf8(&program)].into_iter().chain(words.iter().map(String::as_str)).collect();
+            let mut process = netns.spawn("early", &words, &[]);
+            process.wait_stdout("running", Duration::from_secs(10));
+            process
+        });
         let data: PathBuf = self.dir().join("ipam").join(&node.name);
         let config = node.cni.config(node, utf8(&data)).to_string();
         let mut pod = Pod {
@@ -152,6 +172,7 @@ impl Lab {
             ip6: String::new(),
             netns,
             host_interface: String::new(),
+            early,
             object,
             objects: self.objects.clone(),
             node_netns: node.netns.clone(),
@@ -235,12 +256,23 @@ impl Pod {
     /// Ends the pod as a kubelet does: its network first, then its object.
     #[track_caller]
     pub fn delete(self) {
+        self.end_network();
+        self.remove_object();
+    }
+
+    /// The first half of [`Pod::delete`]: the network is gone, the object is not yet.
+    #[track_caller]
+    pub fn end_network(&self) {
         let _ = self.call_plugin("DEL", "IgnoreUnknown=1").expect_success();
         // The plugin has taken the interface; the namespace may still have processes, as a slow container has.
         let (name, path) = (self.netns.name(), self.netns.path());
         let _ = crate::command::run(&["ip", "netns", "del", name], &[], "").expect_success();
         let gone = eventually(Duration::from_secs(2), || (!path.exists()).then_some(()));
         assert!(gone.is_some(), "{} is still there", path.display());
+    }
+
+    /// The second half of [`Pod::delete`].
+    pub fn remove_object(&self) {
         self.objects.remove_pod(&self.object);
     }
 

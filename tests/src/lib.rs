@@ -22,6 +22,7 @@ pub mod cgroup;
 pub mod cni;
 mod command;
 pub mod family;
+pub mod hostile;
 pub mod kernel;
 pub mod lab;
 pub mod netns;

@@ -53,6 +53,7 @@ const NEEDS: &[Need] = &[
     need("ethtool", &["ethtool"], "links' offloads"),
     need("nc", &["netcat-openbsd"], "plain TCP and UDP"),
     need("jq", &["jq"], "reading JSON output"),
+    need("python3", &["python3-minimal"], "packets as no kernel makes them"),
     need("arping", &["arping"], "ARP questions"),
 ];
 
