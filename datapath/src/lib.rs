@@ -17,6 +17,7 @@ extern crate std;
 
 pub mod addr;
 pub mod conntrack;
+pub mod crc32c;
 pub mod from_pod;
 pub mod from_tunnel;
 pub mod from_uplink;
