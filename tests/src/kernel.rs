@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, ProgramArray};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
@@ -78,6 +78,17 @@ pub enum Verdict {
     Drop,
     /// Redirected; a test run does not follow it.
     Redirect,
+}
+
+impl Verdict {
+    fn of(program: Program, value: i32) -> Self {
+        match value {
+            -1 => Self::Next,
+            2 => Self::Drop,
+            7 => Self::Redirect,
+            other => panic!("{} gave back {other}", program.name()),
+        }
+    }
 }
 
 /// What the tunnel's device is told.
@@ -311,13 +322,7 @@ impl Kernel {
     #[must_use]
     pub fn run(&mut self, program: Program, input: &Input) -> (Verdict, Output) {
         let (verdict, output, _) = self.test_run(program, input, 1);
-        let verdict = match verdict {
-            -1 => Verdict::Next,
-            2 => Verdict::Drop,
-            7 => Verdict::Redirect,
-            other => panic!("{} gave back {other}", program.name()),
-        };
-        (verdict, output)
+        (Verdict::of(program, verdict), output)
     }
 
     /// Runs a program on a packet; shows what only the skb itself does.
@@ -329,7 +334,41 @@ impl Kernel {
         (Observed { hash, tunnel: (destination != 0).then_some(tunnel) }, output)
     }
 
+    /// Runs a program on a packet, whatever the kernel says to it; the packet afterwards is put into `frame`, which
+    /// keeps its memory. For tests that count their runs by the million.
+    ///
+    /// # Errors
+    /// The kernel's own: it takes no frame without room for an IPv4 header.
+    pub fn try_run(
+        &mut self,
+        program: Program,
+        input: &Input,
+        frame: &mut Vec<u8>,
+    ) -> Result<Verdict, ProgramError> {
+        let (verdict, ..) = self.try_test_run(program, input, 1, frame)?;
+        Ok(Verdict::of(program, verdict))
+    }
+
+    /// Puts one token under its number.
+    pub fn put_token(&mut self, number: u32, token: &Token) {
+        self.tokens.map.insert(Plain(number), Plain(*token), 0).expect("a token is written");
+    }
+
     fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, [u32; 5]) {
+        let mut frame = vec![];
+        let (verdict, mark, words) = self
+            .try_test_run(program, input, repeat, &mut frame)
+            .unwrap_or_else(|error| panic!("test run of {} on {input:?}: {error:?}", program.name()));
+        (verdict, Output { frame, mark }, words)
+    }
+
+    fn try_test_run(
+        &mut self,
+        program: Program,
+        input: &Input,
+        repeat: u32,
+        frame: &mut Vec<u8>,
+    ) -> Result<(i32, u32, [u32; 5]), ProgramError> {
         let (sender, vni) =
             input.tunnel.map_or((0, 0), |(ip, vni)| (u32::from_be_bytes(ip.v4_octets()), vni));
         let mut context = [0; context::LEN];
@@ -340,21 +379,19 @@ impl Kernel {
             context::put(&mut context, context::CB + 4 * i, word);
         }
         let mut context_out = [0; context::LEN];
-        let mut frame = vec![0; input.frame.len() + 256];
-        let result = classifier(&mut self.harness, harness::NAME)
-            .test_run(TestRunOptions {
-                data_in: Some(&input.frame),
-                data_out: Some(&mut frame),
-                ctx_in: Some(&context),
-                ctx_out: Some(&mut context_out),
-                repeat,
-                ..TestRunOptions::default()
-            })
-            .unwrap_or_else(|error| panic!("test run of {} on {input:?}: {error:?}", program.name()));
+        frame.resize(input.frame.len() + 256, 0);
+        let result = classifier(&mut self.harness, harness::NAME).test_run(TestRunOptions {
+            data_in: Some(&input.frame),
+            data_out: Some(frame),
+            ctx_in: Some(&context),
+            ctx_out: Some(&mut context_out),
+            repeat,
+            ..TestRunOptions::default()
+        })?;
         frame.truncate(result.data_size_out as usize);
         let words = [0, 1, 2, 3, 4].map(|i| context::get(&context_out, context::CB + 4 * i));
         let mark = context::get(&context_out, context::MARK);
-        (result.return_value.cast_signed(), Output { frame, mark }, words)
+        Ok((result.return_value.cast_signed(), mark, words))
     }
 }
 
