@@ -21,7 +21,8 @@ pub(crate) fn packet(rng: &mut Rng, protocol: u8, from: End, to: End, asks: bool
             [&from.1.to_be_bytes()[..], &to.1.to_be_bytes(), &len, &[0, 0], &payload].concat()
         }
         SCTP => {
-            let chunk = [0, 3, 0, 4 + payload.len() as u8];
+            let len = (4 + payload.len() as u16).to_be_bytes();
+            let chunk = [0, 3, len[0], len[1]];
             [&from.1.to_be_bytes()[..], &to.1.to_be_bytes(), &[1, 2, 3, 4, 0, 0, 0, 0], &chunk, &payload]
                 .concat()
         }
