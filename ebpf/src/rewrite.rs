@@ -30,13 +30,18 @@ pub fn clamp_mss(skb: &Skb, headers: &Headers, mtu: u16) -> Result<(), Refused> 
     if headers.packet.kind != Kind::Tcp || headers.packet.tcp_flags & SYN == 0 || mtu == 0 {
         return Ok(());
     }
-    lower_mss(skb, headers.l4, mtu.saturating_sub(TCP_OVERHEAD))
+    let end = ETHERNET_LEN + headers.packet.len as usize;
+    lower_mss(skb, headers.l4, end, mtu.saturating_sub(TCP_OVERHEAD))
 }
 
 /// A function of its own: it needs stack that its callers do not have to spare.
 #[inline(never)]
-fn lower_mss(skb: &Skb, l4: usize, mss: u16) -> Result<(), Refused> {
+fn lower_mss(skb: &Skb, l4: usize, end: usize, mss: u16) -> Result<(), Refused> {
     let options_end = l4 + usize::from(skb.load::<[u8; 1]>(l4 + 12)?[0] >> 4) * 4;
+    // The data offset lies: what is behind the packet's end is Ethernet's padding, which no checksum covers.
+    if options_end > end {
+        return Ok(());
+    }
     let mut at = l4 + 20;
     for _ in 0..MAX_OPTIONS {
         if at + 4 > options_end {

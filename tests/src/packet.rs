@@ -536,11 +536,11 @@ fn resum(out: &mut [u8], before: Decoded<'_>, at: usize, wanted: u16, total: imp
     out[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
 }
 
-/// Lowers the MSS option (RFC 9293, 3.2), if there is one within the packet, which ends at `end`.
+/// Lowers the MSS option (RFC 9293, 3.2), if there is one. Options that run past the packet's end are left.
 fn lower_mss(frame: &mut [u8], l4: usize, end: usize, mss: u16) {
-    let end = end.min(l4 + usize::from(frame[l4 + 12] >> 4) * 4);
+    let options_end = l4 + usize::from(frame[l4 + 12] >> 4) * 4;
     let mut at = l4 + 20;
-    while at + 4 <= end {
+    while options_end <= end && at + 4 <= options_end {
         let option = &frame[at..at + 4];
         match (option[0], option[1]) {
             (0, _) | (_, 0) => break,
