@@ -87,6 +87,12 @@ impl Kernel {
         Some(flow)
     }
 
+    /// Counts the flows, one look at each.
+    #[must_use]
+    pub fn flow_count(&self) -> usize {
+        self.flows.map.keys().filter(Result::is_ok).count()
+    }
+
     /// Forgets which destinations are full.
     pub fn forget_full(&mut self) {
         let keys: Vec<_> = self.full.read().into_keys().collect();
@@ -129,28 +135,28 @@ fn baseline() -> Vec<u8> {
         [code, from << 4 | to, o[0], o[1], v[0], v[1], v[2], v[3]]
     };
     let code = [
-        insn(0xbf, 6, 1, 0, 0),          // r6 = skb
-        insn(0xb7, 2, 0, 0, 14),         // the IP header is behind Ethernet's
-        insn(0xbf, 3, 10, 0, 0),         // to the stack
-        insn(0x07, 3, 0, 0, -24),        //
-        insn(0xb7, 4, 0, 0, 20),         //
+        insn(0xbf, 6, 1, 0, 0),   // r6 = skb
+        insn(0xb7, 2, 0, 0, 14),  // the IP header is behind Ethernet's
+        insn(0xbf, 3, 10, 0, 0),  // to the stack
+        insn(0x07, 3, 0, 0, -24), //
+        insn(0xb7, 4, 0, 0, 20),  //
         insn(0x85, 0, 0, 0, SKB_LOAD_BYTES),
-        insn(0x55, 0, 0, 17, 0),         // if it failed: out
-        insn(0x71, 2, 10, -15, 0),       // protocol
-        insn(0x55, 2, 0, 15, 6),         // not TCP: out
-        insn(0x71, 2, 10, -24, 0),       // header length
-        insn(0x57, 2, 0, 0, 15),         //
-        insn(0x67, 2, 0, 0, 2),          //
-        insn(0x07, 2, 0, 0, 14),         //
-        insn(0xbf, 1, 6, 0, 0),          //
-        insn(0xbf, 3, 10, 0, 0),         //
-        insn(0x07, 3, 0, 0, -48),        //
-        insn(0xb7, 4, 0, 0, 20),         //
+        insn(0x55, 0, 0, 17, 0),   // if it failed: out
+        insn(0x71, 2, 10, -15, 0), // protocol
+        insn(0x55, 2, 0, 15, 6),   // not TCP: out
+        insn(0x71, 2, 10, -24, 0), // header length
+        insn(0x57, 2, 0, 0, 15),   //
+        insn(0x67, 2, 0, 0, 2),    //
+        insn(0x07, 2, 0, 0, 14),   //
+        insn(0xbf, 1, 6, 0, 0),    //
+        insn(0xbf, 3, 10, 0, 0),   //
+        insn(0x07, 3, 0, 0, -48),  //
+        insn(0xb7, 4, 0, 0, 20),   //
         insn(0x85, 0, 0, 0, SKB_LOAD_BYTES),
-        insn(0x55, 0, 0, 5, 0),          // if it failed: out
-        insn(0x69, 3, 10, -46, 0),       // destination port
-        insn(0xb7, 1, 0, 0, 2),          // interface
-        insn(0xb7, 2, 0, 0, 0),          //
+        insn(0x55, 0, 0, 5, 0),    // if it failed: out
+        insn(0x69, 3, 10, -46, 0), // destination port
+        insn(0xb7, 1, 0, 0, 2),    // interface
+        insn(0xb7, 2, 0, 0, 0),    //
         insn(0x85, 0, 0, 0, REDIRECT),
         insn(0x95, 0, 0, 0, 0),
         insn(0xb7, 0, 0, 0, -1), // out: next
