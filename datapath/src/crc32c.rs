@@ -1,31 +1,38 @@
 //! SCTP's checksum, corrected for a changed word without reading the packet.
 //!
-//! RFC 9260, appendix A: CRC32c (Castagnoli, reflected) over the whole SCTP packet with the checksum field taken
+//! RFC 9260, appendix A: `CRC32c` (Castagnoli, reflected) over the whole SCTP packet with the checksum field taken
 //! as zero; the register starts as ones and is inverted at the end. Two packets of one length have checksums that
 //! differ by the bare CRC of their difference (init and inversion cancel out), and a difference of four bytes
-//! followed by zeros is a polynomial times a power of x. So a new port costs a few multiplications modulo the
-//! CRC's polynomial, however long the packet is.
+//! followed by zeros is a polynomial times a power of x. So a new port costs two multiplications modulo the CRC's
+//! polynomial, however long the packet is.
 //!
 //! The field in the packet is transmitted least significant byte first (same appendix):
 //! `u32::from_le_bytes(field)` is what this module calls a checksum, `checksum.to_le_bytes()` the new field.
 
 /// The polynomial 0x1edc6f41, reflected: bit 31 is the coefficient of x^0, bit 0 that of x^31; x^32 is implied.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
-/// x^8 in that form: what one byte that follows multiplies by.
-const BYTE: u32 = 1 << (31 - 8);
+/// x^0 and x^8 in that form. Every byte that follows multiplies by the latter.
+const ONE: u32 = 1 << 31;
+const BYTE: u32 = ONE >> 8;
 
-/// x^32: what four bytes that follow multiply by.
-const FOUR_BYTES: u32 = {
-    let two = product(BYTE, BYTE);
-    product(two, two)
-};
-/// Bits of a length in bytes: what [`Update::step`] is called with.
-pub const STEPS: u32 = 16;
+/// What 0 to 255 bytes that follow multiply by, and the four changed ones on their own way through the register.
+static BYTES: [u32; 256] = powers(product(product(BYTE, BYTE), product(BYTE, BYTE)), BYTE);
+/// What 0 to 255 times 256 bytes multiply by.
+static PAGES: [u32; 256] = powers(ONE, product(powers(ONE, BYTE)[255], BYTE));
+
+/// `first`, `first` times `step`, and so on.
+const fn powers(first: u32, step: u32) -> [u32; 256] {
+    let mut powers = [first; 256];
+    let mut k = 1;
+    while k < powers.len() {
+        powers[k] = product(powers[k - 1], step);
+        k += 1;
+    }
+    powers
+}
 
 /// The product of two polynomials modulo the CRC's. Always 32 steps without a branch in them: the verifier walks
 /// them once.
-///
-/// A function of its own: inlined sixteen times it would fill a program.
 #[inline(never)]
 const fn product(mut a: u32, mut b: u32) -> u32 {
     let mut sum = 0;
@@ -41,55 +48,18 @@ const fn product(mut a: u32, mut b: u32) -> u32 {
     sum
 }
 
-/// A change on its way to the checksum: step by step, because the verifier takes a loop's body once in
-/// `bpf_loop`, and all of its rounds elsewhere.
-#[derive(Clone, Copy, Debug)]
-pub struct Update {
-    difference: u32,
-    power: u32,
-}
-
-impl Update {
-    /// Four bytes that have changed, as they lie in the packet; not the checksum field itself.
-    #[inline(always)]
-    #[must_use]
-    pub const fn new(from: [u8; 4], to: [u8; 4]) -> Self {
-        // The register after the four bytes went in, less their own way through it: the first bit of a message
-        // is the lowest of its first byte, and stands highest.
-        let difference = u32::from_le_bytes(from) ^ u32::from_le_bytes(to);
-        Self { difference: product(FOUR_BYTES, difference), power: BYTE }
-    }
-
-    /// Goes past 2^`step` bytes, if as many of `after` follow. To be called for 0, 1, … up to [`STEPS`].
-    #[inline(always)]
-    pub const fn step(&mut self, step: u32, after: u32) {
-        if after >> step & 1 != 0 {
-            self.difference = product(self.power, self.difference);
-        }
-        self.power = product(self.power, self.power);
-    }
-
-    /// The new checksum. A wrong one stays wrong by the same difference.
-    #[inline(always)]
-    #[must_use]
-    pub const fn of(&self, checksum: u32) -> u32 {
-        checksum ^ self.difference
-    }
-}
-
-/// The checksum of an SCTP packet in which four bytes have changed from `from` to `to` and `after` bytes of the
-/// SCTP packet follow them, at most 65,535. For the ports, which are the first four, `after` is the packet's
-/// length less 4.
+/// The checksum of an SCTP packet in which four bytes have changed from `from` to `to` (as they lie in the
+/// packet; not the checksum field itself) and `after` bytes of the SCTP packet follow them, at most 65,535. For
+/// the ports, which are the first four, `after` is the packet's length less 4.
+///
+/// A wrong checksum stays wrong by the same difference.
 #[inline(always)]
 #[must_use]
 pub const fn updated(checksum: u32, from: [u8; 4], to: [u8; 4], after: u32) -> u32 {
-    let mut update = Update::new(from, to);
-    let mut step = 0;
-    while step < STEPS {
-        update.step(step, after);
-        step += 1;
-    }
-    update.of(checksum)
+    // The first bit of a message is the lowest of its first byte, and the highest power.
+    let difference = u32::from_le_bytes(from) ^ u32::from_le_bytes(to);
+    let near = product(BYTES[(after & 0xff) as usize], difference);
+    checksum ^ product(PAGES[(after >> 8 & 0xff) as usize], near)
 }
 
 #[cfg(test)]
@@ -100,7 +70,7 @@ mod tests {
 
     use super::*;
 
-    /// CRC32c bit by bit, as RFC 9260 describes it.
+    /// `CRC32c` bit by bit, as RFC 9260 describes it.
     fn crc32c(bytes: &[u8]) -> u32 {
         let mut register = u32::MAX;
         for byte in bytes {
@@ -161,7 +131,7 @@ mod tests {
         let random: Vec<usize> = (0..4000).map(|_| 4 + next(&mut state) as usize % 1600).collect();
         for len in every_power.chain(random).chain([4, 5, 65_535, 65_539]) {
             let mut packet: Vec<u8> = (0..len).map(|_| next(&mut state) as u8).collect();
-            let at = if next(&mut state) % 2 == 0 { 0 } else { next(&mut state) as usize % (len - 3) };
+            let at = if next(&mut state) < 1 << 63 { 0 } else { next(&mut state) as usize % (len - 3) };
             let before = crc32c(&packet);
             let from = [packet[at], packet[at + 1], packet[at + 2], packet[at + 3]];
             let to = (next(&mut state) as u32).to_be_bytes();

@@ -57,7 +57,7 @@ pub struct Headers {
     /// Offset of the transport header from the link-layer header.
     pub l4: usize,
     /// Where the packet ends; behind it there may be Ethernet padding, which is no part of it.
-    end: usize,
+    pub end: usize,
     /// Source and destination of the packet that an ICMP error quotes.
     quoted: [Ip; 2],
 }

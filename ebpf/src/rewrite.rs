@@ -4,12 +4,10 @@ use aya_ebpf::bindings::BPF_F_MARK_MANGLED_0;
 use datapath::addr::Ip;
 use datapath::crc32c;
 use datapath::packet::{ICMP, ICMPV6, Kind, Part, SYN, UDP};
-use datapath::tables::Tables as _;
 use datapath::verdict::ReverseSnat;
 
 use crate::ctx::{Refused, Skb, difference};
 use crate::packet::{ETHERNET_LEN, Headers, ICMP_LEN};
-use crate::tables::Maps;
 
 const IP_TTL: usize = ETHERNET_LEN + 8;
 const IP_CHECKSUM: usize = ETHERNET_LEN + 10;
@@ -37,14 +35,18 @@ pub fn clamp_mss(skb: &Skb, headers: &Headers, mtu: u16) -> Result<(), Refused> 
     if headers.packet.kind != Kind::Tcp || headers.packet.tcp_flags & SYN == 0 || mtu == 0 {
         return Ok(());
     }
-    let v4 = headers.packet.tuple.source.is_v4();
-    lower_mss(skb, headers.l4, mtu.saturating_sub(if v4 { TCP_OVERHEAD } else { TCP_OVERHEAD_V6 }))
+    let overhead = if headers.packet.tuple.source.is_v4() { TCP_OVERHEAD } else { TCP_OVERHEAD_V6 };
+    lower_mss(skb, headers.l4, headers.end, mtu.saturating_sub(overhead))
 }
 
 /// A function of its own: it needs stack that its callers do not have to spare.
 #[inline(never)]
-fn lower_mss(skb: &Skb, l4: usize, mss: u16) -> Result<(), Refused> {
+fn lower_mss(skb: &Skb, l4: usize, end: usize, mss: u16) -> Result<(), Refused> {
     let options_end = l4 + usize::from(skb.load::<[u8; 1]>(l4 + 12)?[0] >> 4) * 4;
+    // The data offset lies: what is behind the packet's end is Ethernet's padding, which no checksum covers.
+    if options_end > end {
+        return Ok(());
+    }
     let mut at = l4 + 20;
     for _ in 0..MAX_OPTIONS {
         if at + 4 > options_end {
@@ -86,7 +88,7 @@ enum End {
 impl Headers {
     /// Address and port at one end.
     #[inline(always)]
-    const fn end(&self, end: End) -> (&Ip, u16) {
+    const fn side(&self, end: End) -> (&Ip, u16) {
         let tuple = &self.packet.tuple;
         match end {
             End::Source => (&tuple.source, tuple.source_port),
@@ -119,7 +121,7 @@ fn rewrite(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) -> Res
 /// A function of its own, as the other: they need stack that their callers do not have to spare.
 #[inline(never)]
 fn rewrite_packet(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) -> Result<(), Refused> {
-    let (from, from_port) = headers.end(end);
+    let (from, from_port) = headers.side(end);
     let change = difference(from, to);
     // What the first fragment says of ports and checksum covers the later ones.
     if headers.packet.part != Part::Later {
@@ -190,12 +192,7 @@ fn rewrite_sctp(skb: &Skb, headers: &Headers, end: End, to: u16) -> Result<(), R
     };
     let checksum = u32::from_le_bytes(skb.load(headers.l4 + 8)?);
     let after = headers.packet.len - (headers.l4 - ETHERNET_LEN) as u32 - 4;
-    let mut update = crc32c::Update::new(from, ports);
-    Maps.repeat(crc32c::STEPS, |step| {
-        update.step(step, after);
-        false
-    });
-    skb.store(headers.l4 + 8, &update.of(checksum).to_le_bytes())?;
+    skb.store(headers.l4 + 8, &crc32c::updated(checksum, from, ports, after).to_le_bytes())?;
     skb.store(headers.l4, &ports)
 }
 
@@ -206,7 +203,7 @@ fn rewrite_sctp(skb: &Skb, headers: &Headers, end: End, to: u16) -> Result<(), R
 /// corrected. The error's own checksum covers all that is quoted, and over IPv6 its own addresses.
 #[inline(never)]
 fn rewrite_error(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) -> Result<(), Refused> {
-    let (from, from_port) = headers.end(end);
+    let (from, from_port) = headers.side(end);
     let change = difference(from, to);
     let (l4, quoted_protocol) = (headers.l4, headers.packet.tuple.protocol);
     let v4 = to.is_v4();

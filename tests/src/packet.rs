@@ -487,7 +487,7 @@ pub fn translate(frame: &[u8], side: Side, to: End, mss: u16) -> Option<Vec<u8>>
     let before = packet.transport_sum();
     set_end(&mut out, packet, side, to, false)?;
     if packet.protocol == TCP && frame[packet.l4 + 13] & SYN != 0 && mss != 0 {
-        lower_mss(&mut out, packet.l4, mss)?;
+        lower_mss(&mut out, packet.l4, packet.end, mss);
         resum(&mut out, packet, packet.l4 + 16, before, |d| d.transport_sum());
     }
     Some(out)
@@ -548,12 +548,12 @@ fn resum(out: &mut [u8], before: Decoded<'_>, at: usize, wanted: u16, total: imp
     out[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
 }
 
-/// Lowers the MSS option (RFC 9293, 3.2), if there is one. `None`: the options run past the packet.
-fn lower_mss(frame: &mut [u8], l4: usize, mss: u16) -> Option<()> {
-    let end = l4 + usize::from(frame[l4 + 12] >> 4) * 4;
+/// Lowers the MSS option (RFC 9293, 3.2), if there is one. Options that run past the packet's end are left.
+fn lower_mss(frame: &mut [u8], l4: usize, end: usize, mss: u16) {
+    let options_end = l4 + usize::from(frame[l4 + 12] >> 4) * 4;
     let mut at = l4 + 20;
-    while at + 4 <= end {
-        let option = frame.get(at..at + 4)?;
+    while options_end <= end && at + 4 <= options_end {
+        let option = &frame[at..at + 4];
         match (option[0], option[1]) {
             (0, _) | (_, 0) => break,
             (1, _) => at += 1,
@@ -567,7 +567,6 @@ fn lower_mss(frame: &mut [u8], l4: usize, mss: u16) -> Option<()> {
             (_, len) => at += usize::from(len),
         }
     }
-    Some(())
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Outgate's build, setup, demo, lint and tests: `cargo xtask --help`.
 
+mod bench;
 mod build;
 mod demo;
 mod leftovers;
@@ -34,6 +35,8 @@ enum Command {
     Demo(demo::Options),
     /// Run every rung of tests, the first without root, and print one line of counts
     Test(test::Options),
+    /// Measure time and memory of the programs, as root: quick, or `--long`
+    Bench(bench::Options),
     /// Check formatting, clippy on both workspaces and the house rules
     Lint,
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Build(options) => build::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lint => lint::run(),
     };
     match result {

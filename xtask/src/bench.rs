@@ -1,0 +1,81 @@
+//! `bench`: builds the programs and the lab's benchmark, optimised, and runs it as root.
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::{build, machine, process, setup, ui};
+
+/// What to measure, and how to tell.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Ten times as many runs: minutes, and steadier figures
+    #[arg(long)]
+    long: bool,
+    /// One group of figures only
+    #[arg(long, value_enum)]
+    only: Option<Group>,
+    /// Where the choice among flows starts: the same seed, the same packets
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// How to print the figures
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    /// Aligned columns
+    Table,
+    /// One JSON object
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Group {
+    /// Sizes of the programs
+    Programs,
+    /// An offloaded flow's packet, with 1 and with 200,000 flows in the table, beside a program that only parses
+    /// and redirects
+    Packet,
+    /// A flow's first packet, with more and more ports taken
+    New,
+    /// Bytes of map memory per flow
+    Memory,
+    /// 1,000,000 flows held
+    Held,
+}
+
+/// `cargo xtask bench`.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let missing = machine::missing_capabilities();
+    if !machine::is_root() || !missing.is_empty() {
+        bail!(
+            "the benchmark loads eBPF programs into a network namespace of its own: run it as root (missing: {})",
+            if missing.is_empty() { "user id 0".to_owned() } else { missing.join(" ") }
+        );
+    }
+    setup::ensure()?;
+    build::ebpf()?;
+    let step = ui::Step::begin("build", "lab, release");
+    process::run(process::cargo().args(["build", "--release", "--package", "lab", "--bin", "bench"]))?;
+    step.done("lab");
+
+    let mut bench = std::process::Command::new(machine::target_dir()?.join("release/bench"));
+    bench
+        .current_dir(machine::root())
+        .env(build::OBJECT_VARIABLE, machine::bpf_object()?)
+        .env("RUST_LIB_BACKTRACE", "0") // its errors are for readers
+        .args(["--seed", &options.seed.to_string(), "--output", &name(options.output)]);
+    if options.long {
+        bench.arg("--long");
+    }
+    if let Some(group) = options.only {
+        bench.args(["--only", &name(group)]);
+    }
+    process::run(&mut bench)
+}
+
+/// A value as one types it.
+fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
