@@ -384,6 +384,20 @@ pub struct DropCount {
     pub bytes: u64,
 }
 
+/// `SWEPT`, one entry: what the last sweep of the flow table did.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Swept {
+    /// When, in [`crate::conntrack::Ticks`].
+    pub when: u32,
+    /// Flows removed.
+    pub removed: u32,
+    /// Flows left.
+    pub left: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
 /// What happens to a selected pod's traffic while nobody holds any of its egress addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Unassigned {
@@ -474,7 +488,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FragmentKey = 40, FragmentHead = 60, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, DropCount = 16, Settings = 88,
+    Token = 48, FragmentKey = 40, FragmentHead = 60, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 88,
     u32 = 4,
 }
 

@@ -30,6 +30,7 @@ pub mod memory;
 pub mod packet;
 pub mod ports;
 pub mod snat;
+pub mod sweep;
 pub mod tables;
 pub mod to_pod;
 pub mod to_uplink;

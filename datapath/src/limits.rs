@@ -23,6 +23,9 @@ pub const NETWORKS: u32 = 32_768;
 pub const INTERFACES: u32 = 8192;
 /// Flows of a node, both directions. Full: `FlowTableFull`, a counted drop of the new connection only.
 pub const FLOWS: u32 = 262_144;
+/// Flows of one pod: it may fill a quarter of its node's table, not all of it. Beyond: `PodFlowLimit`, a counted
+/// drop of its new connections only.
+pub const POD_FLOWS: u32 = FLOWS / 4;
 /// Packets between `from_pod` and `to_uplink`, which one CPU walks one after another; the rest is for those
 /// that netfilter dropped or queued. Least recently used goes first; its packet is then `TokenLost`.
 pub const TOKENS: u32 = 65_536;

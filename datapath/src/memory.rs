@@ -149,6 +149,10 @@ impl Tables for Memory {
         self.flows.borrow_mut().remove(key);
     }
 
+    fn flows_of(&self, pod: PodId) -> u32 {
+        self.flows.borrow().keys().filter(|key| key.pod == pod).count() as u32
+    }
+
     fn reply(&self, key: &ReplyKey) -> Option<Reply> {
         self.replies.borrow().get(key).copied()
     }

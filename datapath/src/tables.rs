@@ -52,6 +52,8 @@ pub trait Tables {
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
     /// Removes a flow, if it is there.
     fn remove_flow(&self, key: &FlowKey);
+    /// How many flows a pod has.
+    fn flows_of(&self, pod: PodId) -> u32;
     /// A flow seen from outside.
     fn reply(&self, key: &ReplyKey) -> Option<Reply>;
     /// Claims a reply key; `Exists` if somebody has it.

@@ -8,6 +8,7 @@ use crate::keys::{
     EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, NetworkKind, Offload, Reply,
     ReplyKey, Settings, Token, Tuple, Unassigned,
 };
+use crate::limits::POD_FLOWS;
 use crate::packet::{Kind, Packet, Part, RST};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
@@ -112,6 +113,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
                 ToUplink::Reset
             })
         }
+        Err(DropReason::FlowTableFull) => to.act(ToUplink::Full),
         Err(reason) => to.act(ToUplink::Drop(reason)),
     }
 }
@@ -204,6 +206,9 @@ fn new_flow<'t, T: Tables>(
     egress_id: EgressId,
 ) -> Result<(&'t EgressIp, u16), DropReason> {
     let egress = t.egress_ip(egress_id).filter(|e| e.policy == token.policy).ok_or(DropReason::NoOwner)?;
+    if t.flows_of(token.pod) >= POD_FLOWS {
+        return Err(DropReason::PodFlowLimit);
+    }
     let now = t.now();
     let offloaded = key.path == FlowPath::Offloaded as u8;
     let reply = Reply {
@@ -245,7 +250,7 @@ fn new_flow<'t, T: Tables>(
 }
 
 #[inline(always)]
-const fn reply_key(egress: EgressId, egress_port: u16, key: &FlowKey) -> ReplyKey {
+pub(crate) const fn reply_key(egress: EgressId, egress_port: u16, key: &FlowKey) -> ReplyKey {
     ReplyKey {
         egress,
         remote: key.remote,

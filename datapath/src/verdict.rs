@@ -142,6 +142,8 @@ pub enum ToUplink {
     Translate(Snat),
     /// A TCP packet of no flow: answered with RST, and counted as [`DropReason::NoFlow`].
     Reset,
+    /// A new flow finds the table full: dropped as [`DropReason::FlowTableFull`], unless a sweep makes room.
+    Full,
     /// Dropped.
     Drop(DropReason),
 }

@@ -725,7 +725,7 @@ fn a_full_table_drops_the_new_connection_only() {
     a.flow_capacity = 1;
     let syn = |port| tcp((POD, port), (SERVER, 80), SYN);
     translated(walk_up(&a, &syn(1), &syn(1)));
-    assert_eq!(walk_up(&a, &syn(2), &syn(2)), ToUplink::Drop(DropReason::FlowTableFull));
+    assert_eq!(walk_up(&a, &syn(2), &syn(2)), ToUplink::Full);
     assert!(matches!(from_pod(&a, POD_IF, &syn(1)), FromPod::Translate(_)));
     assert_eq!(a.replies.borrow().len(), 1, "nothing is left of the refused one");
 }
@@ -831,7 +831,7 @@ fn a_flow_that_finds_no_room_gives_its_port_back() {
     let syn = |port| tcp((POD, port), (SERVER, 80), SYN);
     translated(walk_up(&a, &syn(1), &syn(1)));
     a.replies.borrow_mut().clear();
-    assert_eq!(walk_up(&a, &syn(2), &syn(2)), ToUplink::Drop(DropReason::FlowTableFull));
+    assert_eq!(walk_up(&a, &syn(2), &syn(2)), ToUplink::Full);
     assert!(a.replies.borrow().is_empty());
 }
 

@@ -39,6 +39,11 @@ impl Skb {
     }
 
     #[inline(always)]
+    pub const fn context(&self) -> &TcContext {
+        &self.tc
+    }
+
+    #[inline(always)]
     pub fn as_ptr(&self) -> *mut core::ffi::c_void {
         self.tc.as_ptr()
     }

@@ -5,6 +5,8 @@
 
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "atomic addition: see `tables.rs`")]
 
 mod answer;
 mod arp;
@@ -17,6 +19,7 @@ mod report;
 mod reset;
 mod rewrite;
 mod send;
+mod sweep;
 mod tables;
 mod too_big;
 
@@ -124,9 +127,19 @@ impl Act<ToUplink> for BeforeUplink<'_> {
                 send::translated(skb, headers, &snat)
             }
             ToUplink::Reset => send::reset(skb, headers),
+            ToUplink::Full => {
+                sweep::make_room(skb);
+                drop(skb, DropReason::FlowTableFull)
+            }
             ToUplink::Drop(reason) => drop(skb, reason),
         }
     }
+}
+
+/// Called by the agent, and by `to_uplink` where the flow table is full.
+#[classifier]
+pub fn sweep(ctx: TcContext) -> i32 {
+    sweep::run(&Skb::new(ctx))
 }
 
 /// TC ingress of an uplink.

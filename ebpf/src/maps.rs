@@ -1,12 +1,12 @@
 //! Every map. Policy maps are written by the agent only (`apply`), flow maps by programs only; both are read
 //! by all. Capacities and what happens when they are reached: `datapath::limits`.
 
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface, Lease,
-    Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
+    Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Swept, Token,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -110,6 +110,18 @@ pub static FULL: LruHashMap<ReplyKey, u32, { limits::FULL as usize }> = LruHashM
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentHead, { limits::FRAGMENTS as usize }> =
     LruHashMap::new();
+
+/// How many flows each pod has. Pods that are gone go first; a count is approximate when its entry was new.
+#[btf_map]
+pub static POD_FLOWS: LruHashMap<u32, u64, { 2 * limits::PODS as usize }> = LruHashMap::new();
+
+/// What the last sweep of the flow table did.
+#[btf_map]
+pub static SWEPT: Array<Swept, 1> = Array::new();
+
+/// Programs that others go on with.
+#[btf_map]
+pub static PROGRAMS: ProgramArray<1> = ProgramArray::new();
 
 /// Drops by reason.
 #[btf_map]

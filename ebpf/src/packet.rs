@@ -60,6 +60,8 @@ pub struct Headers {
     pub end: usize,
     /// Source and destination of the packet that an ICMP error quotes.
     quoted: [Ip; 2],
+    /// An IPv4 header without options, as it is read.
+    ipv4: [u8; IPV4_LEN],
 }
 
 /// Parses a packet that came from outside.
@@ -146,7 +148,8 @@ fn read(skb: &Skb, headers: &mut Headers) -> What {
 
 #[inline(always)]
 fn read_v4(skb: &Skb, headers: &mut Headers) -> Result<(), Refused> {
-    let ip = skb.load::<[u8; IPV4_LEN]>(ETHERNET_LEN)?;
+    skb.load_into(ETHERNET_LEN, &mut headers.ipv4)?;
+    let ip = &headers.ipv4;
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     let on_wire = skb.len() as usize - ETHERNET_LEN;
     let total_len = usize::from(u16::from_be_bytes([ip[2], ip[3]]));

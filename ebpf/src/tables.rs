@@ -3,6 +3,7 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns, bpf_loop};
 use core::ffi::c_void;
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
 use datapath::keys::{
@@ -39,6 +40,43 @@ const fn insert_error(errno: i32) -> InsertError {
 #[inline(always)]
 pub fn pass_token() -> u32 {
     Maps.settings().map_or(0, |s| s.pass_token)
+}
+
+/// Changes a pod's count of flows, which many CPUs do at once.
+///
+/// Rust's own atomic types offer no addition for this target, which has one, but no compare-and-swap in all its
+/// versions.
+#[inline(always)]
+fn count_flow(pod: PodId, more: bool) {
+    match maps::POD_FLOWS.get_ptr_mut(&pod) {
+        // SAFETY: an aligned word, valid until the end of the RCU section.
+        Some(count) if more => unsafe {
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1);
+        },
+        // SAFETY: as above.
+        Some(count) if unsafe { *count } != 0 => unsafe {
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, u64::MAX);
+        },
+        None if more => {
+            let _ = maps::POD_FLOWS.insert(&pod, &1, ANY); // an LRU map makes room
+        }
+        _ => {}
+    }
+}
+
+impl Maps {
+    /// Puts the token back that this CPU has taken last, under its number. False: this CPU has taken none.
+    #[inline(always)]
+    pub fn give_token_back(&self, hash: u32) -> bool {
+        let Some(taken) = maps::TAKEN_TOKEN.get_ptr_mut(0) else { return false };
+        // SAFETY: this CPU's own entry; programs of one CPU do not interrupt each other at TC.
+        let taken = unsafe { &mut *taken };
+        if taken.pod == 0 || self.insert_token(hash, taken).is_err() {
+            return false;
+        }
+        taken.pod = 0;
+        true
+    }
 }
 
 impl Tables for Maps {
@@ -120,12 +158,22 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError> {
-        maps::FLOWS.insert(key, flow, NOEXIST).map_err(insert_error)
+        maps::FLOWS.insert(key, flow, NOEXIST).map_err(insert_error)?;
+        count_flow(key.pod, true);
+        Ok(())
     }
 
     #[inline(always)]
     fn remove_flow(&self, key: &FlowKey) {
-        let _ = maps::FLOWS.remove(key); // absent is as good as removed
+        // Absent is as good as removed.
+        if maps::FLOWS.remove(key).is_ok() {
+            count_flow(key.pod, false);
+        }
+    }
+
+    #[inline(always)]
+    fn flows_of(&self, pod: PodId) -> u32 {
+        copied!(maps::POD_FLOWS, &pod).map_or(0, |count: u64| count as u32)
     }
 
     #[inline(always)]
