@@ -191,8 +191,8 @@ fn the_pod_is_told_the_mtu(spec: LabSpec, family: Family, tunnel: u32) {
     let said = ping_unfragmented(&remote, web, tunnel - headers);
     assert!(said.contains(" 3 received"), "{said}");
     let said = ping_unfragmented(&remote, web, 1500 - headers);
-    // From the node's address towards the pod, as any router there would send it.
-    let router = ["10.244.1.1", "fd00:10:244:1::1"][family as usize];
+    // From an address of the node that the pod is on.
+    let router = lab.node("node-a").address_of(family);
     let answer = match family {
         Family::V4 => format!("From {router} icmp_seq=1 Frag needed and DF set (mtu = {tunnel})"),
         Family::V6 => format!("From {router} icmp_seq=1 Packet too big: mtu={tunnel}"),
