@@ -17,7 +17,7 @@ use crate::netns::Netns;
 const METRICS: &str = "127.0.0.1:9090";
 
 /// How long an agent may take until it is ready, on a busy machine.
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_mins(1);
 
 /// One node's running agent. Dropping it kills it.
 #[derive(Debug)]

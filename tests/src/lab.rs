@@ -138,7 +138,9 @@ impl LabSpec {
     /// Nodes, pods and hosts have IPv6 addresses too (no).
     #[must_use]
     pub fn dual_stack(mut self) -> Self {
-        self.families = Families::Both;
+        if self.families == Families::V4 {
+            self.families = Families::Both;
+        }
         self
     }
 

@@ -11,6 +11,13 @@
 //!  10.244.3.x ── node-c .13 ─┘                 └─ .250 neighbour                  └─ other .20
 //! ```
 //!
+//! With [`LabSpec::dual_stack`] all have IPv6 too: pods `fd00:10:244:1::/64` and on, nodes `2001:db8:172:18::11`
+//! and on with the router at `::1`, outside `2001:db8:203::/64` with the same last digits. [`LabSpec`] has other uplinks, a
+//! second network, other MTUs and a wire that snoops multicast.
+//!
+//! Every lab looks at its end for packets with bad checksums in any of its namespaces, and for pods' addresses at
+//! outside hosts: either fails the test ([`Lab::tolerate`]).
+//!
 //! What a node has is what a cluster gives it: pods made by the real CNI plugins, which masquerade; routes to
 //! the other nodes' pods; service rules as kube-proxy writes them; strict reverse-path filters.
 //!

@@ -14,7 +14,7 @@ fn dual_stack() -> LabSpec {
     LabSpec::default().nodes(2).dual_stack()
 }
 
-/// One object with an address of each family: each of the two nodes holds one, so both are gateway and source.
+/// One object with an address of each family. Pods run on both nodes, so each address has local and remote ones.
 fn start(lab: &Lab, options: &[&str]) -> Vec<Agent> {
     lab.describe_cluster(&["node-a", "node-b"]);
     lab.objects.egress_ip("prod", &Family::ALL.map(Family::egress), PROD, &[]);
