@@ -58,7 +58,7 @@ fn early_pods(lab: &Lab, namespace: &str, count: usize) -> Vec<Pod> {
 fn finish(pods: &mut [Pod]) -> (u64, u64) {
     let (mut sent, mut syns) = (0, 0);
     for pod in pods {
-        let output = pod.early.take().expect("an early program").finish(Duration::from_secs(60));
+        let output = pod.early.take().expect("an early program").finish(Duration::from_mins(1));
         let text = output.expect_success();
         let line = text.lines().rfind(|line| line.starts_with('{')).unwrap_or_default();
         let report: serde_json::Value = serde_json::from_str(line).expect("a report");
@@ -186,7 +186,7 @@ fn forged_sources(cni: Cni, rp_filter: u8) {
         lab.wait_source(&other.netns, &server, &lab.node(name).address);
         let stranger = lab.nodes.iter().find(|node| node.name != name).expect("another node");
         let outside = Outside::watch(&lab);
-        let forged = [
+        let sources = [
             ("another selected pod", &*selected.ip),
             ("an unselected pod", &*other.ip),
             ("its node", &*lab.node(name).address),
@@ -196,7 +196,7 @@ fn forged_sources(cni: Cni, rp_filter: u8) {
             ("an egress IP", EGRESS),
         ];
         let mut leaked = Vec::new();
-        for (whose, source) in forged {
+        for (whose, source) in sources {
             let from = (octets(source), 41_000);
             let hosts = [&lab.web, &lab.other, &lab.neighbour];
             let packets: Vec<_> = hosts
