@@ -18,14 +18,7 @@ impl Netns {
     /// Sends frames out of `eth0` as they are, past this namespace's own stack.
     #[track_caller]
     pub fn send_frames(&self, frames: &[Vec<u8>]) {
-        let lines = frames.iter().fold(String::new(), |mut text, frame| {
-            for byte in frame {
-                let _ = write!(text, "{byte:02x}");
-            }
-            text.push('\n');
-            text
-        });
-        let _ = self.exec_input(&["python3", "-c", SENDER], &[], &lines).expect_success();
+        let _ = self.exec_input(&["python3", "-c", SENDER], &[], &hex_lines(frames)).expect_success();
     }
 
     /// Sends packets out of `eth0` to the namespace's router.
@@ -75,6 +68,18 @@ fn mac(text: &str) -> [u8; 6] {
         *byte = u8::from_str_radix(digits, 16).unwrap_or_else(|error| panic!("{text}: {error}"));
     }
     bytes
+}
+
+/// Bytes in hexadecimal digits, each on a line of its own.
+#[must_use]
+pub fn hex_lines(all: &[Vec<u8>]) -> String {
+    all.iter().fold(String::new(), |mut text, bytes| {
+        for byte in bytes {
+            let _ = write!(text, "{byte:02x}");
+        }
+        text.push('\n');
+        text
+    })
 }
 
 /// An IPv4 address as bytes.

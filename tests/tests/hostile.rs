@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use lab::hostile::{Outside, ip_packet, octets};
+use lab::hostile::{Outside, hex_lines, ip_packet, octets};
 use lab::packet::{self, Built, udp};
 use lab::record::Recorder;
 use lab::servers::ECHO;
@@ -62,19 +62,21 @@ impl Cluster {
     }
 }
 
+/// Data of a first fragment: a UDP header and more.
+const FIRST: usize = 32;
+const MORE_FRAGMENTS: u16 = 0x2000;
+
 /// A UDP packet, whole or in two fragments of which the second has no ports.
 fn outer(from: &str, to: &str, port: u16, data: &[u8], fragmented: bool) -> Vec<Vec<u8>> {
     let whole = udp((octets(from), 45_000), (octets(to), port)).payload(data);
     if !fragmented {
         return vec![ip_packet(&whole)];
     }
-    const FIRST: usize = 32;
-    const MORE_FRAGMENTS: u16 = 0x2000;
     let bytes = ip_packet(&whole).split_off(20);
-    let part = |bytes: &[u8], fragment: u16| {
+    let piece = |bytes: &[u8], fragment: u16| {
         ip_packet(&packet::raw(octets(from), octets(to), 17, bytes).fragment(fragment))
     };
-    vec![part(&bytes[..FIRST], MORE_FRAGMENTS), part(&bytes[FIRST..], (FIRST / 8) as u16)]
+    vec![piece(&bytes[..FIRST], MORE_FRAGMENTS), piece(&bytes[FIRST..], (FIRST / 8) as u16)]
 }
 
 /// Tells packets apart that are in fragments: they are put together by their identification.
@@ -129,9 +131,7 @@ fn nothing_is_injected(cni: Cni, rp_filter: u8) {
          for line in sys.stdin: s.sendto(bytes.fromhex(line), ('{}', {TUNNEL}))",
         b.address
     );
-    let lines: Vec<_> =
-        inner.iter().map(|data| data.iter().map(|byte| format!("{byte:02x}")).collect::<String>()).collect();
-    let _ = a.netns.exec_input(&["python3", "-c", &script], &[], &lines.join("\n")).expect_success();
+    let _ = a.netns.exec_input(&["python3", "-c", &script], &[], &hex_lines(&inner)).expect_success();
     let (out, _, answered) = lab::eventually_ok("a node's own packets", LIMIT, || match arrived() {
         (0, ..) => Err("nothing is forwarded".to_owned()),
         some => Ok(some),

@@ -65,13 +65,13 @@ impl Cluster {
         );
     }
 
-    /// Loss is no corruption, but where nothing is overloaded there is hardly any.
+    /// Loss is no corruption, but most must have arrived for the rest to show anything.
     #[track_caller]
     fn datagrams(&self, count: u64) {
         let report = self.client(&["udp", &self.bulk, "--count", &count.to_string()]);
         assert_eq!(report["wrong"], 0, "{report}");
         let answered = report["answered"].as_u64().unwrap_or_default();
-        assert!(answered >= count - count / 100, "more than 1 in 100 was lost: {report}");
+        assert!(answered > count / 2, "most were lost: {report}");
     }
 
     /// A receiver that sums itself finds what was updated wrongly; one that is told "not needed" does not.
@@ -85,7 +85,7 @@ impl Cluster {
     }
 
     /// Every interface on the way, by namespace: the pod's, both ends of it, the nodes', the server's.
-    fn interfaces(&self) -> Vec<(&Netns, &str)> {
+    fn interfaces(&self) -> Vec<Place<'_>> {
         let [a, b] = ["node-a", "node-b"].map(|node| &self.lab.node(node).netns);
         vec![
             (&self.pod.netns, "eth0"),
@@ -97,11 +97,14 @@ impl Cluster {
             (&self.lab.web.netns, "eth0"),
         ]
     }
+}
 
-    fn offloads(&self, interfaces: &[(&Netns, &str)], settings: &[&str]) {
-        for (netns, interface) in interfaces {
-            let _ = netns.exec(&[&["ethtool", "-K", interface], settings].concat());
-        }
+/// An interface in its namespace.
+type Place<'a> = (&'a Netns, &'a str);
+
+fn set_offloads(interfaces: &[Place], settings: &[&str]) {
+    for (netns, interface) in interfaces {
+        let _ = netns.exec(&[&["ethtool", "-K", interface], settings].concat());
     }
 }
 
@@ -120,7 +123,7 @@ fn every_byte_arrives(cni: Cni, part: u64) {
     let all = cluster.interfaces();
     let ends = [all[0], all[6]];
     let off = ["tso", "off", "gso", "off", "gro", "off"];
-    let ways: [(&[(&Netns, &str)], &[&str]); 4] = [
+    let ways: [(&[Place], &[&str]); 4] = [
         // The ends compute checksums, and with them segment themselves.
         (&ends, &["tx", "off"]),
         (&all, &["gro", "on", "rx-udp-gro-forwarding", "on"]),
@@ -128,7 +131,7 @@ fn every_byte_arrives(cni: Cni, part: u64) {
         (&all, &["tx", "off", "rx", "off"]),
     ];
     for (interfaces, settings) in ways {
-        cluster.offloads(interfaces, settings);
+        set_offloads(interfaces, settings);
         for direction in ["up", "down"] {
             cluster.stream((bytes / 40).max(1), direction);
         }

@@ -34,7 +34,9 @@ impl Cluster {
     /// A selected pod on the holder's node and one on another.
     fn pods(&self) -> [Pod; 2] {
         let pods = ["node-a", "node-b"].map(|node| self.lab.run_pod(node, &PodSpec::new("prod", node)));
-        pods.iter().for_each(|pod| self.lab.wait_source(&pod.netns, &self.web, EGRESS));
+        for pod in &pods {
+            self.lab.wait_source(&pod.netns, &self.web, EGRESS);
+        }
         pods
     }
 }
@@ -137,7 +139,7 @@ fn a_port_that_is_used_again_is_asked_about_again() {
     let outside = Outside::watch(lab);
     let web = lab.web.address.clone();
     let silence = |verb: &str| {
-        shell(&lab.web.netns, &format!("iptables -w {verb} INPUT -p tcp --dport {ECHO} -j DROP"))
+        shell(&lab.web.netns, &format!("iptables -w {verb} INPUT -p tcp --dport {ECHO} -j DROP"));
     };
     for pod in &pods {
         let node = &lab.node(&pod.node).netns;

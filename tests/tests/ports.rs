@@ -52,7 +52,7 @@ fn pod_with_one_granule(lab: &Lab, name: &str) -> Pod {
 struct Held {
     process: Process,
     failed: u64,
-    held: u64,
+    open: u64,
 }
 
 fn hold(pod: &Pod, protocol: &str, destination: &str, count: u64) -> Held {
@@ -67,7 +67,7 @@ fn hold(pod: &Pod, protocol: &str, destination: &str, count: u64) -> Held {
     let sources = report["answers"].as_object().expect("answers");
     assert!(sources.keys().all(|source| source == EGRESS), "{report}");
     let number = |name: &str| report[name].as_u64().expect("a number");
-    Held { failed: number("failed"), held: number("held"), process }
+    Held { failed: number("failed"), open: number("held"), process }
 }
 
 fn no_port_free(lab: &Lab) -> u64 {
@@ -81,7 +81,7 @@ fn all_ports_come_back(pod: &Pod, protocol: &str, destination: &str) {
     let _ = eventually_ok("all ports", Duration::from_secs(25), || {
         thread::sleep(Duration::from_millis(4500));
         let again = hold(pod, protocol, destination, PORTS);
-        if again.held == PORTS { Ok(again) } else { Err(format!("{} of {PORTS}", again.held)) }
+        if again.open == PORTS { Ok(again) } else { Err(format!("{} of {PORTS}", again.open)) }
     });
 }
 
@@ -101,7 +101,7 @@ fn the_65th_connection_fails_and_the_64th_works() {
     for protocol in ["tcp", "udp"] {
         let before = no_port_free(&lab);
         let full = hold(&pod, protocol, &web, PORTS);
-        assert_eq!((full.held, full.failed), (PORTS, 0), "{protocol}");
+        assert_eq!((full.open, full.failed), (PORTS, 0), "{protocol}");
         assert_eq!(no_port_free(&lab), before, "{protocol}");
         // One more, of this pod and of another on the node.
         for netns in [&pod.netns, &neighbour_pod.netns] {
@@ -115,7 +115,7 @@ fn the_65th_connection_fails_and_the_64th_works() {
         assert!(no_port_free(&lab) >= before + 2, "{protocol}: {:?}", lab.drops("node-a"));
         // Another address and another port have all of their ports.
         let elsewhere = hold(&pod, protocol, &other, PORTS);
-        assert_eq!((elsewhere.held, elsewhere.failed), (PORTS, 0), "{protocol}");
+        assert_eq!((elsewhere.open, elsewhere.failed), (PORTS, 0), "{protocol}");
         let seen = pod.exec(&["curl", "-sS", "--fail", "--max-time", "5", "http://203.0.113.10/[1-20]"]);
         assert_eq!(seen.lines().filter(|line| line.starts_with(EGRESS)).count(), 20, "{seen}");
         assert_eq!(pod.netns.ping(&lab.web.address, 3, "0.01"), 3);
@@ -142,7 +142,7 @@ fn ports_of_connections_that_never_opened_come_back() {
     nft(silence);
     let before = no_port_free(&lab);
     let silent = hold(&pod, "tcp", &web, PORTS);
-    assert_eq!((silent.held, silent.failed), (0, PORTS));
+    assert_eq!((silent.open, silent.failed), (0, PORTS));
     assert_eq!(no_port_free(&lab), before);
     nft("delete table ip silent");
     let more = pod.netns.tcp_source(&web, Duration::from_millis(500));

@@ -52,8 +52,8 @@ enum Mode {
     },
     /// One datagram after the other, each from a port of its own, until standard input ends.
     Flood { destination: SocketAddr },
-    /// Send UDP to a server and TCP SYNs to another port of it, before there is a network and until both the
-    /// server has answered and standard input has ended.
+    /// Send UDP to a server and TCP SYNs to another port of it, before there is a network and until the server
+    /// has answered; half a minute after standard input has ended without an answer, too.
     Spray {
         destination: SocketAddr,
         /// Where the SYNs go: nobody should listen there.
@@ -231,7 +231,8 @@ const WINDOW: u64 = 64;
 fn udp(destination: SocketAddr, count: u64) -> io::Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.connect(destination)?;
-    socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+    // A machine that is busy elsewhere loses nothing by it.
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
     let (mut sent, mut answered, mut lost, mut wrong) = (0_u64, 0_u64, 0_u64, 0_u64);
     let mut pending = std::collections::BTreeSet::new();
     let mut buffer = [0; 2048];
@@ -364,8 +365,10 @@ fn spray(destination: SocketAddr, syn: u16) -> io::Result<()> {
     println!("running");
     let (mut sent, mut answers, mut first) = (0_u64, BTreeMap::<String, u64>::new(), None);
     let mut buffer = [0; 2048];
-    while answers.is_empty() || !stop.load(Ordering::Relaxed) {
-        if stop.load(Ordering::Relaxed) && first.is_some_and(|first: Instant| first.elapsed() > SILENCE) {
+    let (began, mut given_up) = (Instant::now(), None);
+    // Many of these run at once: whoever has been answered makes room.
+    while answers.is_empty() || began.elapsed() < TIGHT * 20 {
+        if stop.load(Ordering::Relaxed) && given_up.get_or_insert_with(Instant::now).elapsed() > SILENCE * 2 {
             break;
         }
         match socket.send_to(b"early", destination) {
@@ -381,6 +384,7 @@ fn spray(destination: SocketAddr, syn: u16) -> io::Result<()> {
             *answers.entry(source.to_owned()).or_default() += 1;
         }
     }
+    stop.store(true, Ordering::Relaxed);
     println!("{}", json!({"sent": sent, "syns": syns.load(Ordering::Relaxed), "answers": answers}));
     Ok(())
 }
