@@ -206,7 +206,7 @@ pub struct Kernel {
     tokens: Table<u32, Token>,
     drops: PerCpuArray<MapData, Plain<DropCount>>,
     // Last: the harness's table does not keep programs alive once its last handle is gone.
-    _programs: (ProgramArray<MapData>, Ebpf),
+    programs: (ProgramArray<MapData>, Ebpf),
 }
 
 /// Entries of the LRU maps under test: small, because reading a map looks at each of its buckets.
@@ -259,7 +259,7 @@ impl Kernel {
             openers: Table::new(e, "OPENERS"),
             tokens: Table::new(e, "TOKENS"),
             drops: PerCpuArray::try_from(take(e, "DROPS")).expect("DROPS"),
-            _programs: (table, ebpf),
+            programs: (table, ebpf),
         }
     }
 

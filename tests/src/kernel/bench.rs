@@ -40,7 +40,7 @@ impl Kernel {
         let program = classifier(&mut ebpf, "baseline");
         program.load().expect("the baseline is verified");
         let fd = program.fd().expect("it is loaded");
-        self._programs.0.set(BASELINE, fd, 0).expect("the harness may call it");
+        self.programs.0.set(BASELINE, fd, 0).expect("the harness may call it");
         ebpf
     }
 
@@ -57,7 +57,7 @@ impl Kernel {
     /// How large a program is.
     #[must_use]
     pub fn sizes(&mut self, program: Program) -> Sizes {
-        let info = classifier(&mut self._programs.1, program.name()).info().expect("the kernel tells");
+        let info = classifier(&mut self.programs.1, program.name()).info().expect("the kernel tells");
         Sizes {
             instructions: info.size_translated().unwrap_or(0) / 8,
             machine_code: info.size_jitted(),
@@ -90,7 +90,7 @@ impl Kernel {
     /// Counts the flows, one look at each.
     #[must_use]
     pub fn flow_count(&self) -> usize {
-        self.flows.map.keys().filter(Result::is_ok).count()
+        self.flows.map.keys().flatten().count()
     }
 
     /// Forgets which destinations are full.
