@@ -65,17 +65,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .current_dir(machine::root())
         .env(build::OBJECT_VARIABLE, machine::bpf_object()?)
         .env("RUST_LIB_BACKTRACE", "0") // its errors are for readers
-        .args(["--seed", &options.seed.to_string(), "--output", &name(options.output)]);
+        .args(["--seed", &options.seed.to_string(), "--output", &name(&options.output)]);
     if options.long {
         bench.arg("--long");
     }
     if let Some(group) = options.only {
-        bench.args(["--only", &name(group)]);
+        bench.args(["--only", &name(&group)]);
     }
     process::run(&mut bench)
 }
 
 /// A value as one types it.
-fn name(value: impl ValueEnum) -> String {
+fn name(value: &impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }

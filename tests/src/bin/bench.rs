@@ -223,9 +223,10 @@ impl Bench {
             let (base, ours, ratio) = self.compare(pairs, program, || {
                 let (key, reply) = keys(rng.below(flows));
                 let (pod, server) = ((POD, key.local_port), (key.remote.v4_octets(), key.remote_port));
-                let (frame, ifindex) = match program {
-                    Program::FromPod => (tcp(pod, server, ACK), POD_IF),
-                    _ => (tcp(server, (EGRESS, reply.egress_port), ACK), UPLINK),
+                let (frame, ifindex) = if program == Program::FromPod {
+                    (tcp(pod, server, ACK), POD_IF)
+                } else {
+                    (tcp(server, (EGRESS, reply.egress_port), ACK), UPLINK)
                 };
                 Input { frame: frame.payload(&[7; 64]).frame(), ifindex, ..Input::default() }
             })?;
@@ -260,6 +261,7 @@ impl Bench {
     }
 
     /// (c): map memory, in use or not.
+    #[expect(clippy::cast_precision_loss, reason = "bytes of maps are far below 2^52")]
     fn memory(&mut self, figures: &mut Vec<Figure>, group: Group) -> Result<()> {
         let maps = self.kernel.flow_memory();
         let each = maps.map(|map| map.bytes as f64 / map.capacity as f64);

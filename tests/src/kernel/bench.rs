@@ -90,7 +90,7 @@ impl Kernel {
     /// Counts the flows, one look at each.
     #[must_use]
     pub fn flow_count(&self) -> usize {
-        self.flows.map.keys().filter(Result::is_ok).count()
+        self.flows.map.keys().flatten().count()
     }
 
     /// Forgets which destinations are full.

@@ -56,9 +56,10 @@ fn untouched(program: Program, verdict: Verdict, frame: &[u8]) -> Result<&'stati
             return Err("redirected with the source it had".into());
         }
     };
-    match world::is_egress(address_of(frame, address)) {
-        true => Ok("steered"),
-        false => Err("steered, and no egress IP's".into()),
+    if world::is_egress(address_of(frame, address)) {
+        Ok("steered")
+    } else {
+        Err("steered, and no egress IP's".into())
     }
 }
 
@@ -217,9 +218,11 @@ fn transport_bytes(
 
 /// Every sum is what it was: what was sound still is, and what was broken is not made to look sound.
 fn sums(before: &[u8], after: &[u8], w: &Walk) -> Result<(), String> {
-    let same = |what: &str, was: u64, is: u64| match was == is {
-        true => Ok(()),
-        false => Err(format!("the sum over {what} was {was:#06x} and is {is:#06x}; 0 is right")),
+    let same = |what: &str, was: u64, is: u64| {
+        if was == is {
+            return Ok(());
+        }
+        Err(format!("the sum over {what} was {was:#06x} and is {is:#06x}; 0 is right"))
     };
     same("the IP header", w.header_sum(before), w.header_sum(after))?;
     if let Some(field) = w.checksum() {

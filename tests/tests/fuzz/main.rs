@@ -38,7 +38,7 @@ const FLOWS: usize = 96;
 /// Room for new ones beside them.
 const CAPACITY: u32 = 8192;
 /// Bytes that a test run wants at least: Ethernet's header and the IP header that the type says
-/// (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
+/// (`bpf_prog_test_run_skb`, `net/bpf/test_run.c`).
 const LEAST: [usize; 2] = [34, 54];
 
 /// What must have come about, or the run shows nothing.
@@ -109,8 +109,8 @@ fn nothing_is_translated_wrongly() {
     assert_eq!(ran, cases);
     let dropped = |outcome: &str| outcome.ends_with(": dropped");
     let counted: u64 = met.iter().filter(|(o, _)| o.starts_with("drop: ")).map(|(_, n)| n).sum();
-    let seen: u64 = met.iter().filter(|(o, _)| dropped(o)).map(|(_, n)| n).sum();
-    assert_eq!(seen, counted, "every drop is counted under one reason");
+    let lost: u64 = met.iter().filter(|(o, _)| dropped(o)).map(|(_, n)| n).sum();
+    assert_eq!(lost, counted, "every drop is counted under one reason");
     if cases >= 100_000 {
         let reasons = WANTED_DROPS.iter().map(|reason| format!("drop: {}", reason.name()));
         for outcome in WANTED.iter().map(|outcome| (*outcome).to_owned()).chain(reasons) {
