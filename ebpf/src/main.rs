@@ -136,10 +136,17 @@ impl Act<ToUplink> for BeforeUplink<'_> {
     }
 }
 
-/// Called by the agent, and by `to_uplink` where the flow table is full.
+/// Run by the agent, on no packet.
 #[classifier]
-pub fn sweep(ctx: TcContext) -> i32 {
-    sweep::run(&Skb::new(ctx))
+pub fn sweep(_ctx: TcContext) -> i32 {
+    sweep::run(false);
+    NEXT
+}
+
+/// Called by `to_uplink` where the flow table is full.
+#[classifier]
+pub fn make_room(ctx: TcContext) -> i32 {
+    sweep::come_again(&Skb::new(ctx))
 }
 
 /// TC ingress of an uplink.

@@ -8,13 +8,12 @@ use datapath::conntrack::{Ticks, older_than};
 use datapath::keys::{Flow, FlowKey, Settings, Swept};
 use datapath::tables::Tables as _;
 
-use crate::NEXT;
 use crate::ctx::Skb;
 use crate::maps;
 use crate::tables::Maps;
 
-/// Place of the program `sweep` in `PROGRAMS`.
-const SWEEP: u32 = 0;
+/// Place of the program `make_room` in `PROGRAMS`.
+const MAKE_ROOM: u32 = 0;
 
 /// Whether a full table may be swept now: at most once a tick of 17 ms, or packets would do nothing else.
 #[inline(always)]
@@ -30,7 +29,7 @@ fn is_due(now: Ticks) -> bool {
 pub fn make_room(skb: &Skb) {
     if is_due(Maps.now()) {
         // SAFETY: the context is this program's own.
-        unsafe { maps::PROGRAMS.tail_call(skb.context(), SWEEP) };
+        unsafe { maps::PROGRAMS.tail_call(skb.context(), MAKE_ROOM) };
     }
 }
 
@@ -53,13 +52,12 @@ extern "C" fn look(_map: *mut c_void, key: *const FlowKey, flow: *const Flow, sw
     0
 }
 
-/// Looks at every flow. A packet at `to_uplink` brought it here if its token is still taken: it goes there again.
+/// Looks at every flow. `full`: there is no room for a new one.
 #[inline(always)]
-pub fn run(skb: &Skb) -> i32 {
-    let Some(settings) = Maps.settings() else { return NEXT };
-    let again = Maps.give_token_back(skb.hash());
+pub fn run(full: bool) {
+    let Some(settings) = Maps.settings() else { return };
     let now = Maps.now();
-    let mut sweep = Sweep { settings, now, full: again, removed: 0, left: 0 };
+    let mut sweep = Sweep { settings, now, full, removed: 0, left: 0 };
     // SAFETY: the callback has the signature of the helper's for this map, and its context outlives the call.
     unsafe {
         bpf_for_each_map_elem(
@@ -73,9 +71,13 @@ pub fn run(skb: &Skb) -> i32 {
         // SAFETY: two CPUs may write at once: either is right.
         unsafe { *swept = Swept { when: now, removed: sweep.removed, left: sweep.left, pad: 0 } };
     }
-    if again {
-        // SAFETY: plain integers.
-        return unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
-    }
-    NEXT
+}
+
+/// Sweeps for a packet at `to_uplink`, which then goes there again with the token that it brought.
+#[inline(always)]
+pub fn come_again(skb: &Skb) -> i32 {
+    run(true);
+    Maps.give_token_back(skb.hash());
+    // SAFETY: plain integers.
+    unsafe { bpf_redirect(skb.ifindex(), 0) as i32 }
 }

@@ -65,17 +65,12 @@ fn count_flow(pod: PodId, more: bool) {
 }
 
 impl Maps {
-    /// Puts the token back that this CPU has taken last, under its number. False: this CPU has taken none.
+    /// Puts the token back that this CPU has taken last, under its number.
     #[inline(always)]
-    pub fn give_token_back(&self, hash: u32) -> bool {
-        let Some(taken) = maps::TAKEN_TOKEN.get_ptr_mut(0) else { return false };
+    pub fn give_token_back(&self, hash: u32) {
+        let Some(taken) = maps::TAKEN_TOKEN.get_ptr_mut(0) else { return };
         // SAFETY: this CPU's own entry; programs of one CPU do not interrupt each other at TC.
-        let taken = unsafe { &mut *taken };
-        if taken.pod == 0 || self.insert_token(hash, taken).is_err() {
-            return false;
-        }
-        taken.pod = 0;
-        true
+        let _ = self.insert_token(hash, unsafe { &*taken }); // without it the packet is dropped: `TokenLost`
     }
 }
 

@@ -9,7 +9,8 @@ use datapath::addr::Ip;
 use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
     self, Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface,
-    Lease, Network, NetworkKey, Node, NodeId, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Token,
+    Lease, Network, NetworkKey, Node, NodeId, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Swept,
+    Token,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -62,6 +63,9 @@ pub const SPECS: &[Spec] = &[
     spec::<ReplyKey, Reply>("REPLIES", MapType::Hash, limits::FLOWS),
     spec::<FragmentKey, FragmentHead>("FRAGMENTS", MapType::LruHash, limits::FRAGMENTS),
     spec::<ReplyKey, u32>("FULL", MapType::LruHash, limits::FULL),
+    spec::<u32, u64>("POD_FLOWS", MapType::LruHash, 2 * limits::PODS),
+    spec::<u32, Swept>("SWEPT", MapType::Array, 1),
+    spec::<u32, u32>("PROGRAMS", MapType::ProgramArray, 1),
     spec::<u32, DropCount>("DROPS", MapType::PerCpuArray, DropReason::ALL.len() as u32),
 ];
 
@@ -86,7 +90,7 @@ pub(super) fn check_pinned(dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn open(dir: &Path, name: &'static str) -> Result<Map, Error> {
+pub(super) fn open(dir: &Path, name: &'static str) -> Result<Map, Error> {
     let path = dir.join("maps").join(name);
     if !path.exists() {
         return Err(Error::NoMap { name, dir: dir.to_path_buf() });
@@ -112,14 +116,6 @@ impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
             .map(|entry| entry.map(|(k, v)| (k.0, v.0)))
             .collect::<Result<_, _>>()
             .map_err(|source| self.error(source))
-    }
-
-    pub(super) fn get(&self, key: &K) -> Result<Option<V>, Error> {
-        match self.map.get(&Plain(*key), 0) {
-            Ok(value) => Ok(Some(value.0)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(source) => Err(self.error(source)),
-        }
     }
 
     fn put(&mut self, key: K, value: V) -> Result<(), Error> {
@@ -174,6 +170,14 @@ pub fn drops(dir: &Path) -> Result<Vec<(DropReason, DropCount)>, Error> {
         found.push((*reason, sum));
     }
     Ok(found)
+}
+
+/// What the last sweep did.
+pub(super) fn swept(dir: &Path) -> Result<Swept, Error> {
+    let name = "SWEPT";
+    let of = |source| Error::Map { name, source };
+    let map: Array<_, Plain<Swept>> = Array::try_from(open(dir, name)?).map_err(of)?;
+    Ok(map.get(&0, 0).map_err(of)?.0)
 }
 
 /// Time since boot, as the programs count it.

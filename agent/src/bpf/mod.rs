@@ -173,7 +173,6 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
 pub struct Datapath {
     maps: maps::Maps,
     programs: attach::Programs,
-    sweeper: sweep::Sweeper,
 }
 
 impl Datapath {
@@ -182,10 +181,11 @@ impl Datapath {
     pub fn open(bpffs: &Path) -> Result<Self, Error> {
         object::check_host(bpffs)?;
         let dir = pin_dir(bpffs);
-        let ebpf = object::load(&dir)?;
+        let mut ebpf = object::load(&dir)?;
+        sweep::load(&mut ebpf, &dir)?;
         let maps = maps::Maps::open(&dir)?;
         let programs = attach::Programs::new(ebpf, &dir)?;
-        Ok(Self { maps, programs, sweeper: sweep::Sweeper::new(&dir) })
+        Ok(Self { maps, programs })
     }
 
     /// Attaches the guard to the pods' cgroup.
@@ -208,10 +208,10 @@ impl Datapath {
         attached
     }
 
-    /// Starts to remove flows that are past their time or whose pod, policy or address is gone, and says what
-    /// the sweep before this one did.
-    pub fn sweep(&mut self) -> Result<sweep::Swept, Error> {
-        self.sweeper.sweep(self.maps.image().settings)
+    /// Removes flows that are past their time or whose pod, policy or address is gone.
+    pub fn sweep(&mut self) -> Result<datapath::keys::Swept, Error> {
+        let dir = self.maps.dir().to_path_buf();
+        sweep::run(self.programs.object(), &dir)
     }
 
     /// Packets and bytes dropped, by reason, over all CPUs.

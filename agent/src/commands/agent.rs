@@ -144,6 +144,6 @@ impl Kernel for NodeKernel {
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {
         self.notrack.keep();
         let swept = self.datapath.sweep()?;
-        Ok((swept.removed, swept.left))
+        Ok((swept.removed as usize, swept.left as usize))
     }
 }

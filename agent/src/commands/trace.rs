@@ -152,6 +152,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
                 }
                 ToUplink::Pass => walk.untouched("to_uplink", &inside(&tables, &to)),
                 ToUplink::Reset => walk.dropped("to_uplink", DropReason::NoFlow),
+                ToUplink::Full => walk.dropped("to_uplink", DropReason::FlowTableFull),
                 ToUplink::Drop(reason) => walk.dropped("to_uplink", reason),
                 ToUplink::Translate(snat) => walk.translated("to_uplink", image, &snat),
             }
