@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::addr::Ip;
 use datapath::keys::{
-    Delivery, DeliveryMode, EgressIp, GranuleTable, IfIndex, Interface, InterfaceKind, Lease, Network,
+    Delivery, DeliveryMode, EgressIp, GranuleTable, Guard, IfIndex, Interface, InterfaceKind, Lease, Network,
     NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
 };
 use datapath::limits;
@@ -413,8 +413,10 @@ impl Compiler<'_> {
         let f = self.facts;
         // Interfaces and bridges that selected pods speak through.
         let mut guarded: BTreeSet<IfIndex> = BTreeSet::new();
+        let mut own: BTreeSet<IfIndex> = BTreeSet::new();
         for (ip, pod) in self.out.image.pods.iter().filter(|(_, p)| p.policy != 0) {
             guarded.insert(pod.ifindex);
+            own.insert(pod.ifindex);
             let ip = IpAddr::from(*ip);
             if !f.host_routes.contains_key(&ip) {
                 guarded.extend(longest(&f.bridge_networks, &ip));
@@ -432,16 +434,23 @@ impl Compiler<'_> {
             guarded.extend(f.bridges.keys());
         }
         let pods = f.pod_interfaces.iter().map(|(index, i)| {
-            let guarded = guarded.contains(index) || guarded.contains(&i.bridge);
-            (*index, interface(InterfaceKind::Pod, guarded, i.mac, i.bridge))
+            let guard = match guarded.contains(index) || guarded.contains(&i.bridge) {
+                _ if own.contains(index) => Guard::Own,
+                true => Guard::Guarded,
+                false => Guard::None,
+            };
+            (*index, interface(InterfaceKind::Pod, guard, i.mac, i.bridge))
         });
-        let bridges = f
-            .bridges
+        let bridges = f.bridges.iter().map(|(index, b)| {
+            let guard = if guarded.contains(index) { Guard::Guarded } else { Guard::None };
+            (*index, interface(InterfaceKind::Bridge, guard, b.mac, 0))
+        });
+        let uplinks = f
+            .uplinks
             .iter()
-            .map(|(index, b)| (*index, interface(InterfaceKind::Bridge, guarded.contains(index), b.mac, 0)));
-        let uplinks =
-            f.uplinks.iter().map(|(index, u)| (*index, interface(InterfaceKind::Uplink, false, u.mac, 0)));
-        let others = f.others.iter().map(|index| (*index, interface(InterfaceKind::Other, false, [0; 6], 0)));
+            .map(|(index, u)| (*index, interface(InterfaceKind::Uplink, Guard::None, u.mac, 0)));
+        let others =
+            f.others.iter().map(|index| (*index, interface(InterfaceKind::Other, Guard::None, [0; 6], 0)));
         // Uplinks and bridges first: there are few, and without them nothing works.
         for (index, value) in uplinks.chain(bridges).chain(pods).chain(others).collect::<Vec<_>>() {
             if self.out.image.interfaces.len() >= capacity(limits::INTERFACES) {
@@ -482,6 +491,7 @@ impl Compiler<'_> {
             tunnel_vni: tunnel.vni,
             tunnel_ifindex: self.facts.tunnel_ifindex,
             mtu: flow_mtu(self.desired, self.facts),
+            uplink_mtu: clamp(self.facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0)),
             offload: config.offload as u8,
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
@@ -527,8 +537,8 @@ fn over(map: &str, limit: u32) -> String {
     format!("not in force on this node: map {map} is full with {limit} entries")
 }
 
-fn interface(kind: InterfaceKind, guarded: bool, mac: [u8; 6], bridge: IfIndex) -> Interface {
-    Interface { kind: kind as u8, guarded: u8::from(guarded), mac, bridge }
+fn interface(kind: InterfaceKind, guard: Guard, mac: [u8; 6], bridge: IfIndex) -> Interface {
+    Interface { kind: kind as u8, guarded: guard as u8, mac, bridge }
 }
 
 fn longest(networks: &BTreeMap<IpNet, IfIndex>, ip: &IpAddr) -> Option<IfIndex> {
@@ -709,21 +719,21 @@ status: {{podIP: {ip}}}"
         let guarded =
             |c: &Compiled| c.image.interfaces.iter().map(|(n, i)| (*n, i.guarded)).collect::<Vec<_>>();
         let c = of(&cluster(&[]));
-        assert_eq!(guarded(&c), [(1, 0), (2, 0), (9, 0), (10, 1), (20, 1), (21, 1), (22, 1)]);
+        assert_eq!(guarded(&c), [(1, 0), (2, 0), (9, 0), (10, 2), (20, 1), (21, 2), (22, 1)]);
         let uplink = c.image.interfaces[&2];
         assert_eq!((uplink.kind, uplink.mac), (InterfaceKind::Uplink as u8, [1; 6]));
         assert_eq!(c.image.interfaces[&21].bridge, 20);
         let c = of(&format!("{CLUSTER}\n{}\n{}", pod("shop", "p", "10.1.0.1"), pod("dev", "q", "10.1.2.21")));
         assert_eq!(
             guarded(&c),
-            [(1, 0), (2, 0), (9, 0), (10, 1), (20, 1), (21, 1), (22, 1)],
+            [(1, 0), (2, 0), (9, 0), (10, 2), (20, 1), (21, 1), (22, 1)],
             "a bridge's next port"
         );
         let allow = format!(
             "{CLUSTER}\n{}\n---\nkind: EgressConfig\nmetadata: {{name: default}}\nspec: {{unknownPods: Allow}}",
             pod("shop", "p", "10.1.0.1")
         );
-        assert_eq!(guarded(&of(&allow)), [(1, 0), (2, 0), (9, 0), (10, 1), (20, 0), (21, 0), (22, 0)]);
+        assert_eq!(guarded(&of(&allow)), [(1, 0), (2, 0), (9, 0), (10, 2), (20, 0), (21, 0), (22, 0)]);
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //! packet of a flow is given a token and goes up the host's stack.
 
 use crate::addr::Ip;
-use crate::conntrack::{FlowState, Ticks, expired, has_states, idle_time, older_than, pod_speaks, seconds};
+use crate::conntrack::{Ticks, expired, has_states, idle_time, older_than, pod_speaks, seconds};
 use crate::fragments::{self, Fate, Place};
 use crate::keys::{
-    EgressIp, FlowKey, FlowPath, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token, Tuple,
+    EgressIp, FlowKey, FlowPath, Guard, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token,
+    Tuple,
 };
 use crate::limits::WALK_AGAIN_SECONDS;
 use crate::packet::{Kind, Packet, Part, UDP};
@@ -36,13 +37,25 @@ pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
 #[inline(always)]
 pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Packet, to: &A) -> A::Done {
     let Some(settings) = t.settings() else { return to.act(FromPod::NotOurs) };
+    // No pod speaks to a node's end of the tunnel, whoever it is.
+    if packet.kind == Kind::Udp
+        && packet.tuple.destination_port == settings.tunnel_port
+        && t.network(&packet.tuple.destination) == NetworkKind::Node as u32
+    {
+        return to.act(FromPod::Drop(DropReason::TunnelForged));
+    }
     let Some(pod) = t.pod(&packet.tuple.source) else {
         return from_unknown(t, settings, ifindex, &packet.tuple, to);
     };
+    let elsewhere = pod.ifindex != ifindex && !is_port_of(t, ifindex, pod.ifindex);
     if pod.policy == 0 {
+        // Through a selected pod's interface it is that pod, with another's address.
+        if elsewhere && guard(t, ifindex) == Guard::Own as u8 {
+            return to.act(FromPod::Drop(DropReason::SpoofedSource));
+        }
         return not_selected(t, ifindex, to);
     }
-    if pod.ifindex != ifindex && !is_port_of(t, ifindex, pod.ifindex) {
+    if elsewhere {
         return to.act(FromPod::Drop(DropReason::SpoofedSource));
     }
     if packet.part == Part::Later {
@@ -76,8 +89,8 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     if !too_big && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
         match way_out(t, settings, egress, 0) {
             // The host's stack fragments, or says so to the pod.
-            Ok(Way::Uplink(_))
-                if packet.wire_len > u32::from(egress.uplink_mtu) && egress.uplink_mtu != 0 => {}
+            Ok(Way::Uplink(_)) if larger_than(packet, egress.uplink_mtu) => {}
+            Ok(Way::Tunnel(_)) if larger_than(packet, settings.uplink_mtu) => {}
             Ok(way) => {
                 fragments::remember(t, Place::FromPod, packet, Fate::Flow, None);
                 return to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }));
@@ -117,13 +130,12 @@ fn offloaded_flow<'t, T: Tables>(
     packet: &Packet,
 ) -> Option<(&'t EgressIp, u16)> {
     let (egress, port) = t.flow(key, |flow| {
-        // A new SYN on a flow that had got further opens a connection anew: the node's netfilter must see it
-        // (invariant 4).
-        let reopens = has_states(key.protocol) && packet.opens() && flow.state != FlowState::Opening as u8;
+        // A SYN may open a connection anew: the node's netfilter must see it (invariant 4).
+        let opens = has_states(key.protocol) && packet.opens();
         let walks = !has_states(key.protocol) && older_than(now, flow.walked, seconds(WALK_AGAIN_SECONDS));
-        // The host's stack answers a packet whose time to live ends here.
-        let ends_here = packet.ttl <= 1;
-        if reopens || ends_here || walks || !pod_speaks(settings, now, flow, pod.policy, packet) {
+        // The host's stack answers a packet whose time to live ends here, and looks at options.
+        let for_routers = packet.ttl <= 1 || packet.options;
+        if opens || walks || for_routers || !pod_speaks(settings, now, flow, pod.policy, packet) {
             return None;
         }
         Some((flow.egress, flow.egress_port))
@@ -170,13 +182,16 @@ fn from_unknown<T: Tables, A: Act<FromPod>>(
     tuple: &Tuple,
     to: &A,
 ) -> A::Done {
-    let interface = t.interface(ifindex).unwrap_or_default();
-    let own_of_selected = interface.guarded != 0 && interface.bridge == 0;
-    if t.egress_id(&tuple.source).is_some() || (own_of_selected && !tuple.destination.stays_on_link()) {
+    let own_of_selected = guard(t, ifindex) == Guard::Own as u8;
+    let network = t.network(&tuple.source);
+    if t.egress_id(&tuple.source).is_some()
+        || network == NetworkKind::Node as u32
+        || (own_of_selected && !tuple.destination.stays_on_link())
+    {
         return to.act(FromPod::Drop(DropReason::SpoofedSource));
     }
     if settings.hold_unknown != 0
-        && t.network(&tuple.source) == NetworkKind::Pods as u32
+        && network == NetworkKind::Pods as u32
         && !stays_inside(t, &tuple.destination)
     {
         return to.act(FromPod::Drop(DropReason::UnknownPod));
@@ -187,10 +202,18 @@ fn from_unknown<T: Tables, A: Act<FromPod>>(
 /// A packet that is none of our business: untouched, unless the uplink wants a mark from all of a bridge.
 #[inline(always)]
 fn not_selected<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, to: &A) -> A::Done {
-    match t.interface(ifindex) {
-        Some(interface) if interface.guarded != 0 => to.act(FromPod::Pass),
-        _ => to.act(FromPod::NotOurs),
-    }
+    to.act(if guard(t, ifindex) != Guard::None as u8 { FromPod::Pass } else { FromPod::NotOurs })
+}
+
+/// A [`Guard`].
+#[inline(always)]
+fn guard<T: Tables>(t: &T, ifindex: IfIndex) -> u8 {
+    t.interface(ifindex).map_or(Guard::None as u8, |interface| interface.guarded)
+}
+
+#[inline(always)]
+fn larger_than(packet: &Packet, mtu: u16) -> bool {
+    mtu != 0 && packet.wire_len > u32::from(mtu)
 }
 
 /// A selected pod's packet that cannot be translated: let go inside the cluster, dropped towards outside.

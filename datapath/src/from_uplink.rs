@@ -105,7 +105,8 @@ fn deliver<'t, T: Tables, A: Act<FromOutside<'t>>>(
     let reverse = ReverseSnat { destination: reply.local, destination_port: reply.local_port };
     match t.delivery(reply.pod) {
         None => to.act(FromOutside::Drop(DropReason::PodGone)),
-        Some(_) if reply.path == FlowPath::Host as u8 => to.act(FromOutside::Host(reverse)),
+        // The host's stack looks at options.
+        Some(_) if reply.path == FlowPath::Host as u8 || packet.options => to.act(FromOutside::Host(reverse)),
         Some(_) if packet.ttl <= 1 => to.act(FromOutside::Drop(DropReason::TtlExpired)),
         Some(delivery) if delivery.ifindex == 0 => to.act(FromOutside::Drop(DropReason::PodGone)),
         Some(delivery) => to.act(FromOutside::Deliver(reverse, delivery)),

@@ -151,14 +151,25 @@ pub enum InterfaceKind {
     Other = 4,
 }
 
+/// Who speaks through an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Guard {
+    /// No selected pod.
+    None = 0,
+    /// Selected pods may, or pods not known yet: `to_uplink` wants a token or [`Settings::pass_token`] from all
+    /// that it sends outside.
+    Guarded = 1,
+    /// Selected pods that are known, and nobody else: every other source is spoofed.
+    Own = 2,
+}
+
 /// `INTERFACES`, by index.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Interface {
     /// An [`InterfaceKind`].
     pub kind: u8,
-    /// 1: selected pods speak through it, or pods not known yet may, so `to_uplink` wants a token or
-    /// [`Settings::pass_token`] from all that it sends outside.
+    /// A [`Guard`].
     pub guarded: u8,
     /// Hardware address.
     pub mac: [u8; 6],
@@ -433,10 +444,9 @@ pub struct Settings {
     /// The largest IP packet that an egress flow carries whole, in bytes: what the tunnel takes out of any
     /// uplink, for the holder may move. 0: not known, nothing is clamped or refused.
     pub mtu: u16,
-    /// An [`Offload`].
-    pub offload: u8,
-    /// Zero.
-    pub pad_offload: u8,
+    /// The largest IP packet that every uplink of this node carries, in bytes; 0: not known. What is larger, and
+    /// may be fragmented, the host's stack fragments: the gateway could not.
+    pub uplink_mtu: u16,
     /// The skb hash by which `from_pod` says "seen, let pass"; random, never 0.
     pub pass_token: u32,
     /// An [`Unassigned`].
@@ -445,8 +455,8 @@ pub struct Settings {
     pub spread: u8,
     /// 1: packets of unknown addresses of the cluster's pod networks, and of unknown interfaces, are held.
     pub hold_unknown: u8,
-    /// Zero.
-    pub pad: u8,
+    /// An [`Offload`].
+    pub offload: u8,
     /// Idle time of an established TCP flow, in seconds.
     pub tcp_established: u32,
     /// Idle time of a TCP flow that opens or closes, in seconds.

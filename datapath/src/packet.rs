@@ -82,6 +82,8 @@ pub struct Packet {
     pub ttl: u8,
     /// Which part of a datagram it is.
     pub part: Part,
+    /// Whether its IP header has options, or hop-by-hop or routing headers: for routers to look at.
+    pub options: bool,
     /// Whether a router may not fragment it: IPv4's flag; always for IPv6 (RFC 8200, 5).
     pub dont_fragment: bool,
     /// An ICMP error whose own source is not the tuple's: a router's on the way. What is quoted is the sender's

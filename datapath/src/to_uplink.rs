@@ -9,7 +9,7 @@ use crate::keys::{
     ReplyKey, Settings, Token, Tuple, Unassigned,
 };
 use crate::limits::POD_FLOWS;
-use crate::packet::{Kind, Packet, Part, RST};
+use crate::packet::{Kind, Packet, Part, RST, SCTP};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
 use crate::tables::{InsertError, Tables};
@@ -33,10 +33,6 @@ pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
     }
     let Some(settings) = t.settings() else { return to.act(ToUplink::NotOurs) };
     let tuple = &packet.tuple;
-    // Translated already: a program redirected it here. No pod may send from an egress address (`from_pod`).
-    if t.egress_id(&tuple.source).is_some() {
-        return to.act(ToUplink::NotOurs);
-    }
     if packet.kind == Kind::Udp
         && tuple.destination_port == settings.tunnel_port
         && t.network(&tuple.destination) == NetworkKind::Node as u32
@@ -48,6 +44,12 @@ pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
         let held = settings.hold_unknown != 0 && is_outside(t, tuple);
         return to.act(if held { ToUplink::Drop(DropReason::UnknownInterface) } else { ToUplink::NotOurs });
     };
+    // Translated already: a program redirected it here, from a pod's interface or out of the tunnel. No pod may
+    // send from an egress address (`from_pod`), and none that goes through a bridge has been redirected.
+    if t.egress_id(&tuple.source).is_some() {
+        let bridge = interface.kind == InterfaceKind::Bridge as u8;
+        return to.act(if bridge { ToUplink::Drop(DropReason::SpoofedSource) } else { ToUplink::NotOurs });
+    }
     // A token is believed from pods only: other packets chance upon hashes.
     if interface.kind != InterfaceKind::Pod as u8 && interface.kind != InterfaceKind::Bridge as u8 {
         return to.act(ToUplink::NotOurs);
@@ -85,6 +87,10 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     let tuple = &packet.tuple;
     if !is_outside(t, tuple) {
         return to.act(ToUplink::Pass);
+    }
+    // A fragment does not tell the length that its checksum's correction needs.
+    if tuple.protocol == SCTP && packet.part != Part::Whole {
+        return to.act(ToUplink::Drop(DropReason::Fragment));
     }
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;

@@ -11,8 +11,8 @@ use crate::fragments::{Place, recall};
 use crate::from_tunnel::from_tunnel;
 use crate::from_uplink::{claims, from_uplink};
 use crate::keys::{
-    Delivery, DeliveryMode, EgressIp, FlowPath, GranuleRange, GranuleTable, Interface, InterfaceKind, Lease,
-    NetworkKey, NetworkKind, Node, OpenedBy, Pod, Policy, Settings, Tuple, Unassigned,
+    Delivery, DeliveryMode, EgressIp, FlowPath, GranuleRange, GranuleTable, Guard, Interface, InterfaceKind,
+    Lease, NetworkKey, NetworkKind, Node, OpenedBy, Pod, Policy, Settings, Tuple, Unassigned,
 };
 use crate::limits::{FIRST_PORT, FRAGMENT_SECONDS, GRANULE_PORTS};
 use crate::memory::Memory;
@@ -74,7 +74,7 @@ fn node(me: u16, holder: u16) -> Memory {
             .insert(id, Delivery { ip, ifindex, mode: DeliveryMode::Peer as u8, ..Delivery::default() });
     }
     let interface = |kind, guarded| Interface { kind: kind as u8, guarded, mac: [2; 6], bridge: 0 };
-    t.interfaces.insert(POD_IF, interface(InterfaceKind::Pod, 1));
+    t.interfaces.insert(POD_IF, interface(InterfaceKind::Pod, Guard::Own as u8));
     t.interfaces.insert(OTHER_IF, interface(InterfaceKind::Pod, 0));
     t.interfaces.insert(UPLINK, interface(InterfaceKind::Uplink, 0));
     for (ip, len, kind) in [
@@ -131,6 +131,7 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
         tcp_flags,
         ttl: 64,
         part: Part::Whole,
+        options: false,
         dont_fragment: true,
         by_router: false,
     }
@@ -513,6 +514,8 @@ fn sources_that_a_pod_may_not_use() {
     assert_eq!(drop(EGRESS, OTHER_IF), FromPod::Drop(DropReason::SpoofedSource));
     assert_eq!(drop(EGRESS, POD_IF), FromPod::Drop(DropReason::SpoofedSource));
     assert_eq!(drop(SERVER_2, POD_IF), FromPod::Drop(DropReason::SpoofedSource));
+    assert_eq!(drop(OTHER_POD, POD_IF), FromPod::Drop(DropReason::SpoofedSource), "an unselected pod's");
+    assert_eq!(drop(NODE_B, OTHER_IF), FromPod::Drop(DropReason::SpoofedSource), "a node's");
     assert_eq!(drop(Ip::v4([10, 244, 1, 99]), OTHER_IF), FromPod::Drop(DropReason::UnknownPod));
     assert_eq!(drop(SERVER_2, OTHER_IF), FromPod::NotOurs);
     let inside = tcp((Ip::v4([10, 244, 1, 99]), 1), (REMOTE_POD, 80), SYN);
@@ -614,7 +617,7 @@ fn a_connection_opened_anew_meets_the_hosts_netfilter_again() {
     let a = node(A, B);
     let syn = tcp((POD, 40000), (SERVER, 80), SYN);
     let port = translated(walk_up(&a, &syn, &syn)).source_port;
-    assert!(matches!(from_pod(&a, POD_IF, &syn), FromPod::Translate(_)), "a retransmission does not");
+    assert_eq!(translated(walk_up(&a, &syn, &syn)).source_port, port, "a retransmission does, too");
     let back = |flags| tcp((SERVER, 80), (EGRESS, port), flags);
     assert!(matches!(from_tunnel(&a, &NODE_B, VNI, &back(SYN | ACK), &Keep), FromOutside::Deliver(..)));
     from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), FIN | ACK));
@@ -726,7 +729,8 @@ fn a_full_table_drops_the_new_connection_only() {
     let syn = |port| tcp((POD, port), (SERVER, 80), SYN);
     translated(walk_up(&a, &syn(1), &syn(1)));
     assert_eq!(walk_up(&a, &syn(2), &syn(2)), ToUplink::Full);
-    assert!(matches!(from_pod(&a, POD_IF, &syn(1)), FromPod::Translate(_)));
+    let next = tcp((POD, 1), (SERVER, 80), ACK);
+    assert!(matches!(from_pod(&a, POD_IF, &next), FromPod::Translate(_)));
     assert_eq!(a.replies.borrow().len(), 1, "nothing is left of the refused one");
 }
 

@@ -2,8 +2,8 @@
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_fib_lookup, bpf_redir_neigh,
-    bpf_tunnel_key,
+    __sk_buff, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX,
+    bpf_fib_lookup, bpf_redir_neigh, bpf_tunnel_key,
 };
 use aya_ebpf::helpers::generated::{
     bpf_csum_diff, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_change_type, bpf_skb_get_tunnel_key,
@@ -128,6 +128,13 @@ impl Skb {
     #[inline(always)]
     pub fn store<T: Bytes>(&self, offset: usize, value: &T) -> Result<(), Refused> {
         self.tc.store(offset, value, 0).map_err(|_| Refused)
+    }
+
+    /// Copies bytes in that no checksum of the packet balances: the sum that the kernel keeps of the whole packet
+    /// (`CHECKSUM_COMPLETE`) follows them.
+    #[inline(always)]
+    pub fn store_summed<T: Bytes>(&self, offset: usize, value: &T) -> Result<(), Refused> {
+        self.tc.store(offset, value, u64::from(BPF_F_RECOMPUTE_CSUM)).map_err(|_| Refused)
     }
 
     /// Corrects the IPv4 header's checksum at `offset` for changed words, by their [`difference`].

@@ -153,22 +153,21 @@ fn read_v4(skb: &Skb, headers: &mut Headers) -> Result<(), Refused> {
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     let on_wire = skb.len() as usize - ETHERNET_LEN;
     let total_len = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
-    // `ip_rcv_core` refuses these (net/ipv4/ip_input.c). A total length of 0 is BIG TCP's.
-    if ip[0] >> 4 != 4
-        || header_len < IPV4_LEN
-        || total_len > on_wire
-        || (total_len != 0 && total_len < header_len)
-    {
+    // `ip_rcv_core` refuses these (net/ipv4/ip_input.c). BIG TCP's length is 0
+    // (include/net/ip.h, iph_totlen).
+    let big = total_len == 0 && skb.gso_size() != 0;
+    if ip[0] >> 4 != 4 || header_len < IPV4_LEN || total_len > on_wire || (total_len < header_len && !big) {
         return Err(Refused);
     }
     headers.l4 = ETHERNET_LEN + header_len;
-    headers.end = ETHERNET_LEN + if total_len == 0 { on_wire } else { total_len };
+    headers.end = ETHERNET_LEN + if big { on_wire } else { total_len };
     let packet = &mut headers.packet;
     packet.tuple.source = Ip::v4([ip[12], ip[13], ip[14], ip[15]]);
     packet.tuple.destination = Ip::v4([ip[16], ip[17], ip[18], ip[19]]);
     packet.tuple.protocol = ip[9];
     packet.ttl = ip[8];
     let fragment = u16::from_be_bytes([ip[6], ip[7]]);
+    packet.options = header_len != IPV4_LEN;
     packet.dont_fragment = fragment & DONT_FRAGMENT != 0;
     packet.part = part(fragment & FRAGMENT_OFFSET, fragment & MORE_FRAGMENTS);
     packet.fragment_id = match packet.part {
@@ -192,18 +191,20 @@ fn read_v6(skb: &Skb, headers: &mut Headers) -> Result<(), Refused> {
     let ip = skb.load::<[u8; 8]>(ETHERNET_LEN)?;
     let on_wire = skb.len() as usize - ETHERNET_LEN;
     let len = IPV6_LEN + usize::from(u16::from_be_bytes([ip[4], ip[5]]));
-    // `ip6_rcv_core` refuses these (net/ipv6/ip6_input.c). A payload length of 0 is a jumbogram's.
+    // `ip6_rcv_core` refuses these (net/ipv6/ip6_input.c). BIG TCP's length is 0.
+    let big = len == IPV6_LEN && skb.gso_size() != 0;
     if ip[0] >> 4 != 6 || len > on_wire {
         return Err(Refused);
     }
     headers.l4 = ETHERNET_LEN + IPV6_LEN;
-    headers.end = ETHERNET_LEN + if len == IPV6_LEN { on_wire } else { len };
+    headers.end = ETHERNET_LEN + if big { on_wire } else { len };
     let packet = &mut headers.packet;
     skb.load_into(ETHERNET_LEN + 8, &mut packet.tuple.source.octets)?;
     skb.load_into(ETHERNET_LEN + 24, &mut packet.tuple.destination.octets)?;
     packet.tuple.protocol = ip[6];
     packet.ttl = ip[7];
     packet.dont_fragment = true;
+    packet.options = false;
     packet.part = Part::Whole;
     packet.fragment_id = 0;
     // IPv4-mapped addresses stand for IPv4 here; no packet carries them. The kernel refuses such a source only
@@ -231,6 +232,8 @@ fn skip_extension(skb: &Skb, headers: &mut Headers) -> bool {
     }
     let Ok(header) = load_within::<8>(skb, headers.l4, headers.end) else { return false };
     match kind {
+        // Each extension header comes once (RFC 8200, 4.1).
+        FRAGMENT if packet.part != Part::Whole => return false,
         FRAGMENT => {
             let fragment = u16::from_be_bytes([header[2], header[3]]);
             // Whole: an atomic fragment (RFC 6946).
@@ -242,7 +245,10 @@ fn skip_extension(skb: &Skb, headers: &mut Headers) -> bool {
         }
         // The destination is not where it ends.
         ROUTING if header[3] != 0 => return false,
-        _ => headers.l4 += (usize::from(header[1]) + 1) * 8,
+        _ => {
+            packet.options |= kind != DESTINATION_OPTIONS;
+            headers.l4 += (usize::from(header[1]) + 1) * 8;
+        }
     }
     packet.tuple.protocol = header[0];
     true

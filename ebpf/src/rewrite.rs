@@ -124,26 +124,27 @@ fn rewrite_packet(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16)
     let (from, from_port) = headers.side(end);
     let change = difference(from, to);
     // What the first fragment says of ports and checksum covers the later ones.
-    if headers.packet.part != Part::Later {
-        rewrite_transport(skb, headers, end, change, from_port, to_port)?;
-    }
-    set_address(skb, end, change, to)
+    let balanced = headers.packet.part != Part::Later
+        && rewrite_transport(skb, headers, end, change, from_port, to_port)?;
+    set_address(skb, end, change, to, balanced)
 }
 
-/// Sets an address, and corrects the IPv4 header's checksum.
+/// Sets an address, and corrects the IPv4 header's checksum. `balanced`: a checksum behind it has been corrected
+/// for it.
 #[inline(always)]
-fn set_address(skb: &Skb, end: End, change: u32, to: &Ip) -> Result<(), Refused> {
+fn set_address(skb: &Skb, end: End, change: u32, to: &Ip, balanced: bool) -> Result<(), Refused> {
     if to.is_v4() {
         skb.fix_ip_checksum(IP_CHECKSUM, change)?;
         let address = if end == End::Source { IP_SOURCE } else { IP_DESTINATION };
         skb.store(address, &to.v4_octets())
     } else {
         let address = if end == End::Source { IPV6_SOURCE } else { IPV6_DESTINATION };
-        skb.store(address, &to.octets)
+        if balanced { skb.store(address, &to.octets) } else { skb.store_summed(address, &to.octets) }
     }
 }
 
-/// Sets a port, and corrects the transport checksum for it and for the `change` of an address.
+/// Sets a port, and corrects the transport checksum for it and for the `change` of an address. Returns whether
+/// that checksum covers addresses.
 #[inline(always)]
 fn rewrite_transport(
     skb: &Skb,
@@ -152,14 +153,14 @@ fn rewrite_transport(
     change: u32,
     from: u16,
     to: u16,
-) -> Result<(), Refused> {
+) -> Result<bool, Refused> {
     let packet = &headers.packet;
     // Offset of the checksum; whether it covers the addresses (pseudo-header); a UDP checksum of 0 is "none".
     let (checksum, covers_addresses, flags) = match packet.kind {
         Kind::Tcp => (16, true, 0),
         Kind::Udp => (6, true, UDP_FLAGS),
         Kind::EchoRequest | Kind::EchoReply => (2, packet.tuple.protocol == ICMPV6, 0),
-        Kind::Sctp => return rewrite_sctp(skb, headers, end, to),
+        Kind::Sctp => return rewrite_sctp(skb, headers, end, to).map(|()| false),
         Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Other | Kind::Malformed => {
             return Err(Refused);
         }
@@ -178,7 +179,9 @@ fn rewrite_transport(
         skb.fix_l4_checksum(checksum, word(from.to_be_bytes()), word(to.to_be_bytes()), flags | 2)?;
         skb.store(port, &to.to_be_bytes())?;
     }
-    Ok(())
+    // A UDP checksum of 0 is none (RFC 768).
+    let none = packet.kind == Kind::Udp && skb.load::<[u8; 2]>(checksum)? == [0, 0];
+    Ok(covers_addresses && !none)
 }
 
 /// SCTP's checksum does not cover addresses.
@@ -192,8 +195,11 @@ fn rewrite_sctp(skb: &Skb, headers: &Headers, end: End, to: u16) -> Result<(), R
     };
     let checksum = u32::from_le_bytes(skb.load(headers.l4 + 8)?);
     let after = headers.packet.len - (headers.l4 - ETHERNET_LEN) as u32 - 4;
-    skb.store(headers.l4 + 8, &crc32c::updated(checksum, from, ports, after).to_le_bytes())?;
-    skb.store(headers.l4, &ports)
+    // 0: left to the device to be summed up (sctp_packet_pack, net/sctp/output.c), as netfilter's NAT leaves it.
+    if checksum != 0 {
+        skb.store_summed(headers.l4 + 8, &crc32c::updated(checksum, from, ports, after).to_le_bytes())?;
+    }
+    skb.store_summed(headers.l4, &ports)
 }
 
 /// Rewrites an ICMP error: its own address at one end, and in the packet it quotes, which travelled the other
@@ -209,7 +215,7 @@ fn rewrite_error(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) 
     let v4 = to.is_v4();
     let quoted = l4 + ICMP_LEN;
     let error_checksum = l4 + 2;
-    set_address(skb, end, change, to)?;
+    set_address(skb, end, change, to, true)?;
     if !v4 {
         skb.fix_pseudo_header(error_checksum, change, true, 0)?;
     }
@@ -265,7 +271,8 @@ const fn word(bytes: [u8; 2]) -> u32 {
 pub fn hop(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
     let ttl = headers.packet.ttl;
     if !headers.packet.tuple.source.is_v4() {
-        return skb.store(IPV6_HOP_LIMIT, &[ttl.wrapping_sub(1)]);
+        // No checksum balances it.
+        return skb.store_summed(IPV6_HOP_LIMIT, &[ttl.wrapping_sub(1)]);
     }
     // The time to live is the high byte of its 16-bit word; the low one does not change.
     skb.fix_ip_checksum_word(IP_CHECKSUM, word([ttl, 0]), word([ttl.wrapping_sub(1), 0]))?;

@@ -64,6 +64,8 @@ pub fn through_tunnel(skb: &Skb, node: &Ip) -> i32 {
 pub fn out_of(skb: &Skb, source: &Ip, headers: &Headers, uplink: u32) -> i32 {
     let tuple = &headers.packet.tuple;
     match route(skb, (source, &tuple.destination), tuple, uplink, BPF_FIB_LOOKUP_OUTPUT) {
+        // For IPv6 the interface is a wish only (bpf_ipv6_fib_lookup, net/core/filter.c).
+        Ok((ifindex, _)) if ifindex != uplink => drop(skb, DropReason::NoRoute),
         Ok((_, next_hop)) => {
             skb.clear_mark();
             to_neighbour(uplink, next_hop)

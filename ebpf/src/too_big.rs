@@ -1,13 +1,12 @@
 //! "Too big", said to a pod: the packet at hand becomes the ICMP error about itself.
 
+use aya_ebpf::bindings::TC_ACT_SHOT;
 use datapath::addr::Ip;
 use datapath::packet::ICMP;
-use datapath::verdict::DropReason;
 
 use crate::answer::{Answer, ICMPV6, V4, V6, send_back};
 use crate::ctx::{Refused, Skb};
 use crate::packet::{ETHERNET_LEN, ICMP_LEN};
-use crate::report::drop;
 
 /// `ETH_P_IP`, as `skb->protocol` holds it.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
@@ -39,7 +38,7 @@ pub fn answer(skb: &Skb, mtu: u16, from: &Ip) -> i32 {
     let done = if skb.protocol() == ETH_P_IP { v4(skb, mtu, from) } else { v6(skb, mtu, from) };
     match done {
         Ok(()) => send_back(skb),
-        Err(Refused) => drop(skb, DropReason::TooBig),
+        Err(Refused) => TC_ACT_SHOT,
     }
 }
 

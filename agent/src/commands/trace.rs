@@ -108,6 +108,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         tcp_flags,
         ttl: 64,
         part: Part::Whole,
+        options: false,
         dont_fragment: true,
         by_router: false,
     };
