@@ -342,7 +342,8 @@ impl Kernel {
 
     /// Gives the verdict, what is left, and the hash where there is a second turn.
     fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, u32) {
-        let key = input.tunnel.map_or([0; harness::REQUEST_LEN], |(sender, vni)| harness::sent_by(&sender, vni));
+        let key =
+            input.tunnel.map_or([0; harness::REQUEST_LEN], |(sender, vni)| harness::sent_by(&sender, vni));
         self.tunnel.set(0, key, 0).expect("the tunnel's key");
         let mut context = [0; context::LEN];
         context::put(&mut context, context::MARK, input.mark);

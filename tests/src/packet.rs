@@ -385,7 +385,8 @@ impl Built {
             Transport::Raw { protocol, bytes } => (*protocol, bytes.clone(), None, false),
         };
         if let Some(at) = checksum_at {
-            let covered = if pseudo { pseudo_sum(&self.source, &self.destination, protocol, bytes.len()) } else { 0 };
+            let covered =
+                if pseudo { pseudo_sum(&self.source, &self.destination, protocol, bytes.len()) } else { 0 };
             let mut checksum = !fold(covered + sum(&bytes));
             if protocol == UDP && checksum == 0 {
                 checksum = 0xffff; // 0 says "none" (RFC 768)
