@@ -340,8 +340,22 @@ impl Kernel {
         (Observed { hash, tunnel }, output)
     }
 
-    /// Gives the verdict, what is left, and the hash where there is a second turn.
-    fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, u32) {
+    /// Runs a program on a packet of which the device has taken a sum, `CHECKSUM_COMPLETE`. Says whether the sum
+    /// that goes with the packet is right afterwards.
+    #[must_use]
+    pub fn keeps_the_sum(&mut self, program: Program, input: &Input) -> bool {
+        let context = self.prepare(program, input);
+        let fd = classifier(&mut self.harness, harness::NAME).fd().expect("it is loaded").as_fd();
+        match test_run::with_sum(fd, &input.frame, &context) {
+            Ok(()) => true,
+            // `bpf_prog_test_run_skb` (net/bpf/test_run.c).
+            Err(error) if error.raw_os_error() == Some(libc::EBADMSG) => false,
+            Err(error) => panic!("test run of {} on {input:?}: {error}", program.name()),
+        }
+    }
+
+    /// Sets what the harness reads, and gives its context.
+    fn prepare(&mut self, program: Program, input: &Input) -> [u8; context::LEN] {
         let key =
             input.tunnel.map_or([0; harness::REQUEST_LEN], |(sender, vni)| harness::sent_by(&sender, vni));
         self.tunnel.set(0, key, 0).expect("the tunnel's key");
@@ -353,6 +367,12 @@ impl Kernel {
         for (i, word) in [0, input.hash, program as u32].into_iter().enumerate() {
             context::put(&mut context, context::CB + 4 * i, word);
         }
+        context
+    }
+
+    /// Gives the verdict, what is left, and the hash where there is a second turn.
+    fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, u32) {
+        let context = self.prepare(program, input);
         let mut context_out = [0; context::LEN];
         let mut frame = vec![0; input.frame.len() + 256];
         let result = classifier(&mut self.harness, harness::NAME)
@@ -488,6 +508,58 @@ mod context {
     pub(super) fn get(context: &[u8; LEN], at: usize) -> u32 {
         let b = &context[at..at + 4];
         u32::from_ne_bytes([b[0], b[1], b[2], b[3]])
+    }
+}
+
+/// The system call, where aya has no word for what is wanted.
+mod test_run {
+    use std::io;
+    use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+    /// `BPF_PROG_TEST_RUN` and `BPF_F_TEST_SKB_CHECKSUM_COMPLETE` (include/uapi/linux/bpf.h; Linux 6.11).
+    const COMMAND: libc::c_long = 10;
+    const CHECKSUM_COMPLETE: u32 = 1 << 2;
+
+    /// `struct { ... } test` of `union bpf_attr`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attributes {
+        program: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        ctx_size_in: u32,
+        ctx_size_out: u32,
+        ctx_in: u64,
+        ctx_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        pad: u32,
+    }
+
+    /// Runs a program once.
+    pub(super) fn with_sum(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Result<()> {
+        let mut attributes = Attributes {
+            program: program.as_raw_fd().cast_unsigned(),
+            data_size_in: frame.len() as u32,
+            data_in: frame.as_ptr() as u64,
+            repeat: 1,
+            ctx_size_in: context.len() as u32,
+            ctx_in: context.as_ptr() as u64,
+            flags: CHECKSUM_COMPLETE,
+            ..Attributes::default()
+        };
+        let size = size_of::<Attributes>();
+        // SAFETY: the kernel reads and writes `attributes` at its size, reads frame and context at theirs, and
+        // is given nowhere else to write.
+        #[expect(unsafe_code, reason = "aya offers no flags for test runs of TC programs")]
+        let done = unsafe { libc::syscall(libc::SYS_bpf, COMMAND, &raw mut attributes, size) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
 

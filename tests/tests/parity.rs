@@ -781,7 +781,7 @@ fn flow_tables(rng: &mut Rng, t: &Memory) {
         let policy = if rng.percent(92) { policy } else { rng.pick(&[0, 1, 2, 3]) };
         t.tokens.borrow_mut().insert(rng.next() as u32 | 1, Token { pod, policy, tuple });
     }
-    for _ in 0..8 {
+    for _ in 0..12 {
         fragment_head(rng, t);
     }
 }
@@ -876,8 +876,8 @@ fn random_flow(rng: &mut Rng, t: &Memory) -> (FlowKey, Flow) {
         policy,
         egress_port: own_port(rng, t, egress),
         state: rng.pick(&[1, 2, 2, 2, 3, 4, 5]),
-        seen: ago(rng, now),
-        walked: ago(rng, now),
+        seen: if rng.percent(50) { now } else { ago(rng, now) },
+        walked: if rng.percent(50) { now } else { ago(rng, now) },
         packets: 3,
         bytes: 300,
         ..Flow::default()
@@ -965,7 +965,7 @@ fn case(rng: &mut Rng, t: &Memory) -> (Program, Input) {
             if rng.percent(40) { steered_out(rng, family, t) } else { inward(rng, family, t, flow) }
         }
     };
-    if rng.percent(8)
+    if rng.percent(12)
         && let Some(later) = later_fragment(rng, t, program)
     {
         frame = later;

@@ -854,6 +854,40 @@ fn sctp_leaves_a_checksum_to_the_device_that_the_pod_left_to_it() {
     }
 }
 
+#[test]
+fn a_sum_that_a_device_has_taken_stays_right() {
+    let mut rig = Rig::new(&tables(B));
+    for (f, (protocol, [first, later, back], remote_port)) in
+        FAMILIES.iter().flat_map(|f| PROTOCOLS.map(|protocol| (f, protocol)))
+    {
+        rig.kernel.write(&tables(B));
+        let (pod, server) = ((f.pod, 40000), (f.server, remote_port));
+        rig.walk_up(&first(pod, server), &first(pod, server));
+        let egress = (f.egress, rig.port());
+        let kind = if f.pod.is_v4() { 3 } else { 1 };
+        // Nobody looks at the sum of what has a checksum of its own kind.
+        if protocol != "sctp" {
+            let out = rig.kernel.keeps_the_sum(Program::FromPod, &from_pod(&later(pod, server)));
+            assert!(out, "{protocol} from {}", f.pod);
+            let reply = from_tunnel(&back(server, egress));
+            assert!(rig.kernel.keeps_the_sum(Program::FromTunnel, &reply), "{protocol} to {}", f.pod);
+        }
+        let error = from_tunnel(&error(f.router, f.egress, kind, &first(egress, server), 80));
+        assert!(rig.kernel.keeps_the_sum(Program::FromTunnel, &error), "{protocol}'s error to {}", f.pod);
+        if let Some((_, [out, back], _)) = DATAGRAMS.into_iter().find(|datagram| datagram.0 == protocol) {
+            for frame in in_three(&out(pod, server)) {
+                let kept = rig.kernel.keeps_the_sum(Program::FromPod, &framed(POD_IF, frame));
+                assert!(kept, "a fragment of {protocol} from {}", f.pod);
+            }
+            for frame in in_three(&back(server, egress)) {
+                let input = Input { tunnel: Some((NODE_B, VNI)), ..framed(TUNNEL, frame) };
+                let kept = rig.kernel.keeps_the_sum(Program::FromTunnel, &input);
+                assert!(kept, "a fragment of {protocol} to {}", f.pod);
+            }
+        }
+    }
+}
+
 /// An extension header of eight bytes: padding (RFC 8200, 4.2).
 const PADDED: [u8; 7] = [0, 1, 4, 0, 0, 0, 0];
 /// One of sixteen.
