@@ -22,8 +22,8 @@ use aya::{Ebpf, EbpfLoader};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
 use datapath::keys::{
-    self, Delivery, DropCount, EgressIp, Flow, FlowKey, GranuleTable, Interface, Lease, Network, Node,
-    Opener, Pod, Policy, Reply, ReplyKey, Settings, Token,
+    self, Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface,
+    Lease, Network, Node, Opener, Pod, Policy, Reply, ReplyKey, Settings, Token,
 };
 use datapath::memory::Memory;
 use datapath::verdict::DropReason;
@@ -121,6 +121,8 @@ pub struct Input {
     pub hash: u32,
     /// Who sent it through the tunnel, and its VNI.
     pub tunnel: Option<(Ip, u32)>,
+    /// Length of the segments that it is on the wire, without headers; 0: it is one packet.
+    pub gso: u32,
 }
 
 /// A packet after a program.
@@ -152,6 +154,8 @@ pub struct State {
     pub full: BTreeMap<ReplyKey, u32>,
     /// `OPENERS`.
     pub openers: BTreeMap<FlowKey, Opener>,
+    /// `FRAGMENTS`.
+    pub fragments: BTreeMap<FragmentKey, FragmentHead>,
     /// `TOKENS`.
     pub tokens: BTreeMap<u32, Token>,
 }
@@ -187,6 +191,7 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Map {
 /// The loaded programs and their maps.
 pub struct Kernel {
     harness: Ebpf,
+    tunnel: Array<MapData, [u8; harness::REQUEST_LEN]>,
     settings: Array<MapData, Plain<Settings>>,
     networks: LpmTrie<MapData, Plain<Ip>, Plain<Network>>,
     pods: Table<Ip, Pod>,
@@ -203,6 +208,7 @@ pub struct Kernel {
     replies: Table<ReplyKey, Reply>,
     full: Table<ReplyKey, u32>,
     openers: Table<FlowKey, Opener>,
+    fragments: Table<FragmentKey, FragmentHead>,
     tokens: Table<u32, Token>,
     drops: PerCpuArray<MapData, Plain<DropCount>>,
     // Last: the harness's table does not keep programs alive once its last handle is gone.
@@ -240,8 +246,10 @@ impl Kernel {
         classifier(&mut harness, harness::NAME).load().expect("the harness is verified");
         guard(&mut ebpf).load().expect("from_cgroup");
         let e = &mut ebpf;
+        let tunnel = Array::try_from(take(&mut harness, harness::REQUEST)).expect("the tunnel's key");
         Self {
             harness,
+            tunnel,
             settings: Array::try_from(take(e, "SETTINGS")).expect("SETTINGS"),
             networks: LpmTrie::try_from(take(e, "NETWORKS")).expect("NETWORKS"),
             pods: Table::new(e, "PODS"),
@@ -258,6 +266,7 @@ impl Kernel {
             replies: Table::new(e, "REPLIES"),
             full: Table::new(e, "FULL"),
             openers: Table::new(e, "OPENERS"),
+            fragments: Table::new(e, "FRAGMENTS"),
             tokens: Table::new(e, "TOKENS"),
             drops: PerCpuArray::try_from(take(e, "DROPS")).expect("DROPS"),
             programs: (table, ebpf),
@@ -300,6 +309,7 @@ impl Kernel {
         self.replies.set(&state.replies);
         self.full.set(&state.full);
         self.openers.set(&state.openers);
+        self.fragments.set(&state.fragments);
         self.tokens.set(&state.tokens);
     }
 
@@ -311,6 +321,7 @@ impl Kernel {
             replies: self.replies.read(),
             full: self.full.read(),
             openers: self.openers.read(),
+            fragments: self.fragments.read(),
             tokens: self.tokens.read(),
         }
     }
@@ -352,10 +363,10 @@ impl Kernel {
     /// Runs a program on a packet; shows what only the skb itself does.
     #[must_use]
     pub fn observe(&mut self, program: Program, input: &Input) -> (Observed, Output) {
-        let (_, output, [_, hash, source, vni, destination]) = self.test_run(program, input, 2);
-        let ip = |word: u32| Ip::v4(word.to_be_bytes());
-        let tunnel = Tunnel { source: ip(source), destination: ip(destination), vni };
-        (Observed { hash, tunnel: (destination != 0).then_some(tunnel) }, output)
+        let (_, output, hash) = self.test_run(program, input, 2);
+        let key = self.tunnel.get(&0, 0).expect("the tunnel's key");
+        let tunnel = harness::tunnel_of(&key).filter(|tunnel| tunnel.destination != Ip::UNSPECIFIED);
+        (Observed { hash, tunnel }, output)
     }
 
     /// Runs a program on a packet, whatever the kernel says to it; the packet afterwards is put into `frame`, which
@@ -378,31 +389,53 @@ impl Kernel {
         self.tokens.map.insert(Plain(number), Plain(*token), 0).expect("a token is written");
     }
 
-    fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, [u32; 5]) {
-        let mut frame = vec![];
-        let (verdict, mark, words, _) = self
-            .try_test_run(program as u32, input, repeat, &mut frame)
-            .unwrap_or_else(|error| panic!("test run of {} on {input:?}: {error:?}", program.name()));
-        (verdict, Output { frame, mark }, words)
+    /// Runs a program on a packet of which the device has taken a sum, `CHECKSUM_COMPLETE`. Says whether the sum
+    /// that goes with the packet is right afterwards.
+    #[must_use]
+    pub fn keeps_the_sum(&mut self, program: Program, input: &Input) -> bool {
+        let context = self.prepare(program as u32, input);
+        let fd = classifier(&mut self.harness, harness::NAME).fd().expect("it is loaded").as_fd();
+        match test_run::with_sum(fd, &input.frame, &context) {
+            Ok(()) => true,
+            // `bpf_prog_test_run_skb` (net/bpf/test_run.c).
+            Err(error) if error.raw_os_error() == Some(libc::EBADMSG) => false,
+            Err(error) => panic!("test run of {} on {input:?}: {error}", program.name()),
+        }
     }
 
-    /// `number`: the program's place in the harness's table.
+    /// Sets what the harness reads, and gives its context. `number`: the program's place in the harness's table.
+    fn prepare(&mut self, number: u32, input: &Input) -> [u8; context::LEN] {
+        let key =
+            input.tunnel.map_or([0; harness::REQUEST_LEN], |(sender, vni)| harness::sent_by(&sender, vni));
+        self.tunnel.set(0, key, 0).expect("the tunnel's key");
+        let mut context = [0; context::LEN];
+        context::put(&mut context, context::MARK, input.mark);
+        context::put(&mut context, context::INGRESS, input.ingress);
+        context::put(&mut context, context::IFINDEX, input.ifindex);
+        context::put(&mut context, context::GSO_SIZE, input.gso);
+        for (i, word) in [0, input.hash, number].into_iter().enumerate() {
+            context::put(&mut context, context::CB + 4 * i, word);
+        }
+        context
+    }
+
+    /// Gives the verdict, what is left, and the hash where there is a second turn.
+    fn test_run(&mut self, program: Program, input: &Input, repeat: u32) -> (i32, Output, u32) {
+        let mut frame = vec![];
+        let (verdict, mark, hash, _) = self
+            .try_test_run(program as u32, input, repeat, &mut frame)
+            .unwrap_or_else(|error| panic!("test run of {} on {input:?}: {error:?}", program.name()));
+        (verdict, Output { frame, mark }, hash)
+    }
+
     fn try_test_run(
         &mut self,
         number: u32,
         input: &Input,
         repeat: u32,
         frame: &mut Vec<u8>,
-    ) -> Result<(i32, u32, [u32; 5], Duration), ProgramError> {
-        let (sender, vni) =
-            input.tunnel.map_or((0, 0), |(ip, vni)| (u32::from_be_bytes(ip.v4_octets()), vni));
-        let mut context = [0; context::LEN];
-        context::put(&mut context, context::MARK, input.mark);
-        context::put(&mut context, context::INGRESS, input.ingress);
-        context::put(&mut context, context::IFINDEX, input.ifindex);
-        for (i, word) in [0, input.hash, sender, vni, number].into_iter().enumerate() {
-            context::put(&mut context, context::CB + 4 * i, word);
-        }
+    ) -> Result<(i32, u32, u32, Duration), ProgramError> {
+        let context = self.prepare(number, input);
         let mut context_out = [0; context::LEN];
         frame.resize(input.frame.len() + 256, 0);
         let result = classifier(&mut self.harness, harness::NAME).test_run(TestRunOptions {
@@ -414,9 +447,9 @@ impl Kernel {
             ..TestRunOptions::default()
         })?;
         frame.truncate(result.data_size_out as usize);
-        let words = [0, 1, 2, 3, 4].map(|i| context::get(&context_out, context::CB + 4 * i));
+        let hash = context::get(&context_out, context::CB + 4);
         let mark = context::get(&context_out, context::MARK);
-        Ok((result.return_value.cast_signed(), mark, words, result.duration))
+        Ok((result.return_value.cast_signed(), mark, hash, result.duration))
     }
 }
 
@@ -429,6 +462,7 @@ impl State {
             replies: tables.replies.borrow().clone(),
             full: tables.full.borrow().clone(),
             openers: tables.openers.borrow().clone(),
+            fragments: tables.fragments.borrow().clone(),
             tokens: tables.tokens.borrow().clone(),
         }
     }
@@ -460,9 +494,10 @@ pub fn now() -> Ticks {
 
 /// The interfaces of [`enter_node_network`], by index.
 pub mod interfaces {
-    /// 172.18.0.11/24, default route by 172.18.0.1.
+    /// 172.18.0.11/24, default route by 172.18.0.1; 2001:db8:18::11/64, by 2001:db8:18::1.
     pub const UPLINK: u32 = 2;
-    /// 192.0.2.11/24, and 198.51.100.0/24 by 192.0.2.1; no default route.
+    /// 192.0.2.11/24, and 198.51.100.0/24 by 192.0.2.1; no default route. 2001:db8:19::11/64, and
+    /// 2001:db8:51::/64 by 2001:db8:19::1.
     pub const SECOND_UPLINK: u32 = 3;
     /// Stands for the tunnel's device.
     pub const TUNNEL: u32 = 4;
@@ -490,7 +525,12 @@ pub fn enter_node_network() {
          ip addr add 172.18.0.11/24 dev if{UPLINK}
          ip route add default via 172.18.0.1
          ip addr add 192.0.2.11/24 dev if{SECOND_UPLINK}
-         ip route add 198.51.100.0/24 via 192.0.2.1"
+         ip route add 198.51.100.0/24 via 192.0.2.1
+         sysctl -qw net.ipv6.conf.all.forwarding=1
+         ip addr add 2001:db8:18::11/64 dev if{UPLINK} nodad
+         ip route add default via 2001:db8:18::1
+         ip addr add 2001:db8:19::11/64 dev if{SECOND_UPLINK} nodad
+         ip route add 2001:db8:51::/64 via 2001:db8:19::1"
     );
     enter_private_network(&script);
 }
@@ -523,6 +563,7 @@ mod context {
     pub(super) const INGRESS: usize = 36;
     pub(super) const IFINDEX: usize = 40;
     pub(super) const CB: usize = 48;
+    pub(super) const GSO_SIZE: usize = 176;
     /// Not settable; read by the harness.
     pub(super) const HASH: usize = 68;
 
@@ -536,37 +577,129 @@ mod context {
     }
 }
 
-/// The program before the program, assembled here: `cb[0]` says whether it has run, `cb[1]` is the hash,
-/// `cb[2]` the tunnel's sender, `cb[3]` its VNI, `cb[4]` the number of the program to call. The second time
-/// it puts hash, outer source, VNI and outer destination into `cb[1..=4]`.
+/// The system call, where aya has no word for what is wanted.
+mod test_run {
+    use std::io;
+    use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+    /// `BPF_PROG_TEST_RUN` and `BPF_F_TEST_SKB_CHECKSUM_COMPLETE` (include/uapi/linux/bpf.h; Linux 6.11).
+    const COMMAND: libc::c_long = 10;
+    const CHECKSUM_COMPLETE: u32 = 1 << 2;
+
+    /// `struct { ... } test` of `union bpf_attr`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attributes {
+        program: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        ctx_size_in: u32,
+        ctx_size_out: u32,
+        ctx_in: u64,
+        ctx_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        pad: u32,
+    }
+
+    /// Runs a program once.
+    pub(super) fn with_sum(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Result<()> {
+        let mut attributes = Attributes {
+            program: program.as_raw_fd().cast_unsigned(),
+            data_size_in: frame.len() as u32,
+            data_in: frame.as_ptr() as u64,
+            repeat: 1,
+            ctx_size_in: context.len() as u32,
+            ctx_in: context.as_ptr() as u64,
+            flags: CHECKSUM_COMPLETE,
+            ..Attributes::default()
+        };
+        let size = size_of::<Attributes>();
+        // SAFETY: the kernel reads and writes `attributes` at its size, reads frame and context at theirs, and
+        // is given nowhere else to write.
+        #[expect(unsafe_code, reason = "aya offers no flags for test runs of TC programs")]
+        let done = unsafe { libc::syscall(libc::SYS_bpf, COMMAND, &raw mut attributes, size) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// The program before the program, assembled here: `cb[0]` says whether it has run, `cb[1]` is the hash, `cb[2]`
+/// the number of the program to call. The second time it puts the hash into `cb[1]`. What the tunnel is told, and
+/// tells, stands in a map of one entry.
 mod harness {
+    use datapath::addr::Ip;
     use object::write::{Object, Relocation, Symbol, SymbolSection};
     use object::{
         Architecture, BinaryFormat, Endianness, RelocationFlags, SectionKind, SymbolFlags, SymbolKind,
         SymbolScope,
     };
 
-    use super::{Program, context};
+    use super::{Program, Tunnel, context};
 
     pub(super) const NAME: &str = "harness";
     pub(super) const TABLE: &str = "PROGRAMS";
+    pub(super) const REQUEST: &str = "REQUEST";
 
     /// Helpers (include/uapi/linux/bpf.h, `___BPF_FUNC_MAPPER`).
+    const MAP_LOOKUP: i32 = 1;
     const TAIL_CALL: i32 = 12;
     const GET_TUNNEL_KEY: i32 = 20;
     const SET_TUNNEL_KEY: i32 = 21;
     const SET_HASH: i32 = 48;
+    /// `BPF_F_TUNINFO_IPV6`.
+    const IPV6: i32 = 1;
     /// `enum bpf_map_type` in the same file.
+    const BPF_MAP_TYPE_ARRAY: u32 = 2;
     const BPF_MAP_TYPE_PROG_ARRAY: u32 = 3;
     /// `R_BPF_64_64`: the address of a map.
     const RELOCATION_MAP: u32 = 1;
 
-    /// `struct bpf_tunnel_key` on the stack: its length, rounded up, and offsets from the frame pointer.
+    /// The map's entry: `struct bpf_tunnel_key`, then flags for the helper, then whether there is a key.
+    pub(super) const REQUEST_LEN: usize = KEY_LEN as usize + 8;
     const KEY_LEN: i32 = 44;
-    const KEY: i16 = -48;
-    const KEY_REMOTE: i16 = KEY + 4;
-    const KEY_LOCAL: i16 = KEY + 28;
+    const KEY_REMOTE: usize = 4;
+    const KEY_LOCAL: usize = 28;
+    const FLAGS: usize = 44;
+    const PRESENT: usize = 48;
     const CB: i16 = offset(context::CB);
+
+    /// The entry for a packet that this node sent: what was sent from here looks as if it had come from there,
+    /// for the helpers swap the ends.
+    pub(super) fn sent_by(sender: &Ip, vni: u32) -> [u8; REQUEST_LEN] {
+        let mut key = [0; REQUEST_LEN];
+        let mut put = |at: usize, word: u32| key[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+        put(0, vni);
+        put(PRESENT, 1);
+        if sender.is_v4() {
+            put(KEY_LOCAL, u32::from_be_bytes(sender.v4_octets())); // in host order
+        } else {
+            put(FLAGS, IPV6.cast_unsigned());
+            key[KEY_LOCAL..KEY_LOCAL + 16].copy_from_slice(&sender.octets);
+        }
+        key
+    }
+
+    /// What the tunnel was told.
+    pub(super) fn tunnel_of(key: &[u8; REQUEST_LEN]) -> Option<Tunnel> {
+        let word = |at: usize| u32::from_ne_bytes([key[at], key[at + 1], key[at + 2], key[at + 3]]);
+        let ip = |at: usize| {
+            if word(FLAGS) == 0 {
+                let word = word(at);
+                return if word == 0 { Ip::UNSPECIFIED } else { Ip::v4(word.to_be_bytes()) };
+            }
+            let mut octets = [0; 16];
+            octets.copy_from_slice(&key[at..at + 16]);
+            Ip { octets }
+        };
+        let tunnel = Tunnel { source: ip(KEY_REMOTE), destination: ip(KEY_LOCAL), vni: word(0) };
+        (word(PRESENT) != 0).then_some(tunnel)
+    }
 
     /// An offset as instructions have it.
     const fn offset(value: usize) -> i16 {
@@ -593,9 +726,6 @@ mod harness {
     const fn store(base: u8, offset: i16, from: u8) -> [u8; 8] {
         insn(0x63, base, from, offset, 0)
     }
-    const fn store_long(base: u8, offset: i16, from: u8) -> [u8; 8] {
-        insn(0x7b, base, from, offset, 0)
-    }
     /// Skips `count` instructions if a register has a value.
     const fn skip_if(r: u8, value: i32, count: usize) -> [u8; 8] {
         insn(0x15, r, 0, offset(count), value)
@@ -604,75 +734,99 @@ mod harness {
         insn(0x85, 0, 0, 0, helper)
     }
     const EXIT: [u8; 8] = insn(0x95, 0, 0, 0, 0);
-
-    /// Calls a helper with (skb, the key on the stack, its length, no flags).
-    fn key_call(helper: i32) -> Vec<[u8; 8]> {
-        vec![copy(1, 6), copy(2, 10), add(2, i32::from(KEY)), set(3, KEY_LEN), set(4, 0), call(helper)]
+    /// Two instructions that the loader completes: the address of a map into a register.
+    const fn map(r: u8) -> [[u8; 8]; 2] {
+        [insn(0x18, r, 0, 0, 0), [0; 8]]
     }
 
-    /// The instructions, and which one loads the map's address.
-    fn program() -> (Vec<[u8; 8]>, usize) {
-        let zeros: Vec<_> =
-            std::iter::once(set(1, 0)).chain((0..6).map(|i| store_long(10, KEY + 8 * i, 1))).collect();
-        let set_hash = vec![copy(1, 6), call(SET_HASH)];
-        let mut set_tunnel = zeros.clone();
-        // What was sent from here looks as if it had come from there: the helpers swap the ends.
-        set_tunnel.extend([load(2, 6, CB + 12), store(10, KEY, 2), store(10, KEY_LOCAL, 8)]);
+    /// Calls a helper with (skb, the key in the map, its length, flags in register 4).
+    fn key_call(helper: i32) -> Vec<[u8; 8]> {
+        vec![copy(1, 6), copy(2, 9), set(3, KEY_LEN), call(helper)]
+    }
+
+    /// The instructions, and which ones load the addresses of the table of programs and of the key's map.
+    /// Register 6 is the context, 9 the map's entry.
+    fn program() -> (Vec<[u8; 8]>, [usize; 2]) {
+        let (flags, present) = (offset(FLAGS), offset(PRESENT));
+        let mut all = vec![copy(6, 1), set(1, 0), store(10, -4, 1), copy(2, 10), add(2, -4)];
+        let key_map = all.len();
+        all.extend(map(1));
+        // The verifier wants to see that there is an entry.
+        all.extend([call(MAP_LOOKUP), insn(0x55, 0, 0, 2, 0), set(0, -2), EXIT, copy(9, 0)]);
+
+        let mut set_tunnel = vec![load(4, 9, flags)];
         set_tunnel.extend(key_call(SET_TUNNEL_KEY));
+        let set_hash = [copy(1, 6), call(SET_HASH)];
         let mut run = vec![set(7, 1), store(6, CB, 7), load(2, 6, CB + 4), skip_if(2, 0, set_hash.len())];
         run.extend(set_hash);
-        run.extend([load(8, 6, CB + 8), skip_if(8, 0, set_tunnel.len())]);
+        run.extend([load(8, 9, present), skip_if(8, 0, set_tunnel.len())]);
         run.extend(set_tunnel);
-        run.extend([load(3, 6, CB + 16), copy(1, 6)]);
-        let map = run.len();
-        run.extend([insn(0x18, 2, 0, 0, 0), [0; 8], call(TAIL_CALL), set(0, -2), EXIT]);
+        run.extend([load(3, 6, CB + 8), copy(1, 6)]);
+        let table = run.len();
+        run.extend(map(2));
+        run.extend([call(TAIL_CALL), set(0, -2), EXIT]);
 
-        let mut all = vec![copy(6, 1), load(7, 6, CB), skip_if(7, 1, run.len())];
-        let map = all.len() + map;
+        all.extend([load(7, 6, CB), skip_if(7, 1, run.len())]);
+        let table = all.len() + table;
         all.extend(run);
         all.extend([load(2, 6, offset(context::HASH)), store(6, CB + 4, 2)]);
-        all.extend(zeros);
-        all.extend(key_call(GET_TUNNEL_KEY));
-        for (field, word) in [(KEY_REMOTE, 8), (KEY, 12), (KEY_LOCAL, 16)] {
-            all.extend([load(2, 10, field), store(6, CB + word, 2)]);
+        // It refuses to give one family's address as the other's.
+        let done = [set(1, 1), store(9, present, 1), set(0, 0), EXIT];
+        for family in [0, IPV6] {
+            all.extend([set(4, family), store(9, flags, 4)]);
+            all.extend(key_call(GET_TUNNEL_KEY));
+            all.push(insn(0x55, 0, 0, offset(done.len()), 0));
+            all.extend(done);
         }
-        all.extend([set(0, 0), EXIT]);
-        (all, map)
+        all.extend([set(1, 0), store(9, present, 1), set(0, 0), EXIT]);
+        (all, [table, key_map])
     }
 
     /// An object file as compilers write them.
     pub(super) fn object() -> Vec<u8> {
         let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
-        let symbol = |object: &mut Object<'_>, section: &str, name: &str, kind, bytes: &[u8]| {
-            let section_kind = if kind == SymbolKind::Text { SectionKind::Text } else { SectionKind::Data };
-            let id = object.add_section(vec![], section.into(), section_kind);
+        let section = |object: &mut Object<'_>, name: &str, kind, bytes: &[u8]| {
+            let id = object.add_section(vec![], name.into(), kind);
             object.set_section_data(id, bytes.to_vec(), 8);
-            let symbol = object.add_symbol(Symbol {
+            id
+        };
+        let symbol = |object: &mut Object<'_>, id, name: &str, kind, (value, size): (usize, usize)| {
+            object.add_symbol(Symbol {
                 name: name.into(),
-                value: 0,
-                size: bytes.len() as u64,
+                value: value as u64,
+                size: size as u64,
                 kind,
                 scope: SymbolScope::Linkage,
                 weak: false,
                 section: SymbolSection::Section(id),
                 flags: SymbolFlags::None,
-            });
-            (id, symbol)
+            })
         };
-        let (code, map_load) = program();
+        let (code, loads) = program();
+        let code = code.as_flattened();
         // `struct bpf_map_def`: type, sizes of key and value, entries, flags. One place is for a benchmark's own.
-        let map = [BPF_MAP_TYPE_PROG_ARRAY, 4, 4, Program::ALL.len() as u32 + 1, 0];
-        let map: Vec<u8> = map.into_iter().flat_map(u32::to_le_bytes).collect();
-        symbol(&mut object, "license", "LICENSE", SymbolKind::Data, b"Dual MIT/GPL\0");
-        let (_, table) = symbol(&mut object, "maps", TABLE, SymbolKind::Data, &map);
-        let (section, _) = symbol(&mut object, "classifier", NAME, SymbolKind::Text, code.as_flattened());
-        let relocation = Relocation {
-            offset: 8 * map_load as u64,
-            symbol: table,
-            addend: 0,
-            flags: RelocationFlags::Elf { r_type: RELOCATION_MAP },
-        };
-        object.add_relocation(section, relocation).expect("a relocation");
+        let maps = [
+            [BPF_MAP_TYPE_PROG_ARRAY, 4, 4, Program::ALL.len() as u32 + 1, 0],
+            [BPF_MAP_TYPE_ARRAY, 4, REQUEST_LEN as u32, 1, 0],
+        ];
+        let maps: Vec<u8> = maps.as_flattened().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let license = b"Dual MIT/GPL\0";
+        let id = section(&mut object, "license", SectionKind::Data, license);
+        symbol(&mut object, id, "LICENSE", SymbolKind::Data, (0, license.len()));
+        let id = section(&mut object, "maps", SectionKind::Data, &maps);
+        let maps = [(TABLE, 0), (REQUEST, 20)]
+            .map(|(name, at)| symbol(&mut object, id, name, SymbolKind::Data, (at, 20)));
+        let id = section(&mut object, "classifier", SectionKind::Text, code);
+        symbol(&mut object, id, NAME, SymbolKind::Text, (0, code.len()));
+        for (symbol, load) in maps.into_iter().zip(loads) {
+            let relocation = Relocation {
+                offset: 8 * load as u64,
+                symbol,
+                addend: 0,
+                flags: RelocationFlags::Elf { r_type: RELOCATION_MAP },
+            };
+            object.add_relocation(id, relocation).expect("a relocation");
+        }
         object.write().expect("an object file")
     }
 }

@@ -316,7 +316,7 @@ fn a_segment_of_no_flow_is_answered_with_rst() {
         assert_eq!(rig.run(Program::FromPod, POD_IF, &frame), (Verdict::Next, frame));
         let hash = *rig.kernel.state().tokens.keys().next().expect("a token");
         let mut at_uplink = sent.clone();
-        at_uplink.source = NODE;
+        at_uplink.source = Ip::v4(NODE);
         let Transport::Tcp { ports, .. } = &mut at_uplink.transport else { unreachable!() };
         ports.0 = 61000;
         let input =
