@@ -182,7 +182,7 @@ fn nothing_is_injected(cni: Cni, rp_filter: u8) {
     assert_eq!(injected, Vec::<String>::new(), "{cni:?}, rp_filter {rp_filter}");
     let refused = ["node-a", "node-b", "node-c"].map(|node| lab.drops(node));
     let sum = |reason: &str| refused.iter().filter_map(|drops| drops.get(reason)).sum::<u64>();
-    assert!(sum("TunnelForged") > 0 && sum("UnknownTunnelPeer") > 0, "{refused:?}");
+    assert!(sum("TunnelForged") > 0, "{refused:?}");
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn bridge_pods_inject_nothing_into_the_tunnel() {
 }
 
 /// Packets of one flow, each with one thing that is wrong or rare.
-fn rarities(from: packet::End, to: packet::End, detour: [u8; 4]) -> Vec<Vec<u8>> {
+fn rarities(from: ([u8; 4], u16), to: ([u8; 4], u16), detour: [u8; 4]) -> Vec<Vec<u8>> {
     let plain = || udp(from, to);
     let option = |bytes: &[u8]| ip_packet(&plain().ip_options(bytes));
     let bent = |at: usize, bytes: &[u8]| {
@@ -355,7 +355,7 @@ fn rare_packets(cni: Cni, holder: &str) {
         outside.expect_at_most(&[EGRESS]);
     }
     let drops = lab.drops("node-a");
-    for reason in ["Protocol", "IcmpType", "Fragment"] {
+    for reason in ["Protocol", "IcmpType", "Malformed"] {
         assert!(drops.contains_key(reason), "{reason}: {drops:?}");
     }
     forbidden.expect_none();
