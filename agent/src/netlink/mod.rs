@@ -7,6 +7,7 @@
 
 mod dump;
 pub mod proxies;
+mod roles;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +19,7 @@ use futures_util::StreamExt as _;
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use self::dump::{connect, dump};
+use self::roles::{Roles, controller, peer_elsewhere, roles};
 use crate::facts::{Bridge, Facts, PodInterface, Proxy, Uplink};
 
 /// The tunnel's device.
@@ -90,7 +92,7 @@ pub enum Error {
 pub struct Selection {
     /// Names of uplinks; empty: every interface with a route by a gateway that is not pod-facing.
     pub uplinks: Vec<String>,
-    /// Patterns of pod-facing interfaces' names, `*` for any characters.
+    /// Patterns of pod-facing interfaces' names, `*` for any characters. What `roles` knows by its kind needs none.
     pub pod_interfaces: Vec<String>,
 }
 
@@ -270,65 +272,32 @@ async fn read(selection: &Selection) -> Result<Facts, Error> {
     let addresses = addresses(handle).await?;
     let routes = routes::list(handle).await?;
 
-    let controller = |link: &LinkMessage| {
-        link.attributes
-            .iter()
-            .find_map(|a| if let LinkAttribute::Controller(index) = a { Some(*index) } else { None })
-            .unwrap_or(0)
-    };
-    let matching = |link: &LinkMessage| {
-        let name = link_name(link);
-        // A bridge is not pod-facing, its ports are: `cni*` matches `cni0` all the same.
-        !is_kind(link, &InfoKind::Bridge)
-            && !selection.uplinks.iter().any(|uplink| uplink == name)
-            && selection.pod_interfaces.iter().any(|pattern| matches(pattern, name))
-    };
-    let bridges: BTreeSet<IfIndex> =
-        links.iter().filter(|link| matching(link)).map(controller).filter(|bridge| *bridge != 0).collect();
-    // The other virtual ports of a bridge with pods are covered too, whatever their names: the uplink wants a
-    // mark from all that such a bridge sends out.
-    let virtual_port = |link: &LinkMessage| {
-        bridges.contains(&controller(link))
-            && (is_kind(link, &InfoKind::Veth) || is_kind(link, &InfoKind::Tun))
-    };
-    let pod_facing: BTreeMap<IfIndex, &LinkMessage> = links
-        .iter()
-        .filter(|link| matching(link) || virtual_port(link))
-        .map(|link| (link.header.index, link))
-        .collect();
-
-    let mut facts = Facts::default();
-    for (index, link) in &pod_facing {
-        let interface = PodInterface {
-            name: link_name(link).to_owned(),
-            mac: mac_of(link),
-            bridge: controller(link),
-            peer_elsewhere: is_kind(link, &InfoKind::Veth)
-                && link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkNetNsId(_))),
-            mtu: mtu_of(link),
-        };
-        facts.pod_interfaces.insert(*index, interface);
-    }
     let by_gateway: BTreeSet<IfIndex> =
         routes.iter().filter(|r| r.by_gateway).flat_map(|r| r.interfaces.iter().copied()).collect();
+    let Roles { uplinks, pod_facing, bridges } = roles(&links, selection, &by_gateway, &addresses);
+
+    let mut facts = Facts::default();
     for link in &links {
         let index = link.header.index;
-        let name = link_name(link);
+        if pod_facing.contains(&index) {
+            let interface = PodInterface {
+                name: link_name(link).to_owned(),
+                mac: mac_of(link),
+                bridge: Some(controller(link)).filter(|bridge| bridges.contains(bridge)).unwrap_or(0),
+                peer_elsewhere: peer_elsewhere(link),
+                mtu: mtu_of(link),
+            };
+            facts.pod_interfaces.insert(index, interface);
+        }
         if bridges.contains(&index) {
             facts.bridges.insert(index, Bridge { mac: mac_of(link), mtu: mtu_of(link) });
         }
-        if name == TUNNEL {
+        if link_name(link) == TUNNEL {
             facts.tunnel_ifindex = index;
         }
-        let chosen = if selection.uplinks.is_empty() {
-            by_gateway.contains(&index) && !bridges.contains(&index) && !is_kind(link, &InfoKind::Vxlan)
-        } else {
-            selection.uplinks.iter().any(|uplink| uplink == name)
-        };
-        // The programs expect Ethernet headers.
-        if chosen && link.header.link_layer_type == LinkLayerType::Ether && !pod_facing.contains_key(&index) {
+        if uplinks.contains(&index) {
             facts.uplinks.insert(index, uplink(link, addresses.get(&index).map_or(&[][..], Vec::as_slice)));
-        } else if !pod_facing.contains_key(&index) && !bridges.contains(&index) {
+        } else if !pod_facing.contains(&index) && !bridges.contains(&index) {
             facts.others.insert(index);
         }
     }
@@ -423,7 +392,7 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<Address>>, E
 async fn bridge_ports(
     handle: &Handle,
     bridges: &BTreeSet<IfIndex>,
-    pod_facing: &BTreeMap<IfIndex, &LinkMessage>,
+    pod_facing: &BTreeSet<IfIndex>,
 ) -> Result<BTreeMap<IpAddr, IfIndex>, Error> {
     let mut ports: BTreeMap<(IfIndex, Vec<u8>), IfIndex> = BTreeMap::new();
     let what = "list bridge forwarding entries";
@@ -438,7 +407,7 @@ async fn bridge_ports(
             }
         }
         if let Some(mac) = mac
-            && pod_facing.contains_key(&entry.header.ifindex)
+            && pod_facing.contains(&entry.header.ifindex)
         {
             ports.insert((bridge, mac), entry.header.ifindex);
         }
