@@ -13,7 +13,7 @@ pub struct Facts {
     pub uplinks: BTreeMap<IfIndex, Uplink>,
     /// Interfaces that lead to pods, by index.
     pub pod_interfaces: BTreeMap<IfIndex, PodInterface>,
-    /// Bridges that have a pod interface as a port, by index.
+    /// Bridges that have a pod interface as a port, or may get one, by index.
     pub bridges: BTreeMap<IfIndex, Bridge>,
     /// All other interfaces. What is in none of these has not been looked at.
     pub others: BTreeSet<IfIndex>,
@@ -78,7 +78,7 @@ impl Uplink {
     }
 }
 
-/// A bridge that has a pod interface as a port.
+/// A bridge that has a pod interface as a port, or may get one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Bridge {
     /// Its hardware address.

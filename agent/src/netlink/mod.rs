@@ -5,7 +5,9 @@
     reason = "netlink's attributes are many, and more with every kernel"
 )]
 
+mod dump;
 pub mod proxies;
+mod roles;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,20 +15,22 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use datapath::keys::IfIndex;
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::StreamExt as _;
 use ipnet::IpNet;
-use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkVxlan, MulticastGroup};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
+use self::dump::{connect, dump};
+use self::roles::{Roles, controller, peer_elsewhere, roles};
 use crate::facts::{Bridge, Facts, PodInterface, Proxy, Uplink};
 
 /// The tunnel's device.
@@ -36,6 +40,8 @@ pub const TUNNEL: &str = "outgate0";
 const SETTLE: Duration = Duration::from_millis(5);
 /// Netlink drops messages when a socket's buffer is full; so the facts are read again now and then.
 const REREAD: Duration = Duration::from_secs(10);
+/// After a failure they are read again this soon.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Errors of this module.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +56,20 @@ pub enum Error {
         what: &'static str,
         /// Why not.
         source: rtnetlink::Error,
+    },
+    /// A list that the kernel did not give.
+    #[error("netlink: cannot {what}: {source}")]
+    Dump {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A list that changed whenever it was read.
+    #[error("netlink: cannot {what}: it changes faster than it is read")]
+    Torn {
+        /// What was tried.
+        what: &'static str,
     },
     /// `--uplink` names an interface that is not there.
     #[error("no interface {0} (given by --uplink) on this node")]
@@ -72,13 +92,14 @@ pub enum Error {
 pub struct Selection {
     /// Names of uplinks; empty: every interface with a route by a gateway that is not pod-facing.
     pub uplinks: Vec<String>,
-    /// Patterns of pod-facing interfaces' names, `*` for any characters.
+    /// Patterns of pod-facing interfaces' names, `*` for any characters. What `roles` knows by its kind needs none.
     pub pod_interfaces: Vec<String>,
 }
 
 /// Reads the facts, and again after every change. The task ends when the receiver is dropped.
 pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error> {
-    let (connection, handle, mut events) = rtnetlink::new_multicast_connection(&[
+    // For notices only: see `dump::connect`.
+    let (connection, _, mut events) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Ipv4Ifaddr,
         MulticastGroup::Ipv6Ifaddr,
@@ -88,7 +109,7 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
     ])
     .map_err(Error::Socket)?;
     tokio::spawn(connection);
-    let facts = read(&handle, &selection).await?;
+    let facts = read(&selection).await?;
     for name in &selection.uplinks {
         if !facts.uplinks.values().any(|uplink| &uplink.name == name) {
             return Err(Error::NoUplink(name.clone()));
@@ -96,27 +117,32 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
     }
     let (sender, receiver) = watch::channel(facts);
     tokio::spawn(async move {
+        let mut again = REREAD;
         loop {
             tokio::select! {
                 event = events.next() => if event.is_none() {
                     warn!("netlink closed its socket: changes of interfaces are no longer seen; restart the agent");
                     return;
                 },
-                () = tokio::time::sleep(REREAD) => {}
+                () = tokio::time::sleep(again) => {}
                 () = sender.closed() => return,
             }
             tokio::time::sleep(SETTLE).await;
             // What has come meanwhile is covered by the read below.
             while let Some(Some(_)) = futures_util::FutureExt::now_or_never(events.next()) {}
-            match read(&handle, &selection).await {
+            match read(&selection).await {
                 Ok(facts) => {
+                    again = REREAD;
                     sender.send_if_modified(|held| {
                         let changed = *held != facts;
                         *held = facts;
                         changed
                     });
                 }
-                Err(error) => debug!("reading the node's network again: {error}"),
+                Err(error) => {
+                    debug!("reading the node's network again: {error}");
+                    again = RETRY;
+                }
             }
         }
     });
@@ -160,12 +186,6 @@ pub async fn remove_tunnel() -> Result<bool, Error> {
     Ok(true)
 }
 
-fn connect() -> Result<Handle, Error> {
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
-    tokio::spawn(connection);
-    Ok(handle)
-}
-
 async fn delete(handle: &Handle, index: IfIndex) -> Result<(), Error> {
     let what = "delete the tunnel's device";
     handle.link().del(index).execute().await.map_err(|source| Error::Request { what, source })
@@ -177,8 +197,28 @@ async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>, Error>
 }
 
 async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, Error> {
-    let what = "list interfaces";
-    handle.link().get().execute().try_collect().await.map_err(|source| Error::Request { what, source })
+    let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    dump(handle, "list interfaces", question, |entry| match entry {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    })
+    .await
+}
+
+async fn neighbours(
+    handle: &Handle,
+    what: &'static str,
+    family: AddressFamily,
+    flags: NeighbourFlags,
+) -> Result<Vec<NeighbourMessage>, Error> {
+    let mut question = NeighbourMessage::default();
+    question.header.family = family;
+    question.header.flags = flags;
+    dump(handle, what, RouteNetlinkMessage::GetNeighbour(question), |entry| match entry {
+        RouteNetlinkMessage::NewNeighbour(neighbour) => Some(neighbour),
+        _ => None,
+    })
+    .await
 }
 
 fn link_name(link: &LinkMessage) -> &str {
@@ -225,70 +265,39 @@ fn mac_of(link: &LinkMessage) -> [u8; 6] {
         .unwrap_or_default()
 }
 
-async fn read(handle: &Handle, selection: &Selection) -> Result<Facts, Error> {
+async fn read(selection: &Selection) -> Result<Facts, Error> {
+    // A new socket each time: one that failed is not asked again.
+    let handle = &connect()?;
     let links = links(handle).await?;
     let addresses = addresses(handle).await?;
     let routes = routes::list(handle).await?;
 
-    let controller = |link: &LinkMessage| {
-        link.attributes
-            .iter()
-            .find_map(|a| if let LinkAttribute::Controller(index) = a { Some(*index) } else { None })
-            .unwrap_or(0)
-    };
-    let matching = |link: &LinkMessage| {
-        let name = link_name(link);
-        // A bridge is not pod-facing, its ports are: `cni*` matches `cni0` all the same.
-        !is_kind(link, &InfoKind::Bridge)
-            && !selection.uplinks.iter().any(|uplink| uplink == name)
-            && selection.pod_interfaces.iter().any(|pattern| matches(pattern, name))
-    };
-    let bridges: BTreeSet<IfIndex> =
-        links.iter().filter(|link| matching(link)).map(controller).filter(|bridge| *bridge != 0).collect();
-    // The other virtual ports of a bridge with pods are covered too, whatever their names: the uplink wants a
-    // mark from all that such a bridge sends out.
-    let virtual_port = |link: &LinkMessage| {
-        bridges.contains(&controller(link))
-            && (is_kind(link, &InfoKind::Veth) || is_kind(link, &InfoKind::Tun))
-    };
-    let pod_facing: BTreeMap<IfIndex, &LinkMessage> = links
-        .iter()
-        .filter(|link| matching(link) || virtual_port(link))
-        .map(|link| (link.header.index, link))
-        .collect();
-
-    let mut facts = Facts::default();
-    for (index, link) in &pod_facing {
-        let interface = PodInterface {
-            name: link_name(link).to_owned(),
-            mac: mac_of(link),
-            bridge: controller(link),
-            peer_elsewhere: is_kind(link, &InfoKind::Veth)
-                && link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkNetNsId(_))),
-            mtu: mtu_of(link),
-        };
-        facts.pod_interfaces.insert(*index, interface);
-    }
     let by_gateway: BTreeSet<IfIndex> =
         routes.iter().filter(|r| r.by_gateway).flat_map(|r| r.interfaces.iter().copied()).collect();
+    let Roles { uplinks, pod_facing, bridges } = roles(&links, selection, &by_gateway, &addresses);
+
+    let mut facts = Facts::default();
     for link in &links {
         let index = link.header.index;
-        let name = link_name(link);
+        if pod_facing.contains(&index) {
+            let interface = PodInterface {
+                name: link_name(link).to_owned(),
+                mac: mac_of(link),
+                bridge: Some(controller(link)).filter(|bridge| bridges.contains(bridge)).unwrap_or(0),
+                peer_elsewhere: peer_elsewhere(link),
+                mtu: mtu_of(link),
+            };
+            facts.pod_interfaces.insert(index, interface);
+        }
         if bridges.contains(&index) {
             facts.bridges.insert(index, Bridge { mac: mac_of(link), mtu: mtu_of(link) });
         }
-        if name == TUNNEL {
+        if link_name(link) == TUNNEL {
             facts.tunnel_ifindex = index;
         }
-        let chosen = if selection.uplinks.is_empty() {
-            by_gateway.contains(&index) && !bridges.contains(&index) && !is_kind(link, &InfoKind::Vxlan)
-        } else {
-            selection.uplinks.iter().any(|uplink| uplink == name)
-        };
-        // The programs expect Ethernet headers.
-        if chosen && link.header.link_layer_type == LinkLayerType::Ether && !pod_facing.contains_key(&index) {
+        if uplinks.contains(&index) {
             facts.uplinks.insert(index, uplink(link, addresses.get(&index).map_or(&[][..], Vec::as_slice)));
-        } else if !pod_facing.contains_key(&index) && !bridges.contains(&index) {
+        } else if !pod_facing.contains(&index) && !bridges.contains(&index) {
             facts.others.insert(index);
         }
     }
@@ -341,10 +350,13 @@ struct Address {
 }
 
 async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<Address>>, Error> {
-    let what = "list addresses";
     let mut found: BTreeMap<IfIndex, Vec<Address>> = BTreeMap::new();
-    let mut messages = handle.address().get().execute();
-    while let Some(message) = messages.try_next().await.map_err(|source| Error::Request { what, source })? {
+    let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    let messages = dump(handle, "list addresses", question, |entry| match entry {
+        RouteNetlinkMessage::NewAddress(address) => Some(address),
+        _ => None,
+    });
+    for message in messages.await? {
         let has = |flag: AddressFlags| {
             message.attributes.iter().any(|a| matches!(a, AddressAttribute::Flags(f) if f.contains(flag)))
         };
@@ -380,17 +392,11 @@ async fn addresses(handle: &Handle) -> Result<BTreeMap<IfIndex, Vec<Address>>, E
 async fn bridge_ports(
     handle: &Handle,
     bridges: &BTreeSet<IfIndex>,
-    pod_facing: &BTreeMap<IfIndex, &LinkMessage>,
+    pod_facing: &BTreeSet<IfIndex>,
 ) -> Result<BTreeMap<IpAddr, IfIndex>, Error> {
     let mut ports: BTreeMap<(IfIndex, Vec<u8>), IfIndex> = BTreeMap::new();
     let what = "list bridge forwarding entries";
-    let mut entries = handle
-        .neighbours()
-        .get()
-        .set_address_family(AddressFamily::Bridge)
-        .set_flags(NeighbourFlags::Own)
-        .execute();
-    while let Some(entry) = entries.try_next().await.map_err(|source| Error::Request { what, source })? {
+    for entry in neighbours(handle, what, AddressFamily::Bridge, NeighbourFlags::Own).await? {
         let mut mac = None;
         let mut bridge = 0;
         for attribute in &entry.attributes {
@@ -401,19 +407,15 @@ async fn bridge_ports(
             }
         }
         if let Some(mac) = mac
-            && pod_facing.contains_key(&entry.header.ifindex)
+            && pod_facing.contains(&entry.header.ifindex)
         {
             ports.insert((bridge, mac), entry.header.ifindex);
         }
     }
-    drop(entries);
     let mut found = BTreeMap::new();
     let what = "list neighbours";
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut neighbours = handle.neighbours().get().set_address_family(family).execute();
-        while let Some(entry) =
-            neighbours.try_next().await.map_err(|source| Error::Request { what, source })?
-        {
+        for entry in neighbours(handle, what, family, NeighbourFlags::empty()).await? {
             if !bridges.contains(&entry.header.ifindex) {
                 continue;
             }

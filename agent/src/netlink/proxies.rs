@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::keys::IfIndex;
-use futures_util::TryStreamExt as _;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -12,7 +11,7 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::RouteProtocol;
 use rtnetlink::Handle;
 
-use super::{Error, connect, destination};
+use super::{Error, connect, destination, neighbours};
 use crate::facts::Proxy;
 
 /// By this `NDA_PROTOCOL` the agent knows its proxy-neighbour entries again, also after a restart; none of
@@ -23,8 +22,7 @@ const PROTOCOL: RouteProtocol = RouteProtocol::Other(79);
 pub(super) async fn list(handle: &Handle) -> Result<BTreeMap<(IfIndex, Ipv6Addr), Proxy>, Error> {
     let what = "list proxy neighbours";
     let mut found = BTreeMap::new();
-    let mut entries = handle.neighbours().get().proxies().set_address_family(AddressFamily::Inet6).execute();
-    while let Some(entry) = entries.try_next().await.map_err(|source| Error::Request { what, source })? {
+    for entry in neighbours(handle, what, AddressFamily::Inet6, NeighbourFlags::Proxy).await? {
         let ours = entry.attributes.contains(&NeighbourAttribute::Protocol(PROTOCOL));
         if entry.header.flags.contains(NeighbourFlags::Proxy)
             && let Some(IpAddr::V6(ip)) = destination(&entry)

@@ -3,14 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use datapath::keys::IfIndex;
-use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
+use super::dump::dump;
 use super::{Error, is_link_local};
 use crate::facts::Facts;
 
@@ -30,21 +30,19 @@ pub(super) struct Route {
 
 /// Unicast routes of all tables and both families.
 pub(super) async fn list(handle: &Handle) -> Result<Vec<Route>, Error> {
-    let what = "list routes";
     let queries =
         [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
     let mut found = Vec::new();
     for query in queries {
         let family = query.header.address_family;
-        let mut messages = handle.route().get(query).execute();
-        while let Some(message) =
-            messages.try_next().await.map_err(|source| Error::Request { what, source })?
-        {
-            // A kernel without a family answers with all others' routes (`rtnetlink_rcv_msg`).
-            if message.header.address_family == family {
-                found.extend(route(&message));
+        // A kernel without a family answers with all others' routes (`rtnetlink_rcv_msg`).
+        let routes = dump(handle, "list routes", RouteNetlinkMessage::GetRoute(query), |entry| match entry {
+            RouteNetlinkMessage::NewRoute(message) if message.header.address_family == family => {
+                route(&message)
             }
-        }
+            _ => None,
+        });
+        found.extend(routes.await?);
     }
     Ok(found)
 }
