@@ -494,10 +494,10 @@ pub fn now() -> Ticks {
 
 /// The interfaces of [`enter_node_network`], by index.
 pub mod interfaces {
-    /// 172.18.0.11/24, default route by 172.18.0.1; 2001:db8:18::11/64, by 2001:db8:18::1.
+    /// 172.18.0.11/24, default route by 172.18.0.1; `2001:db8:18::11/64`, by `2001:db8:18::1`.
     pub const UPLINK: u32 = 2;
-    /// 192.0.2.11/24, and 198.51.100.0/24 by 192.0.2.1; no default route. 2001:db8:19::11/64, and
-    /// 2001:db8:51::/64 by 2001:db8:19::1.
+    /// 192.0.2.11/24, and 198.51.100.0/24 by 192.0.2.1; no default route. `2001:db8:19::11/64`, and
+    /// `2001:db8:51::/64` by `2001:db8:19::1`.
     pub const SECOND_UPLINK: u32 = 3;
     /// Stands for the tunnel's device.
     pub const TUNNEL: u32 = 4;

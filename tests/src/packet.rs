@@ -68,6 +68,29 @@ impl Address for &str {
     }
 }
 
+/// An IPv6 address by its first four words and its last.
+#[must_use]
+pub const fn v6(words: [u16; 5]) -> Ip {
+    let mut octets = [0; 16];
+    let mut at = 0;
+    while at < words.len() {
+        let place = if at == 4 { 14 } else { 2 * at };
+        [octets[place], octets[place + 1]] = words[at].to_be_bytes();
+        at += 1;
+    }
+    Ip { octets }
+}
+
+/// A packet of a protocol whose checksum, at `at`, covers the pseudo-header, too; it is made right.
+#[must_use]
+pub fn summed(from: impl Address, to: impl Address, protocol: u8, bytes: &[u8], at: usize) -> Built {
+    let (from, to, mut bytes) = (from.ip(), to.ip(), bytes.to_vec());
+    bytes[at..at + 2].fill(0);
+    let checksum = !fold(pseudo_sum(&from, &to, protocol, bytes.len()) + sum(&bytes));
+    bytes[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
+    raw(from, to, protocol, &bytes)
+}
+
 /// What an IP packet carries.
 #[derive(Clone, Debug)]
 pub enum Transport {
@@ -313,7 +336,7 @@ impl Built {
         let mut ip = vec![0x40 | (header_len / 4) as u8, 0];
         ip.extend(((header_len + len) as u16).to_be_bytes());
         ip.extend((self.id as u16).to_be_bytes());
-        let fragment = place.map_or(self.fragment, |(offset, more)| more << 13 | offset / 8);
+        let fragment = place.map_or(self.fragment, |(offset, more)| (more << 13) | (offset / 8));
         ip.extend(fragment.to_be_bytes());
         ip.extend([self.ttl, protocol, 0, 0]);
         ip.extend(self.source.v4_octets());
@@ -327,9 +350,8 @@ impl Built {
     fn v6_header(&self, protocol: u8, len: usize, place: Option<(u16, u16)>) -> Vec<u8> {
         let mut extensions = self.extensions.clone();
         if let Some((offset, more)) = place {
-            let [a, b] = (offset | more).to_be_bytes();
-            let [i, j, k, l] = self.id.to_be_bytes();
-            extensions.push((FRAGMENT, vec![0, a, b, i, j, k, l]));
+            let offset = (offset | more).to_be_bytes();
+            extensions.push((FRAGMENT, [&[0][..], &offset, &self.id.to_be_bytes()].concat()));
         }
         let kinds: Vec<u8> = extensions.iter().map(|(kind, _)| *kind).chain([protocol]).collect();
         let mut chain = vec![];
@@ -667,7 +689,13 @@ impl<'a> Decoded<'a> {
             Kind::Tcp => u32::from(self.frame[self.l4 + 12] >> 4) * 4,
             Kind::Udp => 8,
             Kind::Sctp => 12,
-            _ => return (self.end - ETHERNET) as u32,
+            Kind::EchoRequest
+            | Kind::EchoReply
+            | Kind::IcmpError
+            | Kind::OtherIcmp
+            | Kind::Fragment
+            | Kind::Other
+            | Kind::Malformed => return (self.end - ETHERNET) as u32,
         };
         (self.l4 - ETHERNET) as u32 + header + gso
     }
@@ -928,37 +956,92 @@ mod tests {
         assert_eq!(!fold(sum(&header)), 0xb861);
     }
 
+    /// RFC 3720, B.4: 32 bytes of zeros. And the checksum field does not count.
+    #[test]
+    fn a_known_crc() {
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        let mut bytes = [0; 32];
+        bytes[8..12].fill(0xff);
+        assert_eq!(crc32c(&bytes), 0x8a91_36aa);
+    }
+
+    fn one_of_each() -> Vec<Built> {
+        let mut built = vec![raw(A, B, 47, b"x")];
+        for (a, b) in [(A.ip(), B.ip()), ("2001:db8::1".ip(), "2001:db8:1::7".ip())] {
+            built.push(tcp((a, 1), (b, 2), SYN).tcp_options(&[1, 2, 4, 5, 180]).payload(b"odd"));
+            built.push(udp((a, 1), (b, 2)));
+            built.push(sctp((a, 1), (b, 2), INIT));
+            built.push(echo(a, b, true, 1));
+        }
+        built.push(udp(("::1", 1), ("::2", 2)).extension(HOP_BY_HOP, &[0, 1, 4, 0, 0, 0, 0]));
+        built
+    }
+
     #[test]
     fn built_packets_verify_and_damaged_ones_do_not() {
-        let built = [
-            tcp((A, 1), (B, 2), SYN).payload(b"odd"),
-            udp((A, 1), (B, 2)),
-            icmp(A, B, 8, 3),
-            raw(A, B, 47, b"x"),
-        ];
-        for packet in built {
-            let mut frame = packet.frame();
+        for packet in one_of_each() {
+            let frame = packet.frame();
             verify_checksums(&frame).unwrap();
-            frame[ETHERNET + 15] ^= 1;
-            verify_checksums(&frame).unwrap_err();
+            // A byte of the source address, but to SCTP over IPv6, which has no checksum of addresses.
+            let mut damaged = frame.clone();
+            damaged[if packet.source.is_v4() { ETHERNET + 15 } else { ETHERNET + 23 }] ^= 1;
+            let covered = packet.source.is_v4() || !matches!(packet.transport, Transport::Sctp { .. });
+            assert_eq!(verify_checksums(&damaged).is_err(), covered, "{packet:?}");
+            // The last byte of data.
+            let mut damaged = frame;
+            *damaged.last_mut().unwrap() ^= 1;
+            let covered = !matches!(packet.transport, Transport::Raw { .. });
+            assert_eq!(verify_checksums(&damaged).is_err(), covered, "{packet:?}");
         }
         verify_checksums(&udp((A, 1), (B, 2)).no_checksum().frame()).unwrap();
     }
 
     #[test]
     fn a_translation_keeps_right_checksums_right_and_wrong_ones_wrong() {
-        for packet in
-            [tcp((A, 1), (B, 2), SYN).tcp_options(&[1, 2, 4, 5, 180]), udp((A, 1), (B, 2)), icmp(A, B, 8, 1)]
-        {
+        for packet in one_of_each().split_off(1) {
+            let to = if packet.source.is_v4() { B.ip() } else { "2001:db8:2::9".ip() };
             let frame = packet.frame();
-            let out = translate(&frame, Side::Source, (B, 4242), 1000).unwrap();
+            let out = translate(&frame, Side::Source, (to, 4242), 1000).unwrap();
             verify_checksums(&out).unwrap();
-            assert_eq!(Decoded::of(&out).unwrap().packet(true).tuple.source_port, 4242);
+            let found = Decoded::of(&out).unwrap().packet(true).tuple;
+            assert_eq!((found.source, found.source_port), (to, 4242));
             let mut wrong = frame.clone();
             *wrong.last_mut().unwrap() ^= 0x11;
-            let out = translate(&wrong, Side::Source, (B, 4242), 1000).unwrap();
+            let out = translate(&wrong, Side::Source, (to, 4242), 1000).unwrap();
             verify_checksums(&out).unwrap_err();
         }
+    }
+
+    #[test]
+    fn fragments_are_put_together_again() {
+        for packet in one_of_each().split_off(1) {
+            let whole = packet.frame();
+            let parts = packet.fragments(&[8, 16]);
+            let decoded: Vec<_> = parts.iter().map(|frame| Decoded::of(frame).unwrap()).collect();
+            let kinds = decoded.iter().map(|d| d.packet(true).part).collect::<Vec<_>>();
+            let later = vec![Part::Later; parts.len() - 1];
+            assert_eq!(kinds, [vec![Part::First], later].concat());
+            assert!(decoded.iter().all(|d| d.fragment_id & 0xffff == 0x1234));
+            let data: Vec<u8> = decoded.iter().flat_map(|d| d.frame[d.l4..d.end].to_vec()).collect();
+            assert_eq!(data, whole[Decoded::of(&whole).unwrap().l4..]);
+        }
+    }
+
+    #[test]
+    fn what_an_ipv6_packet_is() {
+        let packet = udp(("2001:db8::1", 1), ("2001:db8::2", 2));
+        let kind = |packet: &Built| Decoded::of(&packet.frame()).unwrap().packet(true).kind;
+        let padded = [0, 1, 4, 0, 0, 0, 0];
+        let with = |n: usize| (0..n).fold(packet.clone(), |p, _| p.extension(DESTINATION_OPTIONS, &padded));
+        assert_eq!(kind(&with(4)), Kind::Udp);
+        assert_eq!(kind(&with(5)), Kind::Other);
+        assert_eq!(kind(&packet.clone().extension(ROUTING, &[0, 4, 0, 0, 0, 0, 0])), Kind::Udp);
+        assert_eq!(kind(&packet.clone().extension(ROUTING, &[0, 4, 1, 0, 0, 0, 0])), Kind::Other);
+        assert_eq!(kind(&packet.clone().extension(HOP_BY_HOP, &[9, 1, 4, 0, 0, 0, 0])), Kind::Malformed);
+        let mut mapped = packet.frame();
+        mapped[22..38].copy_from_slice(&Ip::v4(A).octets);
+        assert_eq!(Decoded::of(&mapped).unwrap().packet(true).kind, Kind::Malformed);
+        assert!(Decoded::of(&packet.frame()[..60]).is_none());
     }
 
     #[test]

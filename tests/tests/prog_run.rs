@@ -18,7 +18,7 @@ use lab::kernel::{
 };
 use lab::packet::{
     Built, DATA, DESTINATION_OPTIONS, End, FRAGMENT, HOP_BY_HOP, INIT, INIT_ACK, ROUTING, Transport, arp,
-    echo, icmp, raw, sctp, tcp, udp, verify_checksums,
+    echo, icmp, raw, sctp, summed, tcp, udp, v6, verify_checksums,
 };
 
 const POD: Ip = V4.pod;
@@ -100,14 +100,6 @@ const V6: Family = Family {
 };
 
 const FAMILIES: [Family; 2] = [V4, V6];
-
-/// An IPv6 address by its first four words and its last.
-const fn v6([a, b, c, d, last]: [u16; 5]) -> Ip {
-    let ([a, e], [b, f], [c, g], [d, h]) =
-        (a.to_be_bytes(), b.to_be_bytes(), c.to_be_bytes(), d.to_be_bytes());
-    let [i, j] = last.to_be_bytes();
-    Ip { octets: [a, e, b, f, c, g, d, h, 0, 0, 0, 0, 0, 0, i, j] }
-}
 
 /// Node A: `POD` is selected, `OTHER_POD` is not; `EGRESS` is held by `holder`; A leases granule 0, B
 /// granule 10.
@@ -193,8 +185,8 @@ enum Fate {
     Next(Vec<u8>),
     Redirect(Vec<u8>),
     Drop(DropReason),
-    /// Counted, and answered.
-    Answer(DropReason),
+    /// Counted, and answered with this.
+    Answer(DropReason, Vec<u8>),
 }
 
 impl Rig {
@@ -233,7 +225,10 @@ impl Rig {
                 Fate::Redirect(frame)
             }
             (Verdict::Drop, false) if drops.len() == 1 => Fate::Drop(drops[0]),
-            (Verdict::Redirect, false) if drops.len() == 1 => Fate::Answer(drops[0]),
+            (Verdict::Redirect, false) if drops.len() == 1 => {
+                assert_eq!(mark, 0);
+                Fate::Answer(drops[0], frame)
+            }
             other => panic!("{other:?}, counted as {drops:?}"),
         }
     }
@@ -978,6 +973,9 @@ fn cut(mut frame: Vec<u8>, payload: u8) -> Vec<u8> {
     frame
 }
 
+/// How a frame is built of its ends.
+type BuildFrame = fn(End, End) -> Vec<u8>;
+
 #[test]
 fn what_cannot_be_told_of_ipv6() {
     let mut rig = Rig::new(&tables(B));
@@ -989,7 +987,7 @@ fn what_cannot_be_told_of_ipv6() {
         frame[at..at + 16].copy_from_slice(&POD.octets);
         frame
     };
-    let cases: [(DropReason, fn(End, End) -> Vec<u8>); 9] = [
+    let cases: [(DropReason, BuildFrame); 9] = [
         (DropReason::Protocol, |f, t| extended(udp(f, t), &FIVE).frame()),
         (DropReason::Protocol, |f, t| extended(udp(f, t), &[SEGMENTS_LEFT]).frame()),
         (DropReason::Malformed, |f, t| extended(udp(f, t), &[BEYOND]).frame()),
@@ -1025,6 +1023,71 @@ fn what_cannot_be_told_of_ipv6() {
     }
 }
 
+/// The frame of an answer to `sent`: turned round, without a flow label.
+fn answer(sent: &Built, packet: Built) -> Vec<u8> {
+    let [to, from] = sent.macs;
+    let mut frame = Built { macs: [from, to], ..packet }.frame();
+    verify_checksums(&frame).expect("the expected packet is right");
+    frame[14..18].copy_from_slice(&[0x60, 0, 0, 0]);
+    frame
+}
+
+#[test]
+fn packet_too_big_of_ipv6() {
+    let mut t = tables(B);
+    t.settings.router_v6 = V6.nodes[0];
+    let mut rig = Rig::new(&t);
+    let data = |len: usize| (0..len).map(|i| i as u8).collect::<Vec<_>>();
+    let (pod, server) = ((V6.pod, 40000), (V6.server, 53));
+    let extension: &[(u8, &[u8])] = &[(HOP_BY_HOP, &PADDED), (FRAGMENT, &ATOMIC)];
+    for len in [1451, 1452, 1454, 3000] {
+        for big in [
+            udp(pod, server).payload(&data(len - 48)),
+            tcp(pod, server, ACK).payload(&data(len - 60)),
+            echo(V6.pod, V6.server, true, 7).payload(&data(len - 48)),
+            extended(udp(pod, server).payload(&data(len - 64)), extension),
+            Built { padding: 3, ..udp(pod, server).payload(&data(len - 48)) },
+        ] {
+            // As much of the packet as 1,280 bytes hold (RFC 4443, 2.4).
+            let message = [&[2, 0, 0, 0, 0, 0, 5, 0xaa][..], &big.frame()[14..14 + 1232]].concat();
+            let error = summed(V6.nodes[0], V6.pod, 58, &message, 2);
+            let fate = rig.fate(Program::FromPod, &from_pod(&big));
+            assert_eq!(fate, Fate::Answer(DropReason::TooBig, answer(&big, error)), "{len} bytes");
+        }
+        // What its sender has cut already goes on, and so do packets to the cluster.
+        let cut = udp(pod, server).payload(&data(len)).fragments(&[len / 8 * 8]).swap_remove(0);
+        assert_eq!(rig.fate(Program::FromPod, &framed(POD_IF, cut.clone())), Fate::Next(cut));
+        let inside = from_pod(&udp(pod, (V6.remote_pod, 53)).payload(&data(len - 48)));
+        assert_eq!(rig.fate(Program::FromPod, &inside), Fate::Next(inside.frame.clone()));
+    }
+}
+
+#[test]
+fn a_segment_of_no_flow_is_answered_over_ipv6() {
+    let mut rig = Rig::new(&tables(B));
+    let server = (V6.server, 80);
+    let extension: &[(u8, &[u8])] = &[(DESTINATION_OPTIONS, &PADDED_LONG)];
+    // The builder's sequence number is 0x01020304, its acknowledgment 0x05060708 (RFC 9293, 3.5.2).
+    for (flags, data, extension, seq, ack, answer_flags) in [
+        (ACK, &b""[..], &[][..], 0x0506_0708_u32, 0_u32, 4),
+        (ACK | FIN, b"last words", &[], 0x0506_0708, 0, 4),
+        (SYN | ACK, b"", extension, 0x0506_0708, 0, 4),
+        (0, b"odd", &[], 0, 0x0102_0307, 4 | 16),
+        (FIN, b"last words", extension, 0, 0x0102_030f, 4 | 16),
+    ] {
+        let of = |from| extended(tcp(from, server, flags).payload(data), extension);
+        let masqueraded = (V6.nodes[0], MASQUERADE);
+        let sent = of(masqueraded);
+        let fate = rig.walk_up(&of((V6.pod, 40000)), &sent);
+        let ports = [80_u16.to_be_bytes(), MASQUERADE.to_be_bytes()].concat();
+        let numbers = [seq.to_be_bytes(), ack.to_be_bytes()].concat();
+        let rst = [&ports[..], &numbers, &[0x50, answer_flags, 0, 0, 0, 0, 0, 0]].concat();
+        let mut expected = answer(&sent, summed(server.0, masqueraded.0, 6, &rst, 16));
+        expected[..6].copy_from_slice(&UPLINK_MAC);
+        assert_eq!(fate, Fate::Answer(DropReason::NoFlow, expected), "flags {flags:#x}");
+    }
+}
+
 #[test]
 fn what_is_too_big_is_counted_once() {
     let mut t = tables(B);
@@ -1037,8 +1100,8 @@ fn what_is_too_big_is_counted_once() {
         if f.pod.is_v4() {
             big = big.fragment(0x4000);
         }
-        let answered = Fate::Answer(DropReason::TooBig);
-        assert_eq!(rig.fate(Program::FromPod, &from_pod(&big)), answered);
+        let fate = rig.fate(Program::FromPod, &from_pod(&big));
+        assert!(matches!(fate, Fate::Answer(DropReason::TooBig, _)), "{fate:?}");
         // To a link-layer group there is no answer.
         big.macs[0] = [0x33, 0x33, 0, 0, 0, 1];
         let dropped = Fate::Drop(DropReason::TooBig);
@@ -1092,7 +1155,8 @@ fn what_may_not_leave_by_the_uplink() {
     assert_eq!(rig.fate(Program::ToUplink, &forged), Fate::Drop(DropReason::TunnelForged));
     // An ACK of no flow: with its token it is known whose it is.
     let ack = tcp((POD, 1), (SERVER, 80), ACK | FIN);
-    assert_eq!(rig.walk_up(&ack, &ack), Fate::Answer(DropReason::NoFlow));
+    let fate = rig.walk_up(&ack, &ack);
+    assert!(matches!(fate, Fate::Answer(DropReason::NoFlow, _)), "{fate:?}");
     let abort = sctp((POD, 1), (SERVER, 80), DATA);
     assert_eq!(rig.walk_up(&abort, &abort), Fate::Drop(DropReason::NoFlow), "only TCP is answered");
     let own = Input { ingress: 0, ..masqueraded };
