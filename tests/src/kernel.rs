@@ -31,7 +31,10 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use rustix::time::{ClockId, clock_gettime};
 
 mod bench;
+mod routes;
+mod table;
 pub use bench::{Memory as MapMemory, Sizes};
+pub use routes::route_ipv6;
 
 /// A type of `datapath` as it is copied to and from the kernel.
 #[repr(transparent)]
@@ -230,7 +233,7 @@ impl Kernel {
         for name in ["FLOWS", "REPLIES"] {
             loader.map_max_entries(name, flow_capacity);
         }
-        for name in ["FRAGMENTS", "FULL", "OPENERS", "TOKENS"] {
+        for name in ["FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "TOKENS"] {
             loader.map_max_entries(name, LRU_ENTRIES);
         }
         let mut ebpf = loader.load(&object).expect("the object loads");
@@ -306,6 +309,7 @@ impl Kernel {
     /// Makes the maps that programs write equal to this.
     pub fn write_state(&mut self, state: &State) {
         self.flows.set(&state.flows);
+        self.count_pod_flows(&state.flows);
         self.replies.set(&state.replies);
         self.full.set(&state.full);
         self.openers.set(&state.openers);

@@ -41,6 +41,8 @@ enum Group {
     New,
     /// Bytes of map memory per flow
     Memory,
+    /// The sweep of a full table, of live flows and of dead ones
+    Sweep,
     /// 1,000,000 flows held
     Held,
 }

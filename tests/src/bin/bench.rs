@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use datapath::addr::Ip;
-use datapath::conntrack::FlowState;
+use datapath::conntrack::{FlowState, Ticks, seconds};
 use datapath::keys::{
     Delivery, DeliveryMode, EgressIp, Flow, FlowKey, GranuleRange, GranuleTable, Interface, InterfaceKind,
     Lease, NetworkKey, NetworkKind, Node, Pod, Policy, Reply, ReplyKey, Settings, Token, Tuple,
@@ -16,12 +16,14 @@ use datapath::memory::Memory;
 use datapath::packet::{ACK, SYN, TCP};
 use datapath::ports::nth_port;
 use lab::kernel::interfaces::{POD as POD_IF, TUNNEL, UPLINK};
-use lab::kernel::{self, Input, Kernel, Program, enter_node_network};
+use lab::kernel::{self, Input, Kernel, Program, enter_node_network, route_ipv6};
 use lab::packet::tcp;
 
 const POD: [u8; 4] = [10, 244, 1, 10];
+const POD6: Ip = v6(0x244, 0x10);
 const NODES: [[u8; 4]; 2] = [[172, 18, 0, 11], [172, 18, 0, 12]];
 const EGRESS: [u8; 4] = [172, 18, 0, 100];
+const EGRESS6: Ip = v6(0x18, 0x100);
 /// The destination that ports run out towards.
 const SERVER: [u8; 4] = [203, 0, 113, 5];
 const LOCAL_PORT: u16 = 40000;
@@ -32,6 +34,12 @@ const SHOT: i32 = 2;
 const REDIRECT: i32 = 7;
 /// What both directions of a flow may take of the maps together.
 const BYTES_PER_FLOW: f64 = 256.0;
+/// An IPv6 address of a network, by its last two groups.
+const fn v6(network: u16, last: u32) -> Ip {
+    let ([a, b], [c, d, e, f]) = (network.to_be_bytes(), last.to_be_bytes());
+    Ip { octets: [0xfd, 0, a, b, 0, 0, 0, 0, 0, 0, 0, 0, c, d, e, f] }
+}
+
 /// Room for the million flows: the kernel rounds a map's buckets up to a power of two, 16 bytes each.
 const MILLION: u32 = 1 << 20;
 
@@ -71,8 +79,16 @@ enum Group {
     New,
     /// Bytes of map memory per flow
     Memory,
+    /// The sweep of a full table, of live flows and of dead ones
+    Sweep,
     /// 1,000,000 flows held
     Held,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
 }
 
 impl Group {
@@ -82,6 +98,7 @@ impl Group {
             Self::Packet => "packet",
             Self::New => "new",
             Self::Memory => "memory",
+            Self::Sweep => "sweep",
             Self::Held => "held",
         }
     }
@@ -116,8 +133,8 @@ fn main() -> Result<()> {
     let wanted = |group| arguments.only.is_none_or(|only| only == group);
     let mut rng = Rng(arguments.seed);
     let pairs = if arguments.long { 200_000 } else { 20_000 };
-    if [Group::Programs, Group::Packet, Group::New, Group::Memory].into_iter().any(wanted) {
-        let mut bench = Bench::load(limits::FLOWS);
+    if [Group::Programs, Group::Packet, Group::New, Group::Memory, Group::Sweep].into_iter().any(wanted) {
+        let mut bench = Bench::load(limits::FLOWS, Family::V4);
         if wanted(Group::Programs) {
             bench.programs(&mut figures);
         }
@@ -133,9 +150,20 @@ fn main() -> Result<()> {
         if wanted(Group::Memory) {
             bench.memory(&mut figures, Group::Memory)?;
         }
+        if wanted(Group::Sweep) {
+            bench.sweeps(&mut figures, if arguments.long { 50 } else { 5 })?;
+        }
+    }
+    if wanted(Group::Packet) {
+        route_ipv6("fd00::/16");
+        let mut bench = Bench::load(limits::FLOWS, Family::V6);
+        for flows in [1, 200_000] {
+            bench.fill(flows);
+            bench.packets(&mut figures, &mut rng, pairs)?;
+        }
     }
     if wanted(Group::Held) {
-        let mut bench = Bench::load(MILLION);
+        let mut bench = Bench::load(MILLION, Family::V4);
         bench.fill(1_000_000);
         bench.memory(&mut figures, Group::Held)?;
         bench.packets(&mut figures, &mut rng, pairs)?;
@@ -148,56 +176,57 @@ fn main() -> Result<()> {
 struct Bench {
     kernel: Kernel,
     _baseline: aya::Ebpf,
+    family: Family,
     flows: u32,
     frame: Vec<u8>,
 }
 
 impl Bench {
-    fn load(capacity: u32) -> Self {
+    fn load(capacity: u32, family: Family) -> Self {
         let mut kernel = Kernel::load(capacity);
         let baseline = kernel.load_baseline();
         kernel.write(&tables(1));
-        Self { kernel, _baseline: baseline, flows: 0, frame: vec![] }
+        Self { kernel, _baseline: baseline, family, flows: 0, frame: vec![] }
     }
 
     /// Makes flows, each to a server of its own, until there are so many.
     fn fill(&mut self, flows: u32) {
+        let now = kernel::now();
         for nth in self.flows..flows {
-            let (key, reply_key) = keys(nth);
-            self.put(&key, &reply_key);
+            let (key, reply_key) = keys(self.family, nth);
+            self.put(&key, &reply_key, now);
         }
         self.flows = flows;
     }
 
-    fn put(&mut self, key: &FlowKey, reply_key: &ReplyKey) {
-        let now = kernel::now();
+    fn put(&mut self, key: &FlowKey, reply_key: &ReplyKey, seen: Ticks) {
         let flow = Flow {
-            egress: 1,
+            egress: reply_key.egress,
             policy: 1,
             egress_port: reply_key.egress_port,
             state: FlowState::Established as u8,
-            seen: now,
-            walked: now,
+            seen,
+            walked: seen,
             packets: 1,
             bytes: 40,
             ..Flow::default()
         };
-        let local = Ip::v4(POD);
-        let reply = Reply { pod: 1, local_port: key.local_port, path: 0, pad: 0, local };
+        let local = if self.family == Family::V4 { Ip::v4(POD) } else { POD6 };
+        let reply = Reply { pod: key.pod, local_port: key.local_port, path: 0, pad: 0, local };
         self.kernel.put_flow((key, &flow), (reply_key, &reply));
     }
 
-    /// Interleaved pairs: the program to compare with, and ours on the same packet.
+    /// Interleaved pairs: the program to compare with on the first packet, and ours on the second.
     fn compare(
         &mut self,
         pairs: u32,
         program: Program,
-        mut input: impl FnMut() -> Input,
+        mut inputs: impl FnMut() -> (Input, Input),
     ) -> Result<(Duration, Duration, f64)> {
         let (mut base, mut ours, mut ratios) = (vec![], vec![], vec![]);
         for _ in 0..pairs {
-            let input = input();
-            let (done, before) = self.kernel.timed(None, &input, &mut self.frame);
+            let (plain, input) = inputs();
+            let (done, before) = self.kernel.timed(None, &plain, &mut self.frame);
             ensure!(done == REDIRECT, "the baseline gave back {done}");
             let (done, after) = self.kernel.timed(Some(program), &input, &mut self.frame);
             ensure!(done == REDIRECT, "{program:?} gave back {done}: the flow is not offloaded");
@@ -210,9 +239,10 @@ impl Bench {
         Ok((median(&mut base), median(&mut ours), ratios[ratios.len() / 2]))
     }
 
-    /// (a), (b): an offloaded flow's packets, of flows chosen at random.
+    /// (a), (b): an offloaded flow's packets, of flows chosen at random. IPv6 is compared with IPv4 parsed and
+    /// redirected.
     fn packets(&mut self, figures: &mut Vec<Figure>, rng: &mut Rng, pairs: u32) -> Result<()> {
-        let flows = self.flows;
+        let (flows, family) = (self.flows, self.family);
         let group = if flows > 200_000 { Group::Held } else { Group::Packet };
         for (what, program, holder) in [
             ("from_pod to the uplink", Program::FromPod, 1),
@@ -221,27 +251,55 @@ impl Bench {
         ] {
             self.kernel.write_policy(&tables(holder));
             let (base, ours, ratio) = self.compare(pairs, program, || {
-                let (key, reply) = keys(rng.below(flows));
-                let (pod, server) = ((POD, key.local_port), (key.remote.v4_octets(), key.remote_port));
-                let (frame, ifindex) = if program == Program::FromPod {
-                    (tcp(pod, server, ACK), POD_IF)
-                } else {
-                    (tcp(server, (EGRESS, reply.egress_port), ACK), UPLINK)
+                let nth = rng.below(flows);
+                let input = |family| {
+                    let frame = frame(family, program, nth);
+                    let ifindex = if program == Program::FromPod { POD_IF } else { UPLINK };
+                    Input { frame, ifindex, ..Input::default() }
                 };
-                Input { frame: frame.payload(&[7; 64]).frame(), ifindex, ..Input::default() }
+                (input(Family::V4), input(family))
             })?;
+            let (name, plural) =
+                (if family == Family::V4 { "IPv4" } else { "IPv6" }, if flows == 1 { "" } else { "s" });
             figures.push(Figure {
                 group,
-                what: format!("{what}, {flows} flow{}", if flows == 1 { "" } else { "s" }),
+                what: format!("{name} {what}, {flows} flow{plural}"),
                 value: format!("{} ns", ours.as_nanos()),
                 note: format!(
-                    "{ratio:.2} x and {} ns more than parse and redirect ({} ns); {pairs} pairs",
+                    "{ratio:.2} x and {} ns more than IPv4 parsed and redirected ({} ns); {pairs} pairs",
                     ours.saturating_sub(base).as_nanos(),
                     base.as_nanos()
                 ),
             });
         }
         self.kernel.write_policy(&tables(1));
+        Ok(())
+    }
+
+    /// The sweep of the whole table: of live flows, none of which goes, and of dead ones, all of which go.
+    fn sweeps(&mut self, figures: &mut Vec<Figure>, runs: u32) -> Result<()> {
+        for (what, age, live) in [("live", 0, limits::FLOWS), ("dead", seconds(7441), 0)] {
+            let mut times = vec![];
+            for _ in 0..runs {
+                self.flows = 0;
+                let seen = kernel::now().wrapping_sub(age);
+                for nth in 0..limits::FLOWS {
+                    let (key, reply_key) = keys(self.family, nth);
+                    self.put(&key, &reply_key, seen);
+                }
+                times.push(self.kernel.sweep());
+                let swept = self.kernel.swept();
+                let right = (swept.removed, swept.left) == (limits::FLOWS - live, live);
+                ensure!(right, "{} flows were removed and {} left", swept.removed, swept.left);
+            }
+            let longest = times.iter().max().copied().unwrap_or_default();
+            figures.push(Figure {
+                group: Group::Sweep,
+                what: format!("sweep of {} {what} flows", limits::FLOWS),
+                value: format!("{:.1} ms", median(&mut times).as_secs_f64() * 1e3),
+                note: format!("the longest {:.1} ms; {runs} runs", longest.as_secs_f64() * 1e3),
+            });
+        }
         Ok(())
     }
 
@@ -299,9 +357,10 @@ impl Bench {
             ("full, remembered as such", ports, Some(false)),
             ("full, searched", ports, Some(true)),
         ] {
+            let now = kernel::now();
             for nth in filled..until {
                 let (key, reply_key) = taken(nth * 7919 % ports); // 7919 is prime: each port once, spread
-                self.put(&key, &reply_key);
+                self.put(&key, &reply_key, now);
             }
             filled = until;
             let runs = if full == Some(true) { runs.min(200) } else { runs };
@@ -363,9 +422,42 @@ fn tuple_of(from: ([u8; 4], u16), to: ([u8; 4], u16)) -> Tuple {
 }
 
 /// Keys of the nth flow: a server each.
-fn keys(nth: u32) -> (FlowKey, ReplyKey) {
+fn keys(family: Family, nth: u32) -> (FlowKey, ReplyKey) {
     let [_, a, b, c] = nth.to_be_bytes();
-    ends([20, a, b, c], LOCAL_PORT, limits::FIRST_PORT + (nth % 4096) as u16)
+    let egress_port = limits::FIRST_PORT + (nth % 4096) as u16;
+    let (mut key, mut reply) = ends([20, a, b, c], LOCAL_PORT, egress_port);
+    if family == Family::V6 {
+        (key.pod, reply.egress) = (2, 2);
+        key.remote = v6(0x20, nth);
+        reply.remote = key.remote;
+    }
+    (key, reply)
+}
+
+/// A packet of the nth flow, before a program.
+fn frame(family: Family, program: Program, nth: u32) -> Vec<u8> {
+    let (key, reply) = keys(family, nth);
+    let outward = program == Program::FromPod;
+    if family == Family::V4 {
+        let server = (key.remote.v4_octets(), key.remote_port);
+        let packet = if outward {
+            tcp((POD, key.local_port), server, ACK)
+        } else {
+            tcp(server, (EGRESS, reply.egress_port), ACK)
+        };
+        return packet.payload(&[7; 64]).frame();
+    }
+    let (from, to, ports) = if outward {
+        (POD6, key.remote, [key.local_port, key.remote_port])
+    } else {
+        (key.remote, EGRESS6, [key.remote_port, reply.egress_port])
+    };
+    let ports = ports.map(u16::to_be_bytes);
+    // Its checksum is right or wrong: it is corrected all the same.
+    let segment =
+        [&ports.concat(), &[0, 0, 0, 1, 0, 0, 0, 2, 0x50, ACK, 0xff, 0xff, 0, 0, 0, 0][..], &[7; 64]];
+    let head = [0x86, 0xdd, 0x60, 0, 0, 0, 0, 84, TCP, 64];
+    [&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2][..], &head, &from.octets, &to.octets, &segment.concat()].concat()
 }
 
 fn ends(remote: [u8; 4], local_port: u16, egress_port: u16) -> (FlowKey, ReplyKey) {
@@ -381,7 +473,7 @@ fn median(times: &mut [Duration]) -> Duration {
     times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
-/// One selected pod and one egress IP, which this node (1) or another (2) holds.
+/// One selected pod and one egress IP of each family, which this node (1) or another (2) holds.
 fn tables(holder: u16) -> Memory {
     let mut t = Memory::new(1, 0);
     t.settings = Settings {
@@ -400,10 +492,11 @@ fn tables(holder: u16) -> Memory {
         rest: 65,
         ..Settings::default()
     };
-    let ip = Ip::v4(POD);
-    t.pods.insert(ip, Pod { id: 1, policy: 1, ifindex: POD_IF, pad: 0 });
-    let mode = DeliveryMode::Peer as u8;
-    t.delivery.insert(1, Delivery { ip, ifindex: POD_IF, mode, ..Delivery::default() });
+    for (id, ip) in [(1, Ip::v4(POD)), (2, POD6)] {
+        t.pods.insert(ip, Pod { id, policy: 1, ifindex: POD_IF, pad: 0 });
+        let mode = DeliveryMode::Peer as u8;
+        t.delivery.insert(id, Delivery { ip, ifindex: POD_IF, mode, ..Delivery::default() });
+    }
     for (ifindex, kind, guarded) in [(POD_IF, InterfaceKind::Pod, 1), (UPLINK, InterfaceKind::Uplink, 0)] {
         t.interfaces.insert(ifindex, Interface { kind: kind as u8, guarded, mac: [2; 6], bridge: 0 });
     }
@@ -418,15 +511,16 @@ fn tables(holder: u16) -> Memory {
     for (id, ip) in (1..).zip(NODES) {
         t.nodes.insert(id, Node { tunnel_ip: Ip::v4(ip) });
     }
-    let ip = Ip::v4(EGRESS);
-    t.egress_addrs.insert(ip, 1);
-    t.egress_ips.insert(1, EgressIp { ip, policy: 1, uplink: UPLINK, holder, ..EgressIp::default() });
-    let mut table = GranuleTable::default();
-    table.node[..usize::from(LEASE.count)].fill(1);
-    t.granules.insert(1, table);
-    t.leases.insert(1, Lease::of(&[LEASE]));
-    let mut policy = Policy { len: 1, ..Policy::default() };
-    policy.egress[0] = 1;
+    let mut policy = Policy { len: 2, ..Policy::default() };
+    for (id, ip) in [(1, Ip::v4(EGRESS)), (2, EGRESS6)] {
+        t.egress_addrs.insert(ip, id);
+        t.egress_ips.insert(id, EgressIp { ip, policy: 1, uplink: UPLINK, holder, ..EgressIp::default() });
+        let mut table = GranuleTable::default();
+        table.node[..usize::from(LEASE.count)].fill(1);
+        t.granules.insert(id, table);
+        t.leases.insert(id, Lease::of(&[LEASE]));
+        policy.egress[id as usize - 1] = id;
+    }
     t.policies.insert(1, policy);
     t
 }

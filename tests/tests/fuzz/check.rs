@@ -5,13 +5,15 @@ use std::ops::Range;
 use datapath::addr::Ip;
 use lab::kernel::{Program, Verdict};
 
-use crate::walk::{ETHERNET, ICMP6, SCTP, TCP, UDP, Walk, sctp_checksum, walk, walk_quoted, word};
+use crate::answers::answered;
+use crate::walk::{ETHERNET, SCTP, TCP, UDP, Walk, sctp_checksum, walk, walk_quoted, word};
 use crate::world;
 
 /// Checks a run and names what became of the packet.
 pub(crate) fn check(
     program: Program,
     verdict: Verdict,
+    ifindex: u32,
     before: &[u8],
     after: &[u8],
 ) -> Result<&'static str, String> {
@@ -24,7 +26,7 @@ pub(crate) fn check(
     if program == Program::ToPod {
         return Err("to_pod changes nothing".into());
     }
-    if let Some(outcome) = answered(program, verdict, before, after) {
+    if let Some(outcome) = answered(program, verdict, ifindex, before, after) {
         return outcome;
     }
     let may_change = match program {
@@ -69,62 +71,6 @@ pub(crate) fn address_of(frame: &[u8], range: Range<usize>) -> Ip {
         return Ip::v4(v4);
     }
     Ip { octets: bytes.try_into().expect("an IPv6 address has 16 bytes") }
-}
-
-/// Answers that a program makes itself: ARP (RFC 826), neighbour advertisements (RFC 4861, 4.4), ICMP errors and
-/// resets towards who sent the packet.
-fn answered(
-    program: Program,
-    verdict: Verdict,
-    before: &[u8],
-    after: &[u8],
-) -> Option<Result<&'static str, String>> {
-    if word(before, 12) == Some(0x0806) {
-        let right = program == Program::FromUplink
-            && verdict == Verdict::Redirect
-            && before.len() >= 42
-            && before.len() == after.len()
-            && before[14..22] == [0, 1, 8, 0, 6, 4, 0, 1]
-            && after[14..22] == [0, 1, 8, 0, 6, 4, 0, 2]
-            && after[..6] == before[22..28]
-            && after[6..12] == after[22..28]
-            && after[28..32] == before[38..42]
-            && after[32..38] == before[22..28]
-            && after[38..42] == before[28..32]
-            && after[42..] == before[42..]
-            && after[12..14] == before[12..14]
-            && world::is_egress(address_of(after, 28..32));
-        return Some(if right { Ok("ARP answered") } else { Err("not what answers ARP".into()) });
-    }
-    let (asked, answer) = (walk(before)?, walk(after)?);
-    let sound = answer.header_sum(after) == 0 && answer.transport_sum(after) == 0;
-    let kind = *after.get(answer.l4)?;
-    let solicited = asked.protocol == ICMP6 && before.get(asked.l4) == Some(&135);
-    if solicited && answer.protocol == ICMP6 && kind == 136 {
-        let target = |w: &Walk| w.l4 + 8..w.l4 + 24;
-        let right = sound
-            && program == Program::FromUplink
-            && verdict == Verdict::Redirect
-            && answer.l4 + 24 <= answer.end
-            && before[target(&asked)] == after[target(&answer)]
-            && after[answer.ip + 7] == 255
-            && world::is_egress(address_of(after, target(&answer)));
-        return Some(if right { Ok("ND answered") } else { Err("not what answers ND".into()) });
-    }
-    // A translation of an error is longer or shorter than its packet by nothing, and is about another one.
-    let error = answer.is_icmp()
-        && if answer.v6 { matches!(kind, 1..=4) } else { matches!(kind, 3 | 11 | 12) }
-        && before.len() != after.len();
-    let reset = answer.protocol == TCP && before.len() != after.len() && after.get(answer.l4 + 13)? & 4 != 0;
-    if !(error || reset) {
-        return None;
-    }
-    let back = before[asked.source()] == after[answer.destination()];
-    Some(match (sound && back, error) {
-        (false, _) => Err(format!("an answer that is not sound, or not to who asked; sound: {sound}")),
-        (true, true) => Ok("an ICMP error made"),
-        (true, false) => Ok("a reset made"),
-    })
 }
 
 /// A translation: which bytes it may change, and what must still hold of them.

@@ -7,6 +7,7 @@
 //! `OUTGATE_FUZZ_CASES` says how many packets; the full run is 1,000,000. `OUTGATE_FUZZ_SEED` says where the
 //! generator starts: with it the same packets come again (the ports and tokens that the kernel draws do not).
 
+mod answers;
 mod check;
 mod packets;
 mod rng;
@@ -23,13 +24,13 @@ use datapath::addr::Ip;
 use datapath::keys::{Flow, FlowKey, Token, Tuple};
 use datapath::verdict::DropReason;
 use lab::kernel::interfaces::{OTHER_POD, POD, PORT, SECOND_UPLINK, TUNNEL, UPLINK};
-use lab::kernel::{self, Input, Kernel, Program, State, enter_node_network};
+use lab::kernel::{self, Input, Kernel, Program, State, enter_node_network, route_ipv6};
 use lab::packet::arp;
 
 use crate::packets::{End, error_about, garbage, is_v6, mutate, packet, solicitation};
 use crate::rng::Rng;
-use crate::walk::{ICMP, ICMP6, SCTP, TCP, UDP, fix_sums};
-use crate::world::{BRIDGE, EGRESS, INSIDE, NODES, OUTSIDE, PASS, PODS, VNI, of_family, port_of};
+use crate::walk::{ICMP, ICMP6, SCTP, TCP, UDP, fix_sums, walk};
+use crate::world::{BRIDGE, EGRESS, INSIDE, NODES, OUTSIDE, PASS, PODS, PREFIX6, VNI, of_family, port_of};
 
 /// Cases between two fillings of the tables.
 const BATCH: u64 = 5000;
@@ -41,21 +42,35 @@ const CAPACITY: u32 = 8192;
 /// (`bpf_prog_test_run_skb`, `net/bpf/test_run.c`).
 const LEAST: [usize; 2] = [34, 54];
 
-/// What must have come about, or the run shows nothing.
-const WANTED: [&str; 10] = [
-    "FromPod v4: next",
-    "FromPod v4: translated, redirected",
-    "ToUplink v4: translated, on",
-    "ToUplink v4: translated, redirected",
-    "FromUplink v4: steered",
-    "FromUplink v4: a reply, redirected",
-    "FromUplink v4: a reply, up",
-    "FromUplink ARP: ARP answered",
-    "FromTunnel v4: steered",
-    "FromTunnel v4: a reply, redirected",
+/// What must have come about, or the run shows nothing; of IPv4 and of IPv6.
+const WANTED: [&str; 22] = [
+    "FromPod: next",
+    "FromPod: translated, redirected",
+    "FromPod SCTP: translated, redirected",
+    "FromPod later fragment: translated, redirected",
+    "FromPod: told too big",
+    "ToUplink: translated, on",
+    "ToUplink: translated, redirected",
+    "ToUplink SCTP: translated, on",
+    "ToUplink later fragment: translated, on",
+    "ToUplink: reset",
+    "FromUplink: steered",
+    "FromUplink SCTP: steered",
+    "FromUplink later fragment: steered",
+    "FromUplink: a reply, redirected",
+    "FromUplink SCTP: a reply, redirected",
+    "FromUplink later fragment: a reply, redirected",
+    "FromUplink: a reply, up",
+    "FromTunnel: steered",
+    "FromTunnel SCTP: steered",
+    "FromTunnel: a reply, redirected",
+    "FromTunnel SCTP: a reply, redirected",
+    "FromTunnel later fragment: a reply, redirected",
 ];
+/// What comes about in one family only.
+const WANTED_ONCE: [&str; 2] = ["FromUplink ARP: ARP answered", "FromUplink v6: ND answered"];
 /// Why packets must have been dropped.
-const WANTED_DROPS: [DropReason; 7] = [
+const WANTED_DROPS: [DropReason; 11] = [
     DropReason::Malformed,
     DropReason::SpoofedSource,
     DropReason::Fragment,
@@ -63,6 +78,10 @@ const WANTED_DROPS: [DropReason; 7] = [
     DropReason::NoReplyFlow,
     DropReason::NoRange,
     DropReason::TunnelNotAllowed,
+    DropReason::TtlExpired,
+    DropReason::TooBig,
+    DropReason::TokenLost,
+    DropReason::Protocol,
 ];
 
 /// How often each outcome came about.
@@ -107,21 +126,30 @@ fn nothing_is_translated_wrongly() {
     let ran: u64 = met.iter().filter(|(outcome, _)| !outcome.starts_with("drop: ")).map(|(_, n)| n).sum();
     println!("{ran} packets, {:.1} s with {threads} threads, seed {seed}", begin.elapsed().as_secs_f32());
     assert_eq!(ran, cases);
-    let dropped = |outcome: &str| outcome.ends_with(": dropped");
+    // What is answered in its sender's place has gone no further either.
+    let lost = [": dropped", ": told too big", ": reset"];
     let counted: u64 = met.iter().filter(|(o, _)| o.starts_with("drop: ")).map(|(_, n)| n).sum();
-    let lost: u64 = met.iter().filter(|(o, _)| dropped(o)).map(|(_, n)| n).sum();
+    let lost: u64 = met.iter().filter(|(o, _)| lost.iter().any(|l| o.ends_with(l))).map(|(_, n)| n).sum();
     assert_eq!(lost, counted, "every drop is counted under one reason");
-    if cases >= 100_000 {
-        let reasons = WANTED_DROPS.iter().map(|reason| format!("drop: {}", reason.name()));
-        for outcome in WANTED.iter().map(|outcome| (*outcome).to_owned()).chain(reasons) {
-            assert!(met.contains_key(&outcome), "no packet met {outcome}");
-        }
+    if cases >= 200_000 {
+        let both = |outcome: &&str| {
+            ["v4", "v6"].map(|family| {
+                let (program, rest) = outcome.split_at(outcome.find([' ', ':']).expect("a program's name"));
+                format!("{program} {family}{rest}")
+            })
+        };
+        let once = WANTED_ONCE.map(str::to_owned);
+        let reasons = WANTED_DROPS.map(|reason| format!("drop: {}", reason.name()));
+        let wanted = WANTED.iter().flat_map(both).chain(once).chain(reasons);
+        let missing: Vec<_> = wanted.filter(|outcome| !met.contains_key(outcome)).collect();
+        assert!(missing.is_empty(), "no packet met {missing:#?}");
     }
 }
 
 /// Takes batches until there are none left.
 fn work(seed: u64, cases: u64, next: &AtomicU64) -> Met {
     enter_node_network();
+    route_ipv6(PREFIX6);
     let mut kernel = Kernel::load(CAPACITY);
     let t = world::policy_tables(CAPACITY as usize);
     kernel.write(&t);
@@ -153,12 +181,17 @@ fn work(seed: u64, cases: u64, next: &AtomicU64) -> Met {
                 Some([8, 6]) => "ARP",
                 _ => "other",
             };
-            *counts.entry((case.program as u8, family, outcome)).or_insert(0_u64) += 1;
+            let kind = match walk(&case.input.frame) {
+                Some(walk) if walk.later => " later fragment",
+                Some(walk) if walk.protocol == SCTP => " SCTP",
+                _ => "",
+            };
+            *counts.entry((case.program as u8, family, kind, outcome)).or_insert(0_u64) += 1;
         }
     }
-    for ((program, family, outcome), count) in counts {
+    for ((program, family, kind, outcome), count) in counts {
         let program = Program::ALL[usize::from(program)];
-        met.insert(format!("{program:?} {family}: {outcome}"), count);
+        met.insert(format!("{program:?} {family}{kind}: {outcome}"), count);
     }
     for (reason, count) in DropReason::ALL.iter().zip(kernel.drops()) {
         if count.packets > 0 {
@@ -176,11 +209,10 @@ fn run(kernel: &mut Kernel, case: &Case, after: &mut Vec<u8>) -> Result<&'static
         Err(error) => return Err(format!("the run failed: {error:?}")),
     };
     let marked = case.input.hash == PASS;
-    // IPv6 is not translated yet, nor held.
-    if !marked && !is_v6(after) && case.input.ingress != 0 && check::leaks(case.program, verdict, after) {
+    if !marked && case.input.ingress != 0 && check::leaks(case.program, verdict, after) {
         return Err("a selected pod's packet leaves with the pod's address".into());
     }
-    check::check(case.program, verdict, before, after)
+    check::check(case.program, verdict, case.input.ifindex, before, after)
 }
 
 fn case(rng: &mut Rng, flows: &[(FlowKey, Flow)]) -> Case {

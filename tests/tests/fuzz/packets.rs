@@ -12,6 +12,8 @@ pub(crate) type End = (Ip, u16);
 pub(crate) fn packet(rng: &mut Rng, protocol: u8, from: End, to: End, asks: bool) -> Vec<u8> {
     let payload = match rng.below(50) {
         0 => vec![7; rng.below(1440)],
+        // About what fits.
+        1 => vec![7; 1380 + rng.below(80)],
         _ => rng.bytes(24),
     };
     let transport = match protocol {
@@ -22,7 +24,9 @@ pub(crate) fn packet(rng: &mut Rng, protocol: u8, from: End, to: End, asks: bool
         }
         SCTP => {
             let len = (4 + payload.len() as u16).to_be_bytes();
-            let chunk = [0, 3, len[0], len[1]];
+            // DATA, INIT, INIT ACK, ABORT, SHUTDOWN COMPLETE (RFC 9260, 3.2).
+            let kind = if rng.percent(60) { u8::from(asks) } else { rng.pick(&[0, 2, 6, 14]) };
+            let chunk = [kind, 3, len[0], len[1]];
             [&from.1.to_be_bytes()[..], &to.1.to_be_bytes(), &[1, 2, 3, 4, 0, 0, 0, 0], &chunk, &payload]
                 .concat()
         }
@@ -71,11 +75,13 @@ fn tcp(rng: &mut Rng, from: u16, to: u16, asks: bool, payload: &[u8]) -> Vec<u8>
 
 /// An IP packet in a frame. Its ends must be of one family.
 fn in_ip(rng: &mut Rng, protocol: u8, from: Ip, to: Ip, transport: &[u8]) -> Vec<u8> {
-    let macs = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+    let group = u8::from(rng.percent(2));
+    let macs = [2 | group, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
     let hops = rng.pick(&[64, 64, 64, 64, 64, 255, 2, 1, 0]);
     if from.is_v4() {
         let len = (20 + transport.len() as u16).to_be_bytes();
-        let head = [0x45, 0, len[0], len[1], 0, 7, 0x40, 0, hops, protocol, 0, 0];
+        let dont_fragment = if rng.percent(80) { 0x40 } else { 0 };
+        let head = [0x45, 0, len[0], len[1], 0, 7, dont_fragment, 0, hops, protocol, 0, 0];
         [&macs[..], &[8, 0], &head, &from.v4_octets(), &to.v4_octets(), transport].concat()
     } else {
         let len = (transport.len() as u16).to_be_bytes();
@@ -103,8 +109,12 @@ pub(crate) fn error_about(rng: &mut Rng, from: Ip, to: Ip, about: &[u8]) -> Vec<
 
 /// A neighbour solicitation (RFC 4861, 4.3).
 pub(crate) fn solicitation(rng: &mut Rng, from: Ip, target: Ip) -> Vec<u8> {
-    let option = [1, 1, 2, 9, 9, 9, 9, rng.next() as u8];
-    let message = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &target.octets, &option].concat();
+    // An asker without an address tries the target out for himself, and gives no link-layer address (4.3).
+    let nobody = rng.percent(20);
+    let from = if nobody { Ip::UNSPECIFIED } else { from };
+    let own = [1, 1, 2, 9, 9, 9, 9, rng.next() as u8];
+    let options = if nobody || rng.percent(20) { &[][..] } else { &own };
+    let message = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &target.octets, options].concat();
     let mut group = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, 0, 0, 0];
     group[13..].copy_from_slice(&target.octets[13..]);
     let to = if rng.percent(50) { target } else { Ip { octets: group } };

@@ -29,6 +29,12 @@ const fn v6(network: u16, last: u16) -> Ip {
     Ip { octets: [0xfd, 0, a, b, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, c, d] }
 }
 
+/// What fits a packet's way, in bytes of IP.
+pub(crate) const MTU: u16 = 1450;
+/// Where IPv6 errors come from; IPv4's come from the first of [`NODES`].
+pub(crate) const ROUTER6: Ip = v6(0x18, 0x11);
+/// A prefix of every IPv6 address here but groups.
+pub(crate) const PREFIX6: &str = "fd00::/16";
 pub(crate) const NODES: [Ip; 2] = [Ip::v4([172, 18, 0, 11]), Ip::v4([172, 18, 0, 12])];
 /// Address, whether selected, the interface that it may speak by, and the one that it is known by.
 pub(crate) const PODS: [(Ip, bool, u32, u32); 6] = [
@@ -64,6 +70,11 @@ pub(crate) const INSIDE: [Ip; 6] = [
     v6(0x96, 0x10),
     Ip { octets: [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] },
 ];
+
+/// The link-layer address of an interface.
+pub(crate) const fn mac_of(ifindex: u32) -> [u8; 6] {
+    [2, 0, 0, 0, 0xa, ifindex as u8]
+}
 
 pub(crate) fn is_egress(address: Ip) -> bool {
     EGRESS.contains(&address)
@@ -102,7 +113,7 @@ pub(crate) fn policy_tables(capacity: usize) -> Memory {
         tunnel_port: 4795,
         tunnel_vni: VNI,
         tunnel_ifindex: TUNNEL,
-        mtu: 1450,
+        mtu: MTU,
         pass_token: PASS,
         hold_unknown: 1,
         spread: 2, // by connection: all addresses of the object are used
@@ -112,7 +123,7 @@ pub(crate) fn policy_tables(capacity: usize) -> Memory {
         icmp: 60,
         rest: 65,
         router_v4: NODES[0],
-        router_v6: v6(0x18, 0x11),
+        router_v6: ROUTER6,
         ..Settings::default()
     };
     for (id, (ip, selected, port, ifindex)) in (1..).zip(PODS) {
@@ -128,7 +139,7 @@ pub(crate) fn policy_tables(capacity: usize) -> Memory {
         (UPLINK, InterfaceKind::Uplink, 0, 0),
         (SECOND_UPLINK, InterfaceKind::Uplink, 0, 0),
     ] {
-        let mac = [2, 0, 0, 0, 0xa, ifindex as u8];
+        let mac = mac_of(ifindex);
         t.interfaces.insert(ifindex, Interface { kind: kind as u8, guarded, mac, bridge });
     }
     for (ip, len, kind) in [
