@@ -461,6 +461,13 @@ impl Compiler<'_> {
         }
     }
 
+    /// The uplink of a default route, else any: where packets are decided that skip the host's stack.
+    fn some_uplink(&self) -> IfIndex {
+        let f = self.facts;
+        let default = [f.default_v4, f.default_v6].into_iter().flatten().find(|i| f.uplinks.contains_key(i));
+        default.or(f.uplinks.keys().next().copied()).unwrap_or(0)
+    }
+
     /// This node's address of a family: the one that the Node object names if it is there, else one of the
     /// uplink of the default route, else of any uplink; unspecified if there is none.
     fn router_address(&self, v6: bool) -> Ip {
@@ -493,6 +500,7 @@ impl Compiler<'_> {
             mtu: flow_mtu(self.desired, self.facts),
             uplink_mtu: clamp(self.facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0)),
             offload: config.offload as u8,
+            uplink: self.some_uplink(),
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
             hold_unknown: u8::from(config.hold_unknown),

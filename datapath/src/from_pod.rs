@@ -282,7 +282,7 @@ fn opened_by_remote<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &Flo
 /// Keeps the packet's tuple under a fresh token.
 #[inline(always)]
 fn identify<T: Tables, A: Act<FromPod>>(t: &T, pod: &Pod, tuple: &Tuple, to: &A) -> A::Done {
-    let token = Token { pod: pod.id, policy: pod.policy, tuple: *tuple };
+    let token = Token { pod: pod.id, policy: pod.policy, tuple: *tuple, direct: 0 };
     for _ in 0..TOKEN_TRIES {
         let hash = t.random() | 1; // an skb hash of 0 means "none"
         match t.insert_token(hash, &token) {

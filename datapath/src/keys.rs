@@ -235,6 +235,8 @@ pub struct Token {
     pub policy: PolicyId,
     /// As the pod sent it.
     pub tuple: Tuple,
+    /// 1: the packet comes to `to_uplink` past the host's stack, without a next hop.
+    pub direct: u32,
 }
 
 /// `FRAGMENTS`: a datagram that came in fragments.
@@ -473,6 +475,8 @@ pub struct Settings {
     pub next_policy: PolicyId,
     /// The next egress id to give.
     pub next_egress: EgressId,
+    /// An uplink, for what goes to one past the host's stack; 0: there is none.
+    pub uplink: IfIndex,
     /// This node's address that IPv4 errors made by the programs come from; unspecified: none are made.
     pub router_v4: Ip,
     /// The same for IPv6.
@@ -498,7 +502,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 48, FragmentKey = 40, FragmentHead = 60, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 88,
+    Token = 52, FragmentKey = 40, FragmentHead = 64, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 92,
     u32 = 4,
 }
 

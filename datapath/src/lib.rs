@@ -18,6 +18,7 @@ extern crate std;
 pub mod addr;
 pub mod conntrack;
 pub mod crc32c;
+pub mod departure;
 pub mod fragments;
 pub mod from_pod;
 pub mod from_tunnel;

@@ -104,7 +104,10 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         None => first_packet(t, settings, token, &key, packet),
     };
     let translated = match found {
-        Ok((egress, port)) => way_out(t, settings, egress, uplink).map(|way| (egress, port, way)),
+        Ok((egress, port)) => {
+            let here = if token.direct != 0 { 0 } else { uplink };
+            way_out(t, settings, egress, here).map(|way| (egress, port, way))
+        }
         Err(New::Refused(reason)) => Err(reason),
         Err(New::NodeIp) => return to.act(ToUplink::Pass),
     };

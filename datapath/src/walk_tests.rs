@@ -137,6 +137,11 @@ fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
     }
 }
 
+/// A packet, where any does.
+pub(crate) fn any_packet() -> Packet {
+    tcp((POD, 40000), (SERVER, 80), SYN)
+}
+
 fn tcp(from: (Ip, u16), to: (Ip, u16), flags: u8) -> Packet {
     packet(Kind::Tcp, from, to, flags)
 }

@@ -68,10 +68,7 @@ impl Act<FromPod> for AfterPod<'_> {
                 skb.clear_hash();
                 NEXT
             }
-            FromPod::Identify(token) => {
-                skb.set_hash(token);
-                NEXT
-            }
+            FromPod::Identify(token) => send::depart(skb, headers, token),
             FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
             FromPod::TooBig(mtu) => send::too_big(skb, headers, mtu),
             FromPod::Drop(reason) => drop(skb, reason),

@@ -1,12 +1,13 @@
 //! Ways a packet takes: out of an uplink, through the tunnel, to a pod, into the host's stack.
 
 use aya_ebpf::bindings::{
-    BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-    BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
-    bpf_redir_neigh,
+    BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+    BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, TC_ACT_SHOT,
+    bpf_fib_lookup as FibLookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use datapath::addr::Ip;
+use datapath::departure::{self, Departure, Route};
 use datapath::keys::{Delivery, DeliveryMode, Tuple};
 use datapath::tables::Tables as _;
 use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
@@ -33,6 +34,43 @@ pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
         Way::Here => NEXT,
         Way::Uplink(uplink) => out_of(skb, &snat.source, headers, uplink),
         Way::Tunnel(node) => through_tunnel(skb, &node),
+    }
+}
+
+/// Sends the packet of a new flow on its way, with its token.
+#[inline(always)]
+pub fn depart(skb: &Skb, headers: &Headers, token: u32) -> i32 {
+    skb.set_hash(token);
+    if !departure::asks(&Maps, &headers.packet) {
+        return NEXT;
+    }
+    let Some(settings) = Maps.settings() else { return drop(skb, DropReason::NotReady) };
+    match departure::depart(&Maps, settings, &headers.packet, route_of(skb, headers)) {
+        Departure::Up => NEXT,
+        Departure::Direct(uplink) => {
+            Maps.set_direct(token);
+            skb.clear_mark();
+            match rewrite::hop(skb, headers) {
+                // SAFETY: plain integers.
+                Ok(()) => unsafe { bpf_redirect(uplink, 0) as i32 },
+                Err(Refused) => drop(skb, DropReason::Rewrite),
+            }
+        }
+        Departure::Drop(reason) => drop(skb, reason),
+    }
+}
+
+/// What the node's routes say of a packet that came in by a pod's interface.
+#[inline(never)]
+fn route_of(skb: &Skb, headers: &Headers) -> Route {
+    let tuple = &headers.packet.tuple;
+    let port = Maps.interface(skb.ifindex()).unwrap_or_default();
+    let input = if port.bridge != 0 { port.bridge } else { skb.ifindex() };
+    match look_up(skb, (&tuple.source, &tuple.destination), tuple, input, 0) {
+        (SUCCESS | NO_NEIGH | FRAG_NEEDED, Some(fib)) => Route::By(fib.ifindex),
+        // Neither a route nor a refusal (bpf_ipv4_fib_lookup, net/core/filter.c).
+        (NOT_FWDED, _) => Route::None,
+        _ => Route::Host,
     }
 }
 
@@ -173,17 +211,22 @@ fn clamp_mss(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
     rewrite::clamp_mss(skb, headers, Maps.settings().map_or(0, |s| s.mtu))
 }
 
-/// Asks the node's routes, all tables and rules, for interface and next hop between two addresses. `ifindex` is
-/// the interface to leave by with `BPF_FIB_LOOKUP_OUTPUT`, else the one the packet came in by.
+const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
+const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
+const FRAG_NEEDED: i64 = BPF_FIB_LKUP_RET_FRAG_NEEDED as i64;
+const NOT_FWDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;
+
+/// Asks the node's routes, all tables and rules, for the way between two addresses. `ifindex` is the interface to
+/// leave by with `BPF_FIB_LOOKUP_OUTPUT`, else the one the packet came in by. Gives the helper's answer.
 #[inline(always)]
-fn route(
+fn look_up(
     skb: &Skb,
     (source, destination): (&Ip, &Ip),
     tuple: &Tuple,
     ifindex: u32,
     flags: u32,
-) -> Result<(u32, &'static mut bpf_redir_neigh), DropReason> {
-    let Ok(Request { fib, next_hop, .. }) = request() else { return Err(DropReason::NoRoute) };
+) -> (i64, Option<&'static mut FibLookup>) {
+    let Ok(Request { fib, .. }) = request() else { return (-1, None) };
     // SAFETY: all zeros is a value of this plain struct.
     unsafe { core::ptr::write_bytes(&raw mut *fib, 0, 1) };
     fib.ifindex = ifindex;
@@ -200,11 +243,23 @@ fn route(
         fib.__bindgen_anon_4.ipv6_dst = words(destination);
     }
     let flags = flags | BPF_FIB_LOOKUP_SKIP_NEIGH;
+    let size = size_of::<FibLookup>() as i32;
     // SAFETY: the helper reads and writes the struct at its full size.
-    let result = unsafe { bpf_fib_lookup(skb.as_ptr(), &raw mut *fib, size_of::<FibLookup>() as i32, flags) };
-    const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
-    const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
-    const FRAG_NEEDED: i64 = BPF_FIB_LKUP_RET_FRAG_NEEDED as i64;
+    let result = unsafe { bpf_fib_lookup(skb.as_ptr(), &raw mut *fib, size, flags) };
+    (result, Some(fib))
+}
+
+/// Interface and next hop for [`look_up`].
+#[inline(always)]
+fn route(
+    skb: &Skb,
+    addresses: (&Ip, &Ip),
+    tuple: &Tuple,
+    ifindex: u32,
+    flags: u32,
+) -> Result<(u32, &'static mut bpf_redir_neigh), DropReason> {
+    let (result, fib) = look_up(skb, addresses, tuple, ifindex, flags);
+    let (Some(fib), Ok(Request { next_hop, .. })) = (fib, request()) else { return Err(DropReason::NoRoute) };
     match result {
         SUCCESS | NO_NEIGH => {}
         // The helper compares the packet with the device's MTU (bpf_ipv4_fib_lookup, net/core/filter.c).

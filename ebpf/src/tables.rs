@@ -65,6 +65,15 @@ fn count_flow(pod: PodId, more: bool) {
 }
 
 impl Maps {
+    /// Notes of a token that its packet comes past the host's stack.
+    #[inline(always)]
+    pub fn set_direct(&self, hash: u32) {
+        if let Some(token) = maps::TOKENS.get_ptr_mut(&hash) {
+            // SAFETY: valid until the end of the RCU section, and nobody else's: its number is not out yet.
+            unsafe { (*token).direct = 1 };
+        }
+    }
+
     /// Puts the token back that this CPU has taken last, under its number.
     #[inline(always)]
     pub fn give_token_back(&self, hash: u32) {

@@ -415,7 +415,7 @@ impl Node {
             pad: [0; 3],
         };
         let hash = 0x4000_0000 | u32::from(c.local.1);
-        self.kernel.put_token(hash, &Token { pod: c.pod, policy: 1, tuple });
+        self.kernel.put_token(hash, &Token { pod: c.pod, policy: 1, tuple, direct: 0 });
         let (_, ingress) = PODS[c.pod as usize - 1];
         Input {
             frame: tcp(c.local, c.server, SYN).frame(),

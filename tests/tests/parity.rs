@@ -17,6 +17,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, seconds};
+use datapath::departure::{Departure, Route, asks, depart};
 use datapath::fragments::{Place, recall};
 use datapath::from_uplink::claims;
 use datapath::keys::{
@@ -444,7 +445,7 @@ impl Oracle<'_> {
             FromPod::NotOurs => self.untouched(),
             FromPod::Pass => self.next(frame, self.memory.settings.pass_token),
             FromPod::Unmarked => self.next(frame, 0),
-            FromPod::Identify(token) => self.next(frame, token),
+            FromPod::Identify(token) => self.departs(token),
             FromPod::Translate(snat) => {
                 let mut frame = frame;
                 hop(&mut frame);
@@ -458,6 +459,35 @@ impl Oracle<'_> {
                 if known { Fate::Answer(DropReason::TooBig) } else { Fate::Drop(DropReason::TooBig) }
             }
             FromPod::Drop(reason) => Fate::Drop(reason),
+        }
+    }
+
+    /// The packet of a new flow, by the routes of [`enter_node_network`].
+    fn departs(&self, token: u32) -> Fate {
+        let mut frame = self.input.frame.clone();
+        let (memory, packet) = (self.memory, self.packet.expect("a packet"));
+        if !asks(memory, &packet) {
+            return self.next(frame, token);
+        }
+        let destination = &packet.tuple.destination;
+        let port = memory.interface(self.input.ifindex).unwrap_or_default();
+        let route = match network_of(destination) {
+            // There is no such bridge.
+            _ if port.bridge != 0 => Route::Host,
+            _ if is_on_interface(destination) => Route::None,
+            SECOND_NETWORK | BEHIND_SECOND => Route::By(SECOND_UPLINK),
+            _ => Route::By(UPLINK),
+        };
+        match depart(memory, &memory.settings, &packet, route) {
+            Departure::Up => self.next(frame, token),
+            Departure::Direct(_) => {
+                if let Some(token) = memory.tokens.borrow_mut().get_mut(&token) {
+                    token.direct = 1;
+                }
+                hop(&mut frame);
+                self.redirect(frame, token, None)
+            }
+            Departure::Drop(reason) => Fate::Drop(reason),
         }
     }
 
@@ -626,6 +656,8 @@ fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
         tunnel_vni: VNI,
         tunnel_ifindex: TUNNEL,
         mtu: rng.pick(&[0, 576, 1450]),
+        offload: rng.pick(&[1, 1, 1, 2, 3]),
+        uplink: rng.pick(&[0, UPLINK, UPLINK]),
         pass_token: rng.next() as u32 | 1,
         unassigned: u8::from(rng.percent(30)),
         spread: rng.pick(&[1, 2]),
@@ -778,7 +810,9 @@ fn flow_tables(rng: &mut Rng, t: &Memory) {
         };
         let policy = t.pods.get(&tuple.source).map_or(1, |pod| pod.policy);
         let policy = if rng.percent(92) { policy } else { rng.pick(&[0, 1, 2, 3]) };
-        t.tokens.borrow_mut().insert(rng.next() as u32 | 1, Token { pod, policy, tuple });
+        t.tokens
+            .borrow_mut()
+            .insert(rng.next() as u32 | 1, Token { pod, policy, tuple, direct: u32::from(rng.percent(20)) });
     }
     for _ in 0..12 {
         fragment_head(rng, t);
