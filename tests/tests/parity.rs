@@ -548,8 +548,10 @@ impl Oracle<'_> {
         // To IPv6 the interface asked for is a wish: the route is the best one, wherever it leads.
         let known = matches!(uplink, UPLINK | SECOND_UPLINK);
         let found = known && (by_itself == uplink || default || !destination.is_v4());
+        // IPv4 asks for another interface's own address by the default route.
+        let own = is_on_interface(&destination) && (by_itself == uplink || !destination.is_v4());
         match () {
-            () if !found || is_on_interface(&destination) => Fate::Drop(DropReason::NoRoute),
+            () if !found || own => Fate::Drop(DropReason::NoRoute),
             () if self.is_too_long() => Fate::Drop(DropReason::TooBig),
             () if by_itself != uplink && !destination.is_v4() => Fate::Drop(DropReason::NoRoute),
             () => self.redirect(frame, hash, None),

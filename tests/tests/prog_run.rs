@@ -6,7 +6,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use datapath::addr::Ip;
 use datapath::conntrack::{FlowState, seconds};
 use datapath::keys::{
-    Delivery, DeliveryMode, EgressIp, GranuleRange, GranuleTable, Interface, InterfaceKind, Lease,
+    Delivery, DeliveryMode, EgressIp, GranuleRange, GranuleTable, Guard, Interface, InterfaceKind, Lease,
     NetworkKey, NetworkKind, Node, Pod, Policy, ReplyKey, Settings,
 };
 use datapath::memory::Memory;
@@ -129,7 +129,7 @@ fn tables(holder: u16) -> Memory {
         t.delivery.insert(id, Delivery { ip, ifindex, mode, ..Delivery::default() });
     }
     for (ifindex, kind, guarded, mac) in [
-        (POD_IF, InterfaceKind::Pod, 1, [0; 6]),
+        (POD_IF, InterfaceKind::Pod, Guard::Own as u8, [0; 6]),
         (OTHER_IF, InterfaceKind::Pod, 0, [0; 6]),
         (UPLINK, InterfaceKind::Uplink, 0, UPLINK_MAC),
         (SECOND_UPLINK, InterfaceKind::Uplink, 0, [2; 6]),
@@ -495,9 +495,6 @@ fn checksums_in_odd_cases() {
         check(&|from| udp(from, server).no_checksum(), "no checksum stays none");
         check(&|from| udp(from, server).payload(b"odd"), "an odd length");
         check(&|from| Built { padding: 18, ..udp(from, server).payload(b"") }, "padding");
-        if f.pod.is_v4() {
-            check(&|from| udp(from, server).ip_options(&[1, 1, 1, 1, 148, 4, 0, 0]), "IP options");
-        }
         // A checksum of 0 would say "none": it is sent as 0xffff. This datum leads there.
         let leads_there = |from: End| {
             let datum = (0..=u16::MAX).map(u16::to_be_bytes).find(|datum| {
@@ -534,20 +531,24 @@ fn mss_is_lowered(rig: &mut Rig, f: &Family) {
     let values = [(9000, most), (1460, most), (most + 1, most), (most, most), (536, 536)];
     let cases = prefixes.iter().flat_map(|prefix| values.map(|(before, after)| (*prefix, before, after)));
     let options = |prefix: &[u8], value| [prefix, &mss(value), &[4, 2]].concat();
+    // One that opens a connection walks up the host's stack; the others that have the option do not.
+    let opening = |from| tcp(from, server, SYN).tcp_options(&options(&[], 9000));
+    let lowered = tcp(out, server, SYN).tcp_options(&options(&[], most));
+    assert_eq!(rig.walk_up(&opening(pod), &opening((f.nodes[0], MASQUERADE))), redirected(&lowered));
     for (prefix, before, after) in cases.clone() {
-        let sent = from_pod(&tcp(pod, server, SYN).tcp_options(&options(prefix, before)));
-        let expected = tcp(out, server, SYN).tcp_options(&options(prefix, after)).hop();
+        let sent = from_pod(&tcp(pod, server, SYN | ACK).tcp_options(&options(prefix, before)));
+        let expected = tcp(out, server, SYN | ACK).tcp_options(&options(prefix, after)).hop();
         assert_eq!(rig.fate(Program::FromPod, &sent), redirected(&expected), "{prefix:?} {before}");
     }
     // Options that make no sense are the receiver's to judge; data that looks like an option is none.
     for options in [&[2, 3, 0x23, 0x28][..], &[5, 0, 2, 4, 0x23, 0x28, 0, 0], &[0, 2, 4, 0x23, 0x28, 0, 0, 0]]
     {
-        let sent = tcp(pod, server, SYN).tcp_options(options);
-        let expected = tcp(out, server, SYN).tcp_options(options).hop();
+        let sent = tcp(pod, server, SYN | ACK).tcp_options(options);
+        let expected = tcp(out, server, SYN | ACK).tcp_options(options).hop();
         assert_eq!(rig.fate(Program::FromPod, &from_pod(&sent)), redirected(&expected), "{options:?}");
     }
-    let sent = from_pod(&tcp(pod, server, SYN).payload(&mss(9000)));
-    let expected = tcp(out, server, SYN).payload(&mss(9000)).hop();
+    let sent = from_pod(&tcp(pod, server, SYN | ACK).payload(&mss(9000)));
+    let expected = tcp(out, server, SYN | ACK).payload(&mss(9000)).hop();
     assert_eq!(rig.fate(Program::FromPod, &sent), redirected(&expected));
     for (prefix, before, after) in cases {
         let reply = from_tunnel(&tcp(server, out, SYN | ACK).tcp_options(&options(prefix, before)));
@@ -637,6 +638,11 @@ fn icmp_errors_are_translated_with_what_they_quote() {
         let others = about((f.server, out.1));
         let dropped = Fate::Drop(DropReason::IcmpType);
         assert_eq!(rig.fate(Program::FromTunnel, &from_tunnel(&others)), dropped, "not what we sent");
+        // An error in fragments cannot be told: its checksum covers what is not there.
+        let long = error(f.server, f.egress, unreachable, &first(out, server), header + 40);
+        let cut = long.fragments(&[(8 + header + 8).next_multiple_of(8)]).swap_remove(0);
+        let input = Input { tunnel: Some((NODE_B, VNI)), ..framed(TUNNEL, cut) };
+        assert_eq!(rig.fate(Program::FromTunnel, &input), dropped, "the first fragment of an error");
         // A pod's error about a packet to somebody else is none of the flow's.
         let router = error(f.pod, f.server, unreachable, &back(server, (f.remote_pod, 40000)), header + 8);
         assert_eq!(rig.fate(Program::FromPod, &from_pod(&router)), dropped, "not what it received");
@@ -923,10 +929,22 @@ fn extension_headers_are_looked_behind() {
         let up = rig.walk_up(&with(first(pod, server)), &with(first((V6.nodes[0], MASQUERADE), server)));
         let out = (V6.egress, rig.port());
         assert_eq!(up, redirected(&with(first(out, server))), "{protocol} behind {chain:?}");
-        let fate = rig.fate(Program::FromPod, &from_pod(&with(later(pod, server))));
-        assert_eq!(fate, redirected(&with(later(out, server)).hop()), "{protocol} behind {chain:?}");
+        // What routers are to look at, the host's stack gets.
+        let past_stack = chain.iter().all(|(kind, _)| !matches!(*kind, HOP_BY_HOP | ROUTING));
+        let sent = with(later(pod, server));
+        let fate = rig.fate(Program::FromPod, &from_pod(&sent));
+        let translated = redirected(&with(later(out, server)).hop());
+        let expected = if past_stack { translated } else { Fate::Next(sent.frame()) };
+        assert_eq!(fate, expected, "{protocol} behind {chain:?}");
+        let delivered = |packet: Built| {
+            if past_stack {
+                return redirected(&packet.hop());
+            }
+            let [_, from] = packet.macs;
+            redirected(&Built { macs: [UPLINK_MAC, from], ..packet })
+        };
         let fate = rig.fate(Program::FromTunnel, &from_tunnel(&with(back(server, out))));
-        assert_eq!(fate, redirected(&with(back(server, pod)).hop()), "{protocol} behind {chain:?}");
+        assert_eq!(fate, delivered(with(back(server, pod))), "{protocol} behind {chain:?}");
         let quoting = |to: Ip, about: End| {
             let mut quoted = first(about, server);
             if about.0 == V6.pod {
@@ -935,7 +953,7 @@ fn extension_headers_are_looked_behind() {
             with(error(V6.router, to, 1, &quoted, 60))
         };
         let fate = rig.fate(Program::FromTunnel, &from_tunnel(&quoting(V6.egress, out)));
-        assert_eq!(fate, redirected(&quoting(V6.pod, pod).hop()), "{protocol}'s error behind {chain:?}");
+        assert_eq!(fate, delivered(quoting(V6.pod, pod)), "{protocol}'s error behind {chain:?}");
     }
 }
 
@@ -946,8 +964,12 @@ fn fragments_behind_and_before_other_extension_headers() {
     rig.walk_up(&udp(pod, server), &udp(pod, server));
     let out = (V6.egress, rig.port());
     // What is before the fragment header is in every fragment; what is behind it is in the first only.
-    let before =
-        |from| extended(udp(from, server).payload(&LONG), &[(HOP_BY_HOP, &PADDED), (ROUTING, &ROUTED)]);
+    let before = |from| {
+        extended(
+            udp(from, server).payload(&LONG),
+            &[(DESTINATION_OPTIONS, &PADDED), (DESTINATION_OPTIONS, &PADDED_LONG)],
+        )
+    };
     let behind = |from| {
         let datagram = udp(from, server).payload(&LONG).frame();
         raw(from.0, server.0, DESTINATION_OPTIONS, &[&[17], &PADDED[..], &datagram[54..]].concat())
