@@ -34,7 +34,9 @@ fn everything_leaves_by_the_egress_ip(lab: &Lab) {
 
 fn without_a_default_route(cni: Cni) {
     let lab = lab(cni);
-    lab.node("node-a").netns.ip(&["route del default", "-6 route del default"]);
+    let node = &lab.node("node-a").netns;
+    node.ip(&["route del default"]);
+    node.exec(&["ip", "-6", "route", "del", "default"]);
     let _agents = lab.start_agents_with(&["--uplink", "eth0"]);
     everything_leaves_by_the_egress_ip(&lab);
 }
