@@ -44,9 +44,7 @@ pub(super) fn roles(
         .filter(|link| {
             let index = link.header.index;
             let chosen = if selection.uplinks.is_empty() {
-                by_gateway.contains(&index)
-                    && !with_pods.contains(&index)
-                    && !is_kind(link, &InfoKind::Vxlan)
+                by_gateway.contains(&index) && !with_pods.contains(&index) && !is_kind(link, &InfoKind::Vxlan)
             } else {
                 selection.uplinks.iter().any(|uplink| uplink == link_name(link))
             };
@@ -70,9 +68,7 @@ pub(super) fn roles(
         links
             .iter()
             .filter(|link| {
-                is_kind(link, &InfoKind::Bridge)
-                    && !uplinks.contains(&link.header.index)
-                    && !is_outward(link)
+                is_kind(link, &InfoKind::Bridge) && !uplinks.contains(&link.header.index) && !is_outward(link)
             })
             .map(|link| link.header.index),
     );
@@ -84,9 +80,7 @@ pub(super) fn roles(
         let nets = addresses.get(&link.header.index).map_or(&[][..], Vec::as_slice);
         peer_elsewhere(link)
             && controller(link) == 0
-            && !nets
-                .iter()
-                .any(|a| is_global(&a.net.addr()) && a.net.prefix_len() < a.net.max_prefix_len())
+            && !nets.iter().any(|a| is_global(&a.net.addr()) && a.net.prefix_len() < a.net.max_prefix_len())
     };
     let pod_facing = links
         .iter()
@@ -149,9 +143,8 @@ mod tests {
             pod_interfaces: ["veth*", "cni*", "tap*"].map(str::to_owned).into(),
         };
         let addresses = [(30, "10.244.1.1/32"), (31, "fe80::1/64"), (32, "172.19.0.3/16")];
-        let addresses = addresses.map(|(index, net)| {
-            (index, vec![Address { net: net.parse().unwrap(), temporary: false }])
-        });
+        let addresses = addresses
+            .map(|(index, net)| (index, vec![Address { net: net.parse().unwrap(), temporary: false }]));
         let mut all = vec![link(2, "eth0", None, 0)];
         all.extend_from_slice(links);
         let gateway = gateway.iter().copied().collect();
