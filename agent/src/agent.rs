@@ -477,15 +477,23 @@ pub fn egress_node(
     }
 }
 
-/// Where the node's tunnel ends in a family: its internal address, which other nodes know it by, if it is
-/// there; else the one it had, while an uplink has it; else the first address of an uplink.
+/// Where the node's tunnel ends in a family: at an address that the Node object names, internal ones first, since
+/// that is what other nodes and their firewalls know it by. Where it names none that is there, of either family:
+/// at the address it had, while an uplink has it, else at the first address of an uplink.
 fn tunnel_address(node: Option<&model::Node>, facts: &Facts, v6: bool) -> Option<IpAddr> {
-    let internal = node.into_iter().flat_map(|n| &n.internal_addresses).copied();
+    let is_there = |a: &IpAddr| facts.addresses.contains(a);
+    let named = || {
+        let internal = node.into_iter().flat_map(|n| &n.internal_addresses);
+        internal.chain(node.into_iter().flat_map(|n| &n.object_addresses)).copied().filter(is_there)
+    };
+    if named().next().is_some() {
+        return named().find(|a| a.is_ipv6() == v6);
+    }
     let before = node.and_then(|n| n.agent.as_ref()).and_then(|a| a.tunnel_address(v6));
     let uplinks: Vec<_> = facts.uplinks.values().flat_map(|u| &u.networks).map(ipnet::IpNet::addr).collect();
-    internal
-        .filter(|a| facts.addresses.contains(a))
-        .chain(before.filter(|a| uplinks.contains(a)))
+    before
+        .filter(|a| uplinks.contains(a))
+        .into_iter()
         .chain(uplinks.iter().copied())
         .find(|a| a.is_ipv6() == v6)
 }
@@ -1011,6 +1019,13 @@ status: {podIPs: [{ip: 10.1.0.6}, {ip: 'fd00:1::6'}]}
         assert_eq!(of(&node(&["fd00::9", "10.9.0.1"], &[]), false), "10.9.0.1");
         assert_eq!(of(&node(&["fd00::9", "10.9.0.1"], &[]), true), "fd00::9");
         assert_eq!(of(&node(&["203.0.113.1"], &[]), false), "192.0.2.5", "another's view of the node");
+        let other_family = tunnel_address(Some(&node(&["10.9.0.1"], &["fd00::1"])), &facts, true);
+        assert_eq!(other_family, None, "peers expect none of it");
+        let external = model::Node {
+            object_addresses: ["10.9.0.1".parse().unwrap()].into(),
+            ..node(&["203.0.113.1"], &["192.0.2.6"])
+        };
+        assert_eq!(of(&external, false), "10.9.0.1");
         assert_eq!(of(&node(&[], &["192.0.2.6", "fd00::1"]), false), "192.0.2.6");
         assert_eq!(of(&node(&[], &["192.0.2.9", "fd00::2"]), true), "fd00::1");
         assert_eq!(tunnel_address(None, &Facts::default(), false), None);

@@ -350,7 +350,7 @@ impl Compiler<'_> {
                 let place = self.ids.pins.place(key, identity, sight, |index| facts.has(index));
                 let (ifindex, mode, device) = match place {
                     Place::Held(first) => (first, HELD, 0),
-                    place => {
+                    Place::Unknown | Place::At(_) => {
                         let (ifindex, mode, device) = self.interface_of(ip, place);
                         (ifindex, mode as u8, device)
                     }
