@@ -345,7 +345,9 @@ impl Compiler<'_> {
                 let key = Ip::from(*ip);
                 let id = self.ids.pod(key, identity);
                 let seen = self.seen_behind(ip);
-                let sight = Sight { interface: seen, version: pod.version, ends: pod.ends };
+                let bridged = !self.facts.host_routes.contains_key(ip)
+                    && longest(&self.facts.bridge_networks, ip).is_some();
+                let sight = Sight { interface: seen, bridged, version: pod.version, ends: pod.ends };
                 let facts = self.facts;
                 let place = self.ids.pins.place(key, identity, sight, |index| facts.has(index));
                 let (ifindex, mode, device) = match place {

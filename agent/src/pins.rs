@@ -3,8 +3,10 @@
 //! Addresses are given again, and a pod's object outlives its network. So an address that is seen behind another
 //! interface is not taken for the same pod's: while its first interface is there, that stays the pod's, whatever
 //! routes and neighbour tables say; once it is gone, the address is held. Then the pod's object has to change
-//! before a new interface counts as the pod's: a CNI plugin that gives a new sandbox the old address makes the
-//! kubelet write a new status. An object that is going away says nothing of a new interface.
+//! before a new interface counts as the pod's: where a CNI plugin gives a new sandbox the old address, the kubelet
+//! writes a new status when its containers run. A change from before the interface was seen does not count, since
+//! the address may be another pod's meanwhile; behind a bridge, where an interface is seen late, one from after
+//! the old one's end does. An object that is going away says nothing of a new interface.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,8 +30,9 @@ pub struct Pins(BTreeMap<(Ip, u64), Pin>);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Pin {
     interface: IfIndex,
-    /// The version of the pod's object when its interface was found gone.
-    gone: Option<u64>,
+    /// Since its interface is gone: the version that the pod's object had then, or when another was seen first,
+    /// and that other one.
+    gone: Option<(u64, Option<IfIndex>)>,
 }
 
 /// Where a pod's address is.
@@ -48,6 +51,8 @@ pub(crate) enum Place {
 pub(crate) struct Sight {
     /// The interface that it is seen behind.
     pub(crate) interface: Option<IfIndex>,
+    /// Whether it is in a bridge's network: its interface is seen once the pod has spoken to the node.
+    pub(crate) bridged: bool,
     /// The version of the pod's object: a number that changes with it.
     pub(crate) version: u64,
     /// Whether the pod is going away.
@@ -80,8 +85,13 @@ impl Pins {
             if pin.gone.is_none() && exists(pin.interface) {
                 return Place::At(pin.interface);
             }
-            let version = *pin.gone.get_or_insert(sight.version);
-            if version == sight.version || sight.ends {
+            let now = (sight.version, sight.interface);
+            let (version, seen) = pin.gone.get_or_insert(now);
+            if !sight.bridged && *seen != sight.interface {
+                (*version, *seen) = now;
+            }
+            let nowhere = !sight.bridged && sight.interface.is_none();
+            if *version == sight.version || nowhere || sight.ends {
                 return Place::Held(pin.interface);
             }
             self.0.remove(&key);
@@ -111,7 +121,8 @@ mod tests {
     const IP: Ip = Ip::v4([10, 1, 0, 1]);
 
     fn sight(interface: IfIndex, version: u64) -> Sight {
-        Sight { interface: Some(interface).filter(|i| *i != 0), version, ends: false }
+        let interface = Some(interface).filter(|i| *i != 0);
+        Sight { interface, version, bridged: false, ends: false }
     }
 
     fn at(pins: &mut Pins, sight: Sight, there: &[IfIndex]) -> Place {
@@ -139,9 +150,28 @@ mod tests {
         let ends = Sight { ends: true, ..sight(11, 3) };
         assert_eq!(at(&mut pins, ends, &[11]), Place::Held(10));
         assert_eq!(at(&mut pins, sight(11, 4), &[11]), Place::At(11));
-        assert_eq!(at(&mut pins, sight(0, 4), &[]), Place::Held(11));
-        assert_eq!(at(&mut pins, sight(0, 5), &[]), Place::Unknown);
-        assert_eq!(at(&mut pins, sight(12, 5), &[12]), Place::At(12));
+    }
+
+    #[test]
+    fn a_change_from_before_the_new_interface_does_not_count() {
+        let mut pins = Pins::default();
+        assert_eq!(at(&mut pins, sight(10, 1), &[10]), Place::At(10));
+        assert_eq!(at(&mut pins, sight(0, 1), &[]), Place::Held(10));
+        assert_eq!(at(&mut pins, sight(0, 2), &[]), Place::Held(10));
+        assert_eq!(at(&mut pins, sight(11, 2), &[11]), Place::Held(10));
+        assert_eq!(at(&mut pins, sight(12, 3), &[11, 12]), Place::Held(10), "yet another");
+        assert_eq!(at(&mut pins, sight(12, 4), &[11, 12]), Place::At(12));
+    }
+
+    #[test]
+    fn behind_a_bridge_any_change_since_the_old_ones_end_counts() {
+        let mut pins = Pins::default();
+        let bridged = |interface, version| Sight { bridged: true, ..sight(interface, version) };
+        assert_eq!(at(&mut pins, bridged(21, 1), &[20, 21]), Place::At(21));
+        assert_eq!(at(&mut pins, bridged(0, 1), &[20]), Place::Held(21));
+        assert_eq!(at(&mut pins, bridged(22, 1), &[20, 22]), Place::Held(21));
+        assert_eq!(at(&mut pins, bridged(0, 2), &[20, 22]), Place::Unknown);
+        assert_eq!(at(&mut pins, bridged(22, 2), &[20, 22]), Place::At(22));
     }
 
     #[test]
