@@ -39,6 +39,9 @@ pub trait Kernel {
     /// What the maps held at the start.
     fn recovered(&self) -> &MapImage;
 
+    /// Whether the node has an interface at this moment.
+    fn has_interface(&self, index: IfIndex) -> bool;
+
     /// Makes the tunnel's device be there, with this UDP port.
     fn ensure_tunnel(&mut self, port: u16) -> impl Future<Output = Result<(), String>>;
 
@@ -186,8 +189,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         self.failures.clear();
         self.notes.clear();
         self.retry_at = None;
-        let facts = self.facts.borrow_and_update().clone();
+        let mut facts = self.facts.borrow_and_update().clone();
         let mut desired = self.desired();
+        // Objects and interfaces are told of apart: a new pod must not be found behind what was an earlier one's.
+        facts.forget_gone(|index| self.kernel.has_interface(index));
         if self.publish(&desired, &facts).await {
             desired = self.desired();
         }
@@ -472,15 +477,23 @@ pub fn egress_node(
     }
 }
 
-/// Where the node's tunnel ends in a family: its internal address, which other nodes know it by, if it is
-/// there; else the one it had, while an uplink has it; else the first address of an uplink.
+/// Where the node's tunnel ends in a family: at an address that the Node object names, internal ones first, since
+/// that is what other nodes and their firewalls know it by. Where it names none that is there, of either family:
+/// at the address it had, while an uplink has it, else at the first address of an uplink.
 fn tunnel_address(node: Option<&model::Node>, facts: &Facts, v6: bool) -> Option<IpAddr> {
-    let internal = node.into_iter().flat_map(|n| &n.internal_addresses).copied();
+    let is_there = |a: &IpAddr| facts.addresses.contains(a);
+    let named = || {
+        let internal = node.into_iter().flat_map(|n| &n.internal_addresses);
+        internal.chain(node.into_iter().flat_map(|n| &n.object_addresses)).copied().filter(is_there)
+    };
+    if named().next().is_some() {
+        return named().find(|a| a.is_ipv6() == v6);
+    }
     let before = node.and_then(|n| n.agent.as_ref()).and_then(|a| a.tunnel_address(v6));
     let uplinks: Vec<_> = facts.uplinks.values().flat_map(|u| &u.networks).map(ipnet::IpNet::addr).collect();
-    internal
-        .filter(|a| facts.addresses.contains(a))
-        .chain(before.filter(|a| uplinks.contains(a)))
+    before
+        .filter(|a| uplinks.contains(a))
+        .into_iter()
         .chain(uplinks.iter().copied())
         .find(|a| a.is_ipv6() == v6)
 }
@@ -488,7 +501,7 @@ fn tunnel_address(node: Option<&model::Node>, facts: &Facts, v6: bool) -> Option
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::Uplink;
+    use crate::facts::{PodInterface, Uplink};
     use crate::watch::dir::DirSource;
     use std::fs;
     use std::path::PathBuf;
@@ -504,6 +517,7 @@ mod tests {
         unattached: Rc<RefCell<Option<String>>>,
         unsettled: Rc<RefCell<Option<String>>>,
         settles: Rc<RefCell<usize>>,
+        gone: Rc<RefCell<BTreeSet<IfIndex>>>,
     }
 
     impl Kernel for Memory {
@@ -511,6 +525,9 @@ mod tests {
 
         fn recovered(&self) -> &MapImage {
             &self.image
+        }
+        fn has_interface(&self, index: IfIndex) -> bool {
+            !self.gone.borrow().contains(&index)
         }
         async fn ensure_tunnel(&mut self, _: u16) -> Result<(), String> {
             Ok(())
@@ -929,6 +946,19 @@ status: {podIPs: [{ip: 10.1.0.6}, {ip: 'fd00:1::6'}]}
         });
     }
 
+    /// The pod's address is routed to this interface.
+    fn behind(facts: &mut Facts, index: IfIndex) {
+        let interface = PodInterface {
+            name: format!("veth{index}"),
+            mac: [0; 6],
+            bridge: 0,
+            peer_elsewhere: true,
+            mtu: 1500,
+        };
+        facts.pod_interfaces.insert(index, interface);
+        facts.host_routes.insert("10.1.0.1".parse().unwrap(), index);
+    }
+
     #[test]
     fn facts_reach_the_maps() {
         in_a_world(async || {
@@ -936,10 +966,23 @@ status: {podIPs: [{ip: 10.1.0.6}, {ip: 'fd00:1::6'}]}
             w.start("a", Memory::default());
             w.eventually("the pod", |w| w.get("a").image().pods.contains_key(&key("10.1.0.1"))).await;
             assert_eq!(w.get("a").image().pods[&key("10.1.0.1")].ifindex, 0);
-            w.get("a").facts.send_modify(|f| {
-                f.host_routes.insert("10.1.0.1".parse().unwrap(), 10);
-            });
+            w.get("a").facts.send_modify(|f| behind(f, 10));
             w.eventually("its interface", |w| w.get("a").image().pods[&key("10.1.0.1")].ifindex == 10).await;
+        });
+    }
+
+    #[test]
+    fn a_pod_is_not_found_behind_an_interface_that_went_meanwhile() {
+        in_a_world(async || {
+            let mut w = World::usual("gone");
+            let kernel = Memory::default();
+            kernel.gone.borrow_mut().insert(10);
+            w.start("a", kernel);
+            w.get("a").facts.send_modify(|f| behind(f, 10));
+            w.eventually("the pod", |w| w.get("a").image().pods.contains_key(&key("10.1.0.1"))).await;
+            assert_eq!(w.get("a").image().pods[&key("10.1.0.1")].ifindex, 0);
+            w.get("a").facts.send_modify(|f| behind(f, 11));
+            w.eventually("its interface", |w| w.get("a").image().pods[&key("10.1.0.1")].ifindex == 11).await;
         });
     }
 
@@ -976,6 +1019,13 @@ status: {podIPs: [{ip: 10.1.0.6}, {ip: 'fd00:1::6'}]}
         assert_eq!(of(&node(&["fd00::9", "10.9.0.1"], &[]), false), "10.9.0.1");
         assert_eq!(of(&node(&["fd00::9", "10.9.0.1"], &[]), true), "fd00::9");
         assert_eq!(of(&node(&["203.0.113.1"], &[]), false), "192.0.2.5", "another's view of the node");
+        let other_family = tunnel_address(Some(&node(&["10.9.0.1"], &["fd00::1"])), &facts, true);
+        assert_eq!(other_family, None, "peers expect none of it");
+        let external = model::Node {
+            object_addresses: ["10.9.0.1".parse().unwrap()].into(),
+            ..node(&["203.0.113.1"], &["192.0.2.6"])
+        };
+        assert_eq!(of(&external, false), "10.9.0.1");
         assert_eq!(of(&node(&[], &["192.0.2.6", "fd00::1"]), false), "192.0.2.6");
         assert_eq!(of(&node(&[], &["192.0.2.9", "fd00::2"]), true), "fd00::1");
         assert_eq!(tunnel_address(None, &Facts::default(), false), None);

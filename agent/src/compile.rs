@@ -20,6 +20,7 @@ use crate::facts::Facts;
 use crate::ids::{Ids, identity};
 use crate::image::MapImage;
 use crate::model::{self, Desired};
+use crate::pins::{HELD, Place, Sight};
 use crate::watch::Problem;
 
 /// A map image, and what goes with it.
@@ -343,15 +344,40 @@ impl Compiler<'_> {
                 }
                 let key = Ip::from(*ip);
                 let id = self.ids.pod(key, identity);
-                let (ifindex, mode, device) = self.interface_of(ip);
+                let seen = self.seen_behind(ip);
+                let bridged = !self.facts.host_routes.contains_key(ip)
+                    && longest(&self.facts.bridge_networks, ip).is_some();
+                let sight = Sight { interface: seen, bridged, version: pod.version, ends: pod.ends };
+                let facts = self.facts;
+                let place = self.ids.pins.place(key, identity, sight, |index| facts.has(index));
+                let (ifindex, mode, device) = match place {
+                    Place::Held(first) => (first, HELD, 0),
+                    Place::Unknown | Place::At(_) => {
+                        let (ifindex, mode, device) = self.interface_of(ip, place);
+                        (ifindex, mode as u8, device)
+                    }
+                };
+                if let (Place::Held(_), Some(interface)) =
+                    (place, seen.and_then(|i| facts.pod_interfaces.get(&i)))
+                {
+                    self.problem(
+                        format_args!("Pod {namespace}/{name}"),
+                        format_args!(
+                            "held: its interface is gone, and {ip} is another's now: {}. If that is this pod's, restart \
+                             the pod or change its object, by an annotation",
+                            interface.name
+                        ),
+                    );
+                }
                 let mtu = self.mtu_of(ifindex);
                 let image = &mut self.out.image;
-                image.pods.insert(key, Pod { id, policy, ifindex, pad: 0 });
+                // A selected pod that is held stays with the interface that it had: whatever comes by another is
+                // taken for spoofed. Others' packets are not looked at so closely: they become unknown again.
+                if policy != 0 || !matches!(place, Place::Held(_)) {
+                    image.pods.insert(key, Pod { id, policy, ifindex, pad: 0 });
+                }
                 // Also while its interface is not known, for the identity in it.
-                image.delivery.insert(
-                    id,
-                    Delivery { ip: key, ifindex: device, mode: mode as u8, pad: 0, mtu, identity },
-                );
+                image.delivery.insert(id, Delivery { ip: key, ifindex: device, mode, pad: 0, mtu, identity });
                 image.pod_names.insert(id, pod_name(namespace, name));
             }
         }
@@ -381,24 +407,30 @@ impl Compiler<'_> {
         }
     }
 
+    /// The interface of its own that a pod's address is seen behind: by the host's route, or as the port of a
+    /// bridge.
+    fn seen_behind(&self, ip: &IpAddr) -> Option<IfIndex> {
+        let f = self.facts;
+        let port = || f.bridge_ports.get(ip).filter(|port| f.pod_interfaces.contains_key(port));
+        f.host_routes.get(ip).or_else(port).copied()
+    }
+
     /// The interface that a pod's packets come in by, and how and by which device to reach it. Zeros while the
     /// CNI has not made it yet.
-    fn interface_of(&self, ip: &IpAddr) -> (IfIndex, DeliveryMode, IfIndex) {
+    fn interface_of(&self, ip: &IpAddr, place: Place) -> (IfIndex, DeliveryMode, IfIndex) {
         let f = self.facts;
-        let peer = |index: &IfIndex| f.pod_interfaces.get(index).is_some_and(|i| i.peer_elsewhere);
-        let route = f.host_routes.get(ip).copied();
         let bridge = longest(&f.bridge_networks, ip);
-        let port = f.bridge_ports.get(ip).copied().filter(|p| f.pod_interfaces.contains_key(p));
-        match (route, port, bridge) {
-            (Some(own), _, _) if peer(&own) => (own, DeliveryMode::Peer, own),
-            (Some(own), _, _) => (own, DeliveryMode::Neighbour, own),
-            (None, Some(port), _) if peer(&port) => (port, DeliveryMode::Peer, port),
+        let Place::At(own) = place else {
+            let bridge = bridge.unwrap_or(0);
+            return (bridge, DeliveryMode::Neighbour, bridge);
+        };
+        match f.pod_interfaces.get(&own) {
+            Some(interface) if interface.peer_elsewhere => (own, DeliveryMode::Peer, own),
             // Never to a bridge's port by address: the port has none, the bridge has.
-            (None, Some(port), _) => {
-                (port, DeliveryMode::Neighbour, bridge.unwrap_or(f.pod_interfaces[&port].bridge))
+            Some(interface) if interface.bridge != 0 => {
+                (own, DeliveryMode::Neighbour, bridge.unwrap_or(interface.bridge))
             }
-            (None, None, Some(bridge)) => (bridge, DeliveryMode::Neighbour, bridge),
-            (None, None, None) => (0, DeliveryMode::Neighbour, 0),
+            _ => (own, DeliveryMode::Neighbour, own),
         }
     }
 
@@ -865,6 +897,50 @@ spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}"
         assert!(third.image.policies.keys().next() > second.image.policies.keys().next());
         // And back: something new again.
         assert!(id(&with(&cluster(&[]), &f, &mut ids)) > id(&second));
+    }
+
+    #[test]
+    fn an_address_on_a_new_interface_is_held_until_its_object_changes() {
+        let yaml = cluster(&[pod("dev", "free", "10.1.0.9")]);
+        let moved = |from: u32, to: u32| {
+            let mut f = facts();
+            let interface = f.pod_interfaces[&10].clone();
+            f.pod_interfaces.insert(12, interface.clone());
+            f.pod_interfaces.insert(11, interface);
+            f.pod_interfaces.remove(&from);
+            f.host_routes.insert("10.1.0.9".parse().unwrap(), to);
+            f.host_routes.insert("10.1.0.1".parse().unwrap(), to);
+            f
+        };
+        let (selected, free) = (ip("10.1.0.1"), ip("10.1.0.9"));
+        let mut ids = Ids::default();
+        let first = with(&yaml, &moved(12, 11), &mut ids).image;
+        assert_eq!((first.pods[&selected].ifindex, first.pods[&free].ifindex), (11, 11));
+        let id = first.pods[&free].id;
+        let mut restarted = Ids::recover(&first);
+        for ids in [&mut ids, &mut restarted] {
+            // It is there still: no route makes the address another's.
+            assert_eq!(with(&yaml, &moved(0, 12), ids).image.pods[&free].ifindex, 11);
+            let c = with(&yaml, &moved(11, 12), ids);
+            assert!(!c.image.pods.contains_key(&free), "unknown again");
+            assert_eq!(c.image.pods[&selected].ifindex, 11, "what comes by 12 is spoofed");
+            for pod in [selected, free].map(|ip| first.pods[&ip].id) {
+                assert_eq!((c.image.delivery[&pod].ifindex, c.image.delivery[&pod].mode), (0, HELD));
+            }
+            for about in ["Pod dev/free", "Pod shop/routed"] {
+                assert!(c.problems.iter().any(|p| p.about == about && p.message.starts_with("held")));
+            }
+            *ids = Ids::recover(&c.image);
+            assert!(
+                !with(&yaml, &moved(11, 12), ids).image.pods.contains_key(&free),
+                "a restart is no change"
+            );
+            let changed = yaml.replace("name: free,", "name: free, annotations: {restarted: now},");
+            let c = with(&changed, &moved(11, 12), ids);
+            assert_eq!((c.image.pods[&free].ifindex, c.image.pods[&free].id), (12, id));
+            assert_eq!(c.image.delivery[&id].ifindex, 12);
+            assert_eq!(c.image.pods[&selected].ifindex, crate::pins::GONE, "not its object");
+        }
     }
 
     #[test]

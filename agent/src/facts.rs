@@ -41,6 +41,24 @@ impl Facts {
     pub const fn default_uplink(&self, ip: &IpAddr) -> Option<IfIndex> {
         if ip.is_ipv4() { self.default_v4 } else { self.default_v6 }
     }
+
+    /// Whether the node has an interface.
+    #[must_use]
+    pub fn has(&self, index: IfIndex) -> bool {
+        self.pod_interfaces.contains_key(&index)
+            || self.bridges.contains_key(&index)
+            || self.uplinks.contains_key(&index)
+            || self.others.contains(&index)
+    }
+
+    /// Forgets pod interfaces that are not there any more, and what leads to them.
+    pub fn forget_gone(&mut self, is_there: impl Fn(IfIndex) -> bool) {
+        let gone: BTreeSet<_> =
+            self.pod_interfaces.keys().copied().filter(|index| !is_there(*index)).collect();
+        self.pod_interfaces.retain(|index, _| !gone.contains(index));
+        self.host_routes.retain(|_, index| !gone.contains(index));
+        self.bridge_ports.retain(|_, index| !gone.contains(index));
+    }
 }
 
 /// Whose a proxy-neighbour entry is.

@@ -1,7 +1,8 @@
 //! Numbers for pods, EgressIP objects, their addresses and nodes, as the maps have them.
 //!
 //! Flows name pods, policies and addresses by number. So a number is never given again while the maps live,
-//! not even over a restart of the agent: whoever comes later must not inherit a connection.
+//! not even over a restart of the agent: whoever comes later must not inherit a connection. What else is known of
+//! pods over changes and restarts, their interfaces, is kept beside ([`Pins`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,6 +10,7 @@ use datapath::addr::Ip;
 use datapath::keys::{EgressId, NodeId, PodId, PolicyId};
 
 use crate::image::MapImage;
+use crate::pins::Pins;
 
 /// Numbers in use, by what they stand for, and the next ones to give.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -21,6 +23,7 @@ pub struct Ids {
     /// By tunnel address, of either family. Flows do not name nodes, so these are few and may be given again.
     nodes: BTreeMap<Ip, NodeId>,
     next: Next,
+    pub(crate) pins: Pins,
 }
 
 /// The next numbers to give.
@@ -64,6 +67,7 @@ impl Ids {
                 policy: after(image.policies.keys().max(), s.next_policy),
                 egress: after(image.egress_ips.keys().max(), s.next_egress),
             },
+            pins: Pins::recover(image),
         }
     }
 
@@ -113,6 +117,7 @@ impl Ids {
         self.pods.retain(|_, id| image.delivery.contains_key(id));
         self.policies.retain(|_, id| image.policies.contains_key(id));
         self.egress.retain(|_, id| image.egress_ips.contains_key(id));
+        self.pins.forget_others(image);
     }
 }
 

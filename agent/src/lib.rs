@@ -15,6 +15,7 @@ pub mod status;
 
 pub mod compile;
 pub mod ids;
+pub mod pins;
 
 pub mod facts;
 pub mod image;

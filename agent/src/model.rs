@@ -13,6 +13,7 @@ use datapath::limits::{GRANULES, POLICY_ADDRESSES};
 use ipnet::IpNet;
 
 use crate::addresses;
+use crate::ids::identity;
 use crate::objects::{
     self, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects, TimeoutsSpec,
     Tunnel,
@@ -207,6 +208,10 @@ impl Refusal {
 pub struct Pod {
     /// UID, if it has one.
     pub uid: String,
+    /// A number that changes with the object.
+    pub version: u64,
+    /// Whether the object is going away.
+    pub ends: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// The EgressIP that selects it.
@@ -786,11 +791,26 @@ fn pods(
         let egress_ip = chosen.map(|e| e.name.clone());
         pods.insert(
             (namespace.clone(), name.clone()),
-            Pod { uid: o.metadata.uid.clone(), addresses, egress_ip },
+            Pod {
+                uid: o.metadata.uid.clone(),
+                version: version(o),
+                ends: o.metadata.deletion_timestamp.is_some(),
+                addresses,
+                egress_ip,
+            },
         );
     }
     problems.extend(overlaps.into_values());
     pods
+}
+
+/// A number that changes with an object. Where nothing counts its versions, as in a directory, all that the agent
+/// reads of it does.
+fn version(pod: &objects::Pod) -> u64 {
+    match pod.metadata.resource_version.as_str() {
+        "" => identity(&[&format!("{pod:?}")]),
+        version => identity(&[version]),
+    }
 }
 
 /// Whether a pod has a network of its own and still uses it.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use anyhow::Context as _;
+use datapath::keys::IfIndex;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -112,6 +113,10 @@ impl Kernel for NodeKernel {
 
     fn recovered(&self) -> &MapImage {
         self.datapath.recovered()
+    }
+
+    fn has_interface(&self, index: IfIndex) -> bool {
+        netlink::has_interface(index)
     }
 
     async fn ensure_tunnel(&mut self, port: u16) -> Result<(), String> {

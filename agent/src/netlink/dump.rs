@@ -14,7 +14,7 @@ use super::Error;
 const TRIES: u32 = 10;
 
 /// A socket for questions. Notices come by another, that of [`super::watch`]: they bear the sequence number of who
-/// caused them (`nlmsg_notify`, net/netlink/af_netlink.c), which CNI plugins count from 1, and netlink-proto knows
+/// caused them (`nlmsg_notify` in `net/netlink/af_netlink.c`), which CNI plugins count from 1, and netlink-proto knows
 /// an answer by its sequence number alone.
 pub(super) fn connect() -> Result<Handle, Error> {
     let (mut connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;

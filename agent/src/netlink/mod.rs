@@ -186,6 +186,15 @@ pub async fn remove_tunnel() -> Result<bool, Error> {
     Ok(true)
 }
 
+/// Whether this network namespace has an interface at this moment. If the kernel cannot be asked, it has.
+#[must_use]
+pub fn has_interface(index: IfIndex) -> bool {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let name = socket.and_then(|socket| netdevice::index_to_name_inlined(socket, index));
+    !matches!(name, Err(rustix::io::Errno::NODEV | rustix::io::Errno::NXIO))
+}
+
 async fn delete(handle: &Handle, index: IfIndex) -> Result<(), Error> {
     let what = "delete the tunnel's device";
     handle.link().del(index).execute().await.map_err(|source| Error::Request { what, source })

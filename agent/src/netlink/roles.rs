@@ -160,7 +160,7 @@ mod tests {
     fn a_bridge_may_have_pods_before_it_has_a_port() {
         for name in ["cni0", "br7"] {
             let bridge = link(20, name, BRIDGE, 0);
-            assert_eq!(of(&[bridge.clone()], &[2], &[]), [vec![2], vec![], vec![20]]);
+            assert_eq!(of(std::slice::from_ref(&bridge), &[2], &[]), [vec![2], vec![], vec![20]]);
             let port = link(21, "veth1", VETH, 20);
             assert_eq!(of(&[bridge, port], &[2], &[]), [vec![2], vec![21], vec![20]]);
         }
