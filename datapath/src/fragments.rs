@@ -57,11 +57,7 @@ pub fn remember<T: Tables>(t: &T, place: Place, packet: &Packet, fate: Fate, tok
         source_port: packet.tuple.source_port,
         destination_port: packet.tuple.destination_port,
         protocol: packet.tuple.protocol,
-        echo: match packet.kind {
-            Kind::EchoRequest => 1,
-            Kind::EchoReply => 2,
-            _ => 0,
-        },
+        echo: u8::from(packet.kind == Kind::EchoRequest) + 2 * u8::from(packet.kind == Kind::EchoReply),
         fate: fate as u8,
         pad: 0,
         token: token.copied().unwrap_or_default(),

@@ -202,7 +202,7 @@ fn from_unknown<T: Tables, A: Act<FromPod>>(
 /// A packet that is none of our business: untouched, unless the uplink wants a mark from all of a bridge.
 #[inline(always)]
 fn not_selected<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, to: &A) -> A::Done {
-    to.act(if guard(t, ifindex) != Guard::None as u8 { FromPod::Pass } else { FromPod::NotOurs })
+    to.act(if guard(t, ifindex) == Guard::None as u8 { FromPod::NotOurs } else { FromPod::Pass })
 }
 
 /// A [`Guard`].
