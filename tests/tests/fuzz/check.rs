@@ -102,10 +102,8 @@ fn translated(program: Program, verdict: Verdict, before: &[u8], after: &[u8]) -
     if after[hops] != before[hops] && (before[hops] < 2 || after[hops] != before[hops] - 1) {
         return Err(format!("time to live {} became {}", before[hops], after[hops]));
     }
-    let up = match program {
-        Program::FromUplink => verdict == Verdict::Next,
-        _ => before[..6] != after[..6],
-    };
+    let up =
+        if program == Program::FromUplink { verdict == Verdict::Next } else { before[..6] != after[..6] };
     addresses(after, &w, outward, up)?;
     sums(before, after, &w)?;
     if let Some(at) = w.mss(before)
