@@ -171,18 +171,18 @@ impl Node {
 
     /// A connection's next packets: the answer, and the pod's word that it has it.
     fn establish(&mut self, c: Connection, egress_port: u16) {
-        self.from_server(c, egress_port, SYN | ACK);
-        self.from_pod(c, ACK);
+        self.server_sends(c, egress_port, SYN | ACK);
+        self.pod_sends(c, ACK);
     }
 
-    fn from_pod(&mut self, c: Connection, flags: u8) {
+    fn pod_sends(&mut self, c: Connection, flags: u8) {
         let (_, ifindex) = PODS[c.pod as usize - 1];
         let input = Input { frame: tcp(c.local, c.server, flags).frame(), ifindex, ..Input::default() };
         let frame = self.pass(Program::FromPod, &input, Verdict::Redirect);
         assert_eq!(frame[26..30], EGRESS, "translated");
     }
 
-    fn from_server(&mut self, c: Connection, egress_port: u16, flags: u8) {
+    fn server_sends(&mut self, c: Connection, egress_port: u16, flags: u8) {
         let frame = tcp(c.server, (EGRESS, egress_port), flags).frame();
         let input = Input { frame, ifindex: UPLINK, ..Input::default() };
         let frame = self.pass(Program::FromUplink, &input, Verdict::Redirect);
@@ -233,15 +233,15 @@ fn closed_connections_make_room_while_no_agent_runs() {
         };
         node.establish(c, port);
         match nth % 4 {
-            0 => node.from_server(c, port, RST),
-            1 => node.from_pod(c, RST | ACK),
+            0 => node.server_sends(c, port, RST),
+            1 => node.pod_sends(c, RST | ACK),
             2 => {
-                node.from_pod(c, FIN | ACK);
-                node.from_server(c, port, FIN | ACK);
+                node.pod_sends(c, FIN | ACK);
+                node.server_sends(c, port, FIN | ACK);
             }
             _ => {
-                node.from_server(c, port, FIN | ACK);
-                node.from_pod(c, FIN | ACK);
+                node.server_sends(c, port, FIN | ACK);
+                node.pod_sends(c, FIN | ACK);
             }
         }
         let swept = node.kernel.swept();
@@ -268,7 +268,7 @@ fn live_connections_survive_the_sweep_with_their_counters() {
     let mut closed = 0;
     for nth in (0..CAPACITY).step_by(3) {
         let c = Connection::new(1, nth);
-        node.from_pod(c, RST);
+        node.pod_sends(c, RST);
         live.remove(&c.key());
         closed += 1;
     }
@@ -321,7 +321,7 @@ fn a_table_of_live_connections_drops_new_ones_and_is_swept_once_a_tick() {
     }
     assert_eq!(node.assert_consistent().flows, live, "none was lost");
     // The flows that are there go on.
-    node.from_pod(Connection::new(1, 7), ACK);
+    node.pod_sends(Connection::new(1, 7), ACK);
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn one_pod_does_not_take_it_all() {
     assert!(matches!(node.open(Connection::new(2, 1)), Opened::Port(_)), "another pod's");
     assert_eq!(node.kernel.pod_flows(), [(1, u64::from(POD_FLOWS)), (2, 1)].into());
     // The connections that it has go on.
-    node.from_pod(Connection::new(1, 0), ACK);
+    node.pod_sends(Connection::new(1, 0), ACK);
     // One that has ended makes room for one.
     let mut state = node.kernel.state();
     let flow = state.flows.get_mut(&Connection::new(1, 0).key()).expect("it is there");

@@ -36,8 +36,7 @@ const REDIRECT: i32 = 7;
 const BYTES_PER_FLOW: f64 = 256.0;
 /// An IPv6 address of a network, by its last two groups.
 const fn v6(network: u16, last: u32) -> Ip {
-    let ([a, b], [c, d, e, f]) = (network.to_be_bytes(), last.to_be_bytes());
-    Ip { octets: [0xfd, 0, a, b, 0, 0, 0, 0, 0, 0, 0, 0, c, d, e, f] }
+    Ip { octets: ((0xfd00 << 16 | network as u128) << 96 | last as u128).to_be_bytes() }
 }
 
 /// Room for the million flows: the kernel rounds a map's buckets up to a power of two, 16 bytes each.

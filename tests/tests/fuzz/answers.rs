@@ -39,7 +39,11 @@ pub(crate) fn answered(
             Program::ToUplink if after.get(answer.destination()) == before.get(asked.source()) => {
                 ("reset", reset(before, &asked, mac_of(ifindex)))
             }
-            _ => return None,
+            Program::FromPod
+            | Program::ToPod
+            | Program::ToUplink
+            | Program::FromUplink
+            | Program::FromTunnel => return None,
         }
     };
     Some(match right {

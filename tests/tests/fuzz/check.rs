@@ -36,7 +36,7 @@ pub(crate) fn check(
     if !may_change {
         return Err(format!("changed, and {verdict:?}"));
     }
-    translated(program, before, after)?;
+    translated(program, verdict, before, after)?;
     Ok(match (program, verdict) {
         (Program::FromPod | Program::ToUplink, Verdict::Next) => "translated, on",
         (Program::FromPod | Program::ToUplink, _) => "translated, redirected",
@@ -74,7 +74,7 @@ pub(crate) fn address_of(frame: &[u8], range: Range<usize>) -> Ip {
 }
 
 /// A translation: which bytes it may change, and what must still hold of them.
-fn translated(program: Program, before: &[u8], after: &[u8]) -> Result<(), String> {
+fn translated(program: Program, verdict: Verdict, before: &[u8], after: &[u8]) -> Result<(), String> {
     let w = walk(before).ok_or("changed, and its headers contradict themselves")?;
     if before.len() != after.len() {
         return Err(format!("{} bytes became {}", before.len(), after.len()));
@@ -102,7 +102,9 @@ fn translated(program: Program, before: &[u8], after: &[u8]) -> Result<(), Strin
     if after[hops] != before[hops] && (before[hops] < 2 || after[hops] != before[hops] - 1) {
         return Err(format!("time to live {} became {}", before[hops], after[hops]));
     }
-    addresses(after, &w, outward)?;
+    let up =
+        if program == Program::FromUplink { verdict == Verdict::Next } else { before[..6] != after[..6] };
+    addresses(after, &w, outward, up)?;
     sums(before, after, &w)?;
     if let Some(at) = w.mss(before)
         && word(after, at) > word(before, at)
@@ -112,11 +114,15 @@ fn translated(program: Program, before: &[u8], after: &[u8]) -> Result<(), Strin
     Ok(())
 }
 
-fn addresses(after: &[u8], w: &Walk, outward: bool) -> Result<(), String> {
-    let (range, right): (_, fn(Ip) -> bool) =
-        if outward { (w.source(), world::is_egress) } else { (w.destination(), world::is_local) };
-    let address = address_of(after, range);
-    if right(address) { Ok(()) } else { Err(format!("translated to {address:?}")) }
+/// `up`: into the host's stack, which may have masqueraded the packet that is answered as anything.
+fn addresses(after: &[u8], w: &Walk, outward: bool, up: bool) -> Result<(), String> {
+    let address = address_of(after, if outward { w.source() } else { w.destination() });
+    let right = match (outward, up) {
+        (true, _) => world::is_egress(address),
+        (false, true) => !world::is_egress(address),
+        (false, false) => world::is_selected(address),
+    };
+    if right { Ok(()) } else { Err(format!("translated to {address:?}")) }
 }
 
 /// The transport's bytes that a translation may change.

@@ -343,7 +343,7 @@ fn at_uplink(
         1 => input.hash = PASS,
         _ => {
             input.hash = rng.next() as u32 | 1;
-            *token = Some(Token { pod, policy: 1, tuple });
+            *token = Some(Token { pod, policy: 1, tuple, ..Token::default() });
         }
     }
     let masqueraded = from.0.is_v4() && rng.percent(50);

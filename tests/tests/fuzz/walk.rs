@@ -55,8 +55,7 @@ fn walk_v4(frame: &[u8], ip: usize, limit: usize, quoted: bool) -> Option<Walk> 
     }
     let header = usize::from(frame[ip] & 15) * 4;
     let total = usize::from(word(frame, ip + 2)?);
-    // A total length of 0 is Linux's BIG TCP.
-    let end = if total == 0 || quoted { limit } else { ip + total };
+    let end = if quoted { limit } else { ip + total };
     if frame[ip] >> 4 != 4 || header < 20 || end > limit || ip + header > end {
         return None;
     }
@@ -78,7 +77,7 @@ fn walk_v6(frame: &[u8], ip: usize, limit: usize, quoted: bool) -> Option<Walk> 
         return None;
     }
     let payload = usize::from(word(frame, ip + 4)?);
-    let end = if payload == 0 || quoted { limit } else { ip + 40 + payload };
+    let end = if quoted { limit } else { ip + 40 + payload };
     if end > limit {
         return None;
     }

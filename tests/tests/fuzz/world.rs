@@ -84,11 +84,6 @@ pub(crate) fn is_selected(address: Ip) -> bool {
     PODS.iter().any(|(ip, selected, ..)| *selected && *ip == address)
 }
 
-/// A pod or, for what the host masqueraded, this node.
-pub(crate) fn is_local(address: Ip) -> bool {
-    address == NODES[0] || is_selected(address)
-}
-
 pub(crate) fn is_outside(address: Ip) -> bool {
     OUTSIDE.contains(&address)
 }
