@@ -401,14 +401,14 @@ pub struct DropCount {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Swept {
-    /// When, in [`crate::conntrack::Ticks`].
+    /// When it ended, in [`crate::conntrack::Ticks`].
     pub when: u32,
     /// Flows removed.
     pub removed: u32,
     /// Flows left.
     pub left: u32,
-    /// Zero.
-    pub pad: u32,
+    /// How long it took, in the same unit, if it was started by a packet that found the table full; else 0.
+    pub took: u32,
 }
 
 /// What happens to a selected pod's traffic while nobody holds any of its egress addresses.

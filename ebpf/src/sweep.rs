@@ -4,8 +4,9 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::{bpf_for_each_map_elem, bpf_redirect};
-use datapath::conntrack::{Ticks, older_than};
+use datapath::conntrack::{Ticks, seconds};
 use datapath::keys::{Flow, FlowKey, Settings, Swept};
+use datapath::sweep::is_due;
 use datapath::tables::Tables as _;
 
 use crate::ctx::Skb;
@@ -15,11 +16,8 @@ use crate::tables::Maps;
 /// Place of the program `make_room` in `PROGRAMS`.
 const MAKE_ROOM: u32 = 0;
 
-/// Whether a full table may be swept now: at most once a tick of 17 ms, or packets would do nothing else.
-#[inline(always)]
-fn is_due(now: Ticks) -> bool {
-    maps::SWEPT.get(0).is_none_or(|swept| older_than(now, swept.when, 0))
-}
+/// What a sweep is said to have taken while it runs: no other CPU starts one.
+const RUNS: Ticks = seconds(60);
 
 /// Sweeps a full table, and has the packet at `to_uplink` come again. Returns if that is of no use: it has been
 /// swept just now, or the agent has not put the program in its place.
@@ -27,7 +25,7 @@ fn is_due(now: Ticks) -> bool {
 /// A tail call: a loop over the table needs stack that `to_uplink` does not have to spare.
 #[inline(always)]
 pub fn make_room(skb: &Skb) {
-    if is_due(Maps.now()) {
+    if maps::SWEPT.get(0).is_none_or(|swept| is_due(swept, Maps.now())) {
         // SAFETY: the context is this program's own.
         unsafe { maps::PROGRAMS.tail_call(skb.context(), MAKE_ROOM) };
     }
@@ -56,7 +54,12 @@ extern "C" fn look(_map: *mut c_void, key: *const FlowKey, flow: *const Flow, sw
 #[inline(always)]
 pub fn run(full: bool) {
     let Some(settings) = Maps.settings() else { return };
+    let Some(swept) = maps::SWEPT.get_ptr_mut(0) else { return };
     let now = Maps.now();
+    if full {
+        // SAFETY: aligned words; two CPUs may write at once: either is right.
+        unsafe { ((*swept).when, (*swept).took) = (now, RUNS) };
+    }
     let mut sweep = Sweep { settings, now, full, removed: 0, left: 0 };
     // SAFETY: the callback has the signature of the helper's for this map, and its context outlives the call.
     unsafe {
@@ -67,10 +70,10 @@ pub fn run(full: bool) {
             0,
         );
     }
-    if let Some(swept) = maps::SWEPT.get_ptr_mut(0) {
-        // SAFETY: two CPUs may write at once: either is right.
-        unsafe { *swept = Swept { when: now, removed: sweep.removed, left: sweep.left, pad: 0 } };
-    }
+    let end = Maps.now();
+    let took = if full { end.wrapping_sub(now) } else { 0 };
+    // SAFETY: as above.
+    unsafe { *swept = Swept { when: end, removed: sweep.removed, left: sweep.left, took } };
 }
 
 /// Sweeps for a packet at `to_uplink`, which then goes there again with the token that it brought.

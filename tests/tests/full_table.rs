@@ -2,15 +2,16 @@
 //! one pod does not take it all. Everything here is done by the programs in the kernel.
 
 use datapath::addr::Ip;
-use datapath::conntrack::{FlowState, seconds};
+use datapath::conntrack::{FlowState, Ticks, seconds};
 use datapath::keys::{
     Delivery, DeliveryMode, EgressIp, Flow, FlowKey, GranuleRange, GranuleTable, Interface, InterfaceKind,
     Lease, NetworkKey, NetworkKind, Node as NodeEntry, Pod, PodId, Policy, Reply, ReplyKey, Settings, Token,
     Tuple,
 };
-use datapath::limits::{FIRST_PORT, GRANULE_PORTS, POD_FLOWS};
+use datapath::limits::{FIRST_PORT, FLOWS, GRANULE_PORTS, POD_FLOWS};
 use datapath::memory::Memory;
 use datapath::packet::{ACK, FIN, RST, SYN, TCP};
+use datapath::sweep::is_due;
 use datapath::tables::Tables as _;
 use datapath::verdict::DropReason;
 use lab::kernel::{
@@ -114,8 +115,12 @@ struct Node {
 
 impl Node {
     fn new(t: &Memory) -> Self {
+        Self::with_room_for(CAPACITY, t)
+    }
+
+    fn with_room_for(flows: u32, t: &Memory) -> Self {
         enter_node_network();
-        let mut kernel = Kernel::load(CAPACITY);
+        let mut kernel = Kernel::load(flows);
         kernel.install_make_room();
         kernel.write(t);
         Self { kernel }
@@ -189,10 +194,10 @@ impl Node {
         assert_eq!((&frame[30..34], &frame[36..38]), (&c.local.0[..], &c.local.1.to_be_bytes()[..]));
     }
 
-    /// Waits until a full table may be swept again, which is so once a tick of 17 ms: a real table is not filled
-    /// within one, this small one may be.
+    /// Waits until a full table may be swept again, after a tick of 17 ms at least: a real table is not filled
+    /// within that, this small one may be.
     fn wait_until_due(&self) {
-        while kernel::now() <= self.kernel.swept().when {
+        while !is_due(&self.kernel.swept(), kernel::now()) {
             std::hint::spin_loop();
         }
     }
@@ -324,6 +329,26 @@ fn a_table_of_live_connections_drops_new_ones_and_is_swept_once_a_tick() {
     node.pod_sends(Connection::new(1, 7), ACK);
 }
 
+/// A sweep of a table of real size takes longer than a tick: the packet that started it must not find it due again.
+#[test]
+fn a_full_table_of_real_size_is_swept_once_for_a_packet() {
+    let mut node = Node::with_room_for(FLOWS, &tables());
+    let seen = kernel::now();
+    for nth in 0..FLOWS {
+        let [_, a, b, c] = nth.to_be_bytes();
+        let c = Connection { pod: 1, local: (PODS[0].0, 10_000), server: ([20, a, b, c], 80) };
+        let (reply_key, flow, reply) = entries(c, FIRST_PORT, FlowState::Established, seen);
+        node.kernel.put_flow((&c.key(), &flow), (&reply_key, &reply));
+    }
+    let input = node.identified(Connection::new(1, 0));
+    let (verdict, _) = node.kernel.run(Program::ToUplink, &input);
+    assert_eq!(verdict, Verdict::Redirect, "it comes again after the sweep");
+    let swept = node.kernel.swept();
+    assert_eq!((swept.removed, swept.left), (0, FLOWS));
+    assert_eq!(node.leave(&input), Opened::Dropped(DropReason::FlowTableFull));
+    assert_eq!(node.kernel.swept(), swept, "not once more");
+}
+
 #[test]
 fn one_pod_does_not_take_it_all() {
     let mut node = Node::new(&tables());
@@ -387,10 +412,13 @@ fn counts_follow_the_flows() {
 /// Adds a flow that has been silent for too long.
 fn dead(t: &Memory, c: Connection, egress_port: u16) {
     let seen = kernel::now().wrapping_sub(seconds(REST + 1));
-    let state = FlowState::Closed as u8;
-    let flow = Flow { egress: 1, policy: 1, egress_port, state, seen, walked: seen, ..Flow::default() };
-    let local = Ip::v4(c.local.0);
-    let reply = Reply { pod: c.pod, local_port: c.local.1, path: 0, pad: 0, local };
+    let (reply_key, flow, reply) = entries(c, egress_port, FlowState::Closed, seen);
+    t.insert_flow(&c.key(), &flow).expect("room for it");
+    t.insert_reply(&reply_key, &reply).expect("room for it");
+}
+
+/// A connection's entries, its key aside.
+fn entries(c: Connection, egress_port: u16, state: FlowState, seen: Ticks) -> (ReplyKey, Flow, Reply) {
     let reply_key = ReplyKey {
         egress: 1,
         remote: c.key().remote,
@@ -399,8 +427,10 @@ fn dead(t: &Memory, c: Connection, egress_port: u16) {
         protocol: TCP,
         pad: [0; 3],
     };
-    t.insert_flow(&c.key(), &flow).expect("room for it");
-    t.insert_reply(&reply_key, &reply).expect("room for it");
+    let state = state as u8;
+    let flow = Flow { egress: 1, policy: 1, egress_port, state, seen, walked: seen, ..Flow::default() };
+    let local = Ip::v4(c.local.0);
+    (reply_key, flow, Reply { pod: c.pod, local_port: c.local.1, path: 0, pad: 0, local })
 }
 
 impl Node {

@@ -29,6 +29,9 @@ pub(crate) fn check(
     if let Some(outcome) = answered(program, verdict, ifindex, before, after) {
         return outcome;
     }
+    if program == Program::FromPod && verdict == Verdict::Redirect && departs(before, after) {
+        return Ok("to the uplink at once");
+    }
     let may_change = match program {
         Program::FromPod | Program::FromTunnel => verdict == Verdict::Redirect,
         Program::ToUplink | Program::FromUplink | Program::ToPod => true,
@@ -43,6 +46,23 @@ pub(crate) fn check(
         (_, Verdict::Next) => "a reply, up",
         _ => "a reply, redirected",
     })
+}
+
+/// Whether a selected pod's packet to outside was taken one hop on, past the host's stack, and not translated yet:
+/// `to_uplink` does that.
+fn departs(before: &[u8], after: &[u8]) -> bool {
+    let Some(w) = walk(before).filter(|w| walk(after) == Some(*w)) else { return false };
+    let hops = w.ip + if w.v6 { 7 } else { 8 };
+    let mut wanted = before.to_vec();
+    wanted[hops] = before[hops].wrapping_sub(1);
+    if !w.v6 {
+        wanted[w.ip + 10..w.ip + 12].copy_from_slice(&after[w.ip + 10..w.ip + 12]);
+    }
+    before[hops] > 1
+        && wanted == after
+        && w.header_sum(before) == w.header_sum(after)
+        && world::is_selected(address_of(before, w.source()))
+        && !world::is_inside(address_of(before, w.destination()))
 }
 
 /// A packet that is as it was may be steered by egress addresses only.

@@ -21,7 +21,7 @@ use std::thread;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use datapath::addr::Ip;
-use datapath::keys::{Flow, FlowKey, Token, Tuple};
+use datapath::keys::{Flow, FlowKey, Offload, Token, Tuple};
 use datapath::verdict::DropReason;
 use lab::kernel::interfaces::{OTHER_POD, POD, PORT, SECOND_UPLINK, TUNNEL, UPLINK};
 use lab::kernel::{self, Input, Kernel, Program, State, enter_node_network, route_ipv6};
@@ -43,8 +43,9 @@ const CAPACITY: u32 = 8192;
 const LEAST: [usize; 2] = [34, 54];
 
 /// What must have come about, or the run shows nothing; of IPv4 and of IPv6.
-const WANTED: [&str; 22] = [
+const WANTED: [&str; 23] = [
     "FromPod: next",
+    "FromPod: to the uplink at once",
     "FromPod: translated, redirected",
     "FromPod SCTP: translated, redirected",
     "FromPod later fragment: translated, redirected",
@@ -151,7 +152,7 @@ fn work(seed: u64, cases: u64, next: &AtomicU64) -> Met {
     enter_node_network();
     route_ipv6(PREFIX6);
     let mut kernel = Kernel::load(CAPACITY);
-    let t = world::policy_tables(CAPACITY as usize);
+    let mut t = world::policy_tables(CAPACITY as usize);
     kernel.write(&t);
     let mut met = Met::new();
     let mut counts = BTreeMap::new();
@@ -162,6 +163,9 @@ fn work(seed: u64, cases: u64, next: &AtomicU64) -> Met {
             break;
         }
         let mut rng = Rng(seed.wrapping_add(batch.wrapping_mul(0x1234_5678_9abc_def1)));
+        // With and without the host's say about a flow's first packet.
+        t.settings.offload = rng.pick(&[Offload::Auto, Offload::Always]) as u8;
+        kernel.write_policy(&t);
         let flows = world::fill(&mut rng, &t, FLOWS, kernel::now());
         kernel.write_state(&State::of(&t));
         for number in batch * BATCH..cases.min((batch + 1) * BATCH) {
@@ -343,7 +347,7 @@ fn at_uplink(
         1 => input.hash = PASS,
         _ => {
             input.hash = rng.next() as u32 | 1;
-            *token = Some(Token { pod, policy: 1, tuple, ..Token::default() });
+            *token = Some(Token { pod, policy: 1, tuple, direct: u32::from(rng.percent(20)) });
         }
     }
     let masqueraded = from.0.is_v4() && rng.percent(50);

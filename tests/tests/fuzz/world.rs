@@ -84,6 +84,13 @@ pub(crate) fn is_selected(address: Ip) -> bool {
     PODS.iter().any(|(ip, selected, ..)| *selected && *ip == address)
 }
 
+/// Of the cluster's networks, or a node.
+pub(crate) fn is_inside(address: Ip) -> bool {
+    let networks = [Ip::v4([10, 244, 0, 0]), Ip::v4([10, 96, 0, 0]), v6(0x244, 0), v6(0x96, 0)];
+    let len = if address.is_v4() { 14 } else { 4 };
+    NODES.contains(&address) || networks.iter().any(|network| network.octets[..len] == address.octets[..len])
+}
+
 pub(crate) fn is_outside(address: Ip) -> bool {
     OUTSIDE.contains(&address)
 }
@@ -117,6 +124,7 @@ pub(crate) fn policy_tables(capacity: usize) -> Memory {
         udp: 300,
         icmp: 60,
         rest: 65,
+        uplink: UPLINK,
         router_v4: NODES[0],
         router_v6: ROUTER6,
         ..Settings::default()
