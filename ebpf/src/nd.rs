@@ -65,7 +65,7 @@ pub fn answer(skb: &Skb) -> i32 {
 fn make(skb: &Skb, mac: &[u8; 6]) -> Result<Answer, Refused> {
     const LEAST: u32 = V6 as u32 + MESSAGE_LEN;
     let length = V6 as u32 + u32::from(u16::from_be_bytes(skb.load(ETHERNET_LEN + 4)?));
-    if length % 8 != 0 {
+    if !length.is_multiple_of(8) {
         return Err(Refused);
     }
     let mut answer = Answer::to(skb)?;

@@ -80,7 +80,7 @@ fn sum(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// An ICMPv6 packet in a frame; its checksum is made right.
+/// A packet of `ICMPv6` in a frame; its checksum is made right.
 fn icmpv6(macs: [[u8; 6]; 2], source: &str, destination: &str, hop_limit: u8, message: &[u8]) -> Vec<u8> {
     let (source, destination) = (address(source).octets(), address(destination).octets());
     let length = (message.len() as u16).to_be_bytes();
@@ -306,6 +306,9 @@ fn rst(sent: &Built, flags: u8, seq: u32, ack: u32) -> Vec<u8> {
     frame
 }
 
+/// The builder's sequence number.
+const SEQ: u32 = 0x0102_0304;
+
 #[test]
 fn a_segment_of_no_flow_is_answered_with_rst() {
     let mut rig = Rig::new(&tables());
@@ -324,7 +327,6 @@ fn a_segment_of_no_flow_is_answered_with_rst() {
         let (verdict, output) = rig.kernel.run(Program::ToUplink, &input);
         (verdict, output.frame)
     };
-    const SEQ: u32 = 0x0102_0304;
     for (sent, flags, seq, ack) in [
         (segment(ACK), RST, 0x0506_0708, 0),
         (segment(ACK | FIN).payload(b"last words"), RST, 0x0506_0708, 0),
