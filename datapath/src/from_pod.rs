@@ -89,8 +89,8 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     if !too_big && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
         match way_out(t, settings, egress, 0) {
             // The host's stack fragments, or says so to the pod.
-            Ok(Way::Uplink(_)) if larger_than(packet, egress.uplink_mtu) => {}
-            Ok(Way::Tunnel(_)) if larger_than(packet, settings.uplink_mtu) => {}
+            Ok(Way::Uplink(_)) if packet.larger_than(egress.uplink_mtu) => {}
+            Ok(Way::Tunnel(_)) if packet.larger_than(settings.uplink_mtu) => {}
             Ok(way) => {
                 fragments::remember(t, Place::FromPod, packet, Fate::Flow, None);
                 return to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }));
@@ -209,11 +209,6 @@ fn not_selected<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, to: &A) -> 
 #[inline(always)]
 fn guard<T: Tables>(t: &T, ifindex: IfIndex) -> u8 {
     t.interface(ifindex).map_or(Guard::None as u8, |interface| interface.guarded)
-}
-
-#[inline(always)]
-fn larger_than(packet: &Packet, mtu: u16) -> bool {
-    mtu != 0 && packet.wire_len > u32::from(mtu)
 }
 
 /// A selected pod's packet that cannot be translated: let go inside the cluster, dropped towards outside.

@@ -4,7 +4,7 @@
 use crate::addr::Ip;
 use crate::conntrack::{Sender, expired, next_state};
 use crate::fragments::{self, Fate, Place};
-use crate::keys::{EgressId, FlowPath, IfIndex, ReplyKey, Settings};
+use crate::keys::{DeliveryMode, EgressId, FlowPath, IfIndex, ReplyKey, Settings};
 use crate::packet::{Kind, Packet, Part};
 use crate::ports::{flow_key_of, granule_of};
 use crate::tables::Tables;
@@ -109,6 +109,17 @@ fn deliver<'t, T: Tables, A: Act<FromOutside<'t>>>(
         Some(_) if reply.path == FlowPath::Host as u8 || packet.options => to.act(FromOutside::Host(reverse)),
         Some(_) if packet.ttl <= 1 => to.act(FromOutside::Drop(DropReason::TtlExpired)),
         Some(delivery) if delivery.ifindex == 0 => to.act(FromOutside::Drop(DropReason::PodGone)),
+        // Into a pod's namespace anything goes; a device on the way drops what it does not carry (`is_skb_forwardable`,
+        // net/core/dev.c), uncounted. The host's stack fragments.
+        Some(delivery)
+            if delivery.mode == DeliveryMode::Neighbour as u8 && packet.larger_than(delivery.mtu) =>
+        {
+            if packet.dont_fragment {
+                to.act(FromOutside::Drop(DropReason::TooBig))
+            } else {
+                to.act(FromOutside::Host(reverse))
+            }
+        }
         Some(delivery) => to.act(FromOutside::Deliver(reverse, delivery)),
     }
 }

@@ -99,7 +99,14 @@ impl Packet {
     #[inline(always)]
     #[must_use]
     pub const fn too_big_for(&self, mtu: u16) -> bool {
-        mtu != 0 && self.dont_fragment && matches!(self.part, Part::Whole) && self.wire_len > mtu as u32
+        self.dont_fragment && matches!(self.part, Part::Whole) && self.larger_than(mtu)
+    }
+
+    /// Whether it does not fit where packets of `mtu` bytes do. `mtu` 0: not known.
+    #[inline(always)]
+    #[must_use]
+    pub const fn larger_than(&self, mtu: u16) -> bool {
+        mtu != 0 && self.wire_len > mtu as u32
     }
 
     /// Whether it can open a connection: a TCP SYN without ACK, an SCTP INIT, any UDP, an echo request; no

@@ -512,6 +512,26 @@ fn what_is_too_big_is_said_to_its_sender() {
 }
 
 #[test]
+fn a_reply_that_the_way_to_the_pod_does_not_carry_is_the_hosts_to_fragment() {
+    let mut a = node(A, B);
+    let sent = udp((POD, 5000), (SERVER, 53));
+    let ToUplink::Translate(snat) = walk_up(&a, &sent, &sent) else { panic!() };
+    let delivery = a.delivery.get_mut(&1).unwrap();
+    (delivery.mode, delivery.mtu) = (DeliveryMode::Neighbour as u8, 1400);
+    let reply = |wire_len, dont_fragment| {
+        let reply = udp((SERVER, 53), (EGRESS, snat.source_port));
+        from_tunnel(&a, &NODE_B, VNI, &Packet { wire_len, dont_fragment, ..reply }, &Keep)
+    };
+    assert!(matches!(reply(1400, true), FromOutside::Deliver(..)));
+    assert!(matches!(reply(1401, false), FromOutside::Host(_)));
+    assert_eq!(reply(1401, true), FromOutside::Drop(DropReason::TooBig));
+    let mut b = a.clone();
+    b.delivery.get_mut(&1).unwrap().mode = DeliveryMode::Peer as u8;
+    let whole = Packet { wire_len: 9000, ..udp((SERVER, 53), (EGRESS, snat.source_port)) };
+    assert!(matches!(from_tunnel(&b, &NODE_B, VNI, &whole, &Keep), FromOutside::Deliver(..)));
+}
+
+#[test]
 fn sources_that_a_pod_may_not_use() {
     let a = node(A, B);
     let drop = |source, ifindex| from_pod(&a, ifindex, &tcp((source, 1), (SERVER, 80), SYN));

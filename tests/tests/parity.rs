@@ -680,7 +680,16 @@ fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
         }
         let ifindex = if rng.percent(10) { 0 } else { ifindex };
         if rng.percent(93) {
-            t.delivery.insert(id, Delivery { ip, ifindex, mode: rng.pick(&[1, 2]), ..Delivery::default() });
+            t.delivery.insert(
+                id,
+                Delivery {
+                    ip,
+                    ifindex,
+                    mode: rng.pick(&[1, 2]),
+                    mtu: rng.pick(&[0, 60, 1400]),
+                    ..Delivery::default()
+                },
+            );
         }
     }
     for (ifindex, kind, bridge) in [
