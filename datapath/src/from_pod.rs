@@ -77,6 +77,10 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
         Kind::EchoReply => return untranslatable(t, settings, packet, &key, DropReason::NoFlow, to),
         // The host's stack answers no error with another (RFC 1122, 3.2.2).
         Kind::IcmpError if packet.ttl <= 1 => return to.act(FromPod::Drop(DropReason::TtlExpired)),
+        // The host's stack would have to look at them.
+        Kind::IcmpError if packet.options => {
+            return untranslatable(t, settings, packet, &key, DropReason::IcmpType, to);
+        }
         Kind::IcmpError => return error(t, settings, &pod, packet, &key, to),
         Kind::OtherIcmp => return untranslatable(t, settings, packet, &key, DropReason::IcmpType, to),
         Kind::Fragment | Kind::Other => {

@@ -35,6 +35,8 @@ const B: u16 = 2;
 const VNI: u32 = 4711;
 const PASS: u32 = 0xfeed_f00d;
 const MARK: u32 = 0x77;
+/// A bridge; no program is attached to it.
+const BRIDGE: u32 = 99;
 /// Where the host's masquerade put a packet.
 const MASQUERADE: u16 = 61000;
 
@@ -128,12 +130,13 @@ fn tables(holder: u16) -> Memory {
         let mode = DeliveryMode::Peer as u8;
         t.delivery.insert(id, Delivery { ip, ifindex, mode, ..Delivery::default() });
     }
-    for (ifindex, kind, guarded, mac) in [
-        (POD_IF, InterfaceKind::Pod, Guard::Own as u8, [0; 6]),
-        (OTHER_IF, InterfaceKind::Pod, 0, [0; 6]),
-        (UPLINK, InterfaceKind::Uplink, 0, UPLINK_MAC),
-        (SECOND_UPLINK, InterfaceKind::Uplink, 0, [2; 6]),
+    for (ifindex, kind, guard, mac) in [
+        (POD_IF, InterfaceKind::Pod, Guard::Own, [0; 6]),
+        (OTHER_IF, InterfaceKind::Pod, Guard::None, [0; 6]),
+        (UPLINK, InterfaceKind::Uplink, Guard::None, UPLINK_MAC),
+        (SECOND_UPLINK, InterfaceKind::Uplink, Guard::None, [2; 6]),
     ] {
+        let guarded = guard as u8;
         t.interfaces.insert(ifindex, Interface { kind: kind as u8, guarded, mac, bridge: 0 });
     }
     for (id, ip) in [(A, NODE_A), (B, NODE_B)] {
@@ -295,6 +298,11 @@ fn redirected(packet: &Built) -> Fate {
     Fate::Redirect(frame)
 }
 
+/// What comes out of the tunnel for the host's stack: as if by the uplink that the server is behind.
+fn into_uplink(packet: &Built) -> Built {
+    Built { macs: [UPLINK_MAC, packet.macs[1]], ..packet.clone() }
+}
+
 /// One packet of a connection, by its ends: how a protocol builds it.
 type Build = fn(End, End) -> Built;
 
@@ -411,9 +419,8 @@ fn a_service_that_leads_outside_stays_on_the_hosts_path() {
         let back = tcp(outside, (f.egress, port), SYN | ACK);
         let inside = tcp(outside, (f.nodes[0], MASQUERADE), SYN | ACK);
         assert_eq!(rig.fate(Program::FromUplink, &from_uplink(&back)), Fate::Next(inside.frame()));
-        let mut to_uplink_mac = inside;
-        to_uplink_mac.macs[0] = UPLINK_MAC;
-        assert_eq!(rig.fate(Program::FromTunnel, &from_tunnel(&back)), redirected(&to_uplink_mac));
+        let through = redirected(&into_uplink(&inside));
+        assert_eq!(rig.fate(Program::FromTunnel, &from_tunnel(&back)), through);
     }
 }
 
@@ -511,6 +518,38 @@ fn checksums_in_odd_cases() {
 }
 
 #[test]
+fn ip_options_are_for_the_hosts_stack() {
+    let mut rig = Rig::new(&tables(B));
+    for (protocol, [first, later, back], remote_port) in PROTOCOLS {
+        rig.kernel.write(&tables(B));
+        let (pod, server) = ((POD, 40000), (SERVER, remote_port));
+        // No operation; router alert (RFC 2113).
+        let with = |packet: Built| packet.ip_options(&[1, 1, 1, 1, 148, 4, 0, 0]);
+        rig.walk_up(&first(pod, server), &first(pod, server));
+        let out = (EGRESS, rig.port());
+        for packet in [first, later] {
+            let sent = with(packet(pod, server));
+            let up = rig.walk_up(&sent, &sent);
+            assert_eq!(up, redirected(&with(packet(out, server))), "{protocol}");
+        }
+        // Without them it goes past the stack, as before.
+        let fate = rig.fate(Program::FromPod, &from_pod(&later(pod, server)));
+        assert_eq!(fate, redirected(&later(out, server).hop()), "{protocol}");
+
+        let reply = with(back(server, out));
+        let inside = with(back(server, pod));
+        let fate = rig.fate(Program::FromTunnel, &from_tunnel(&reply));
+        assert_eq!(fate, redirected(&into_uplink(&inside)), "{protocol}");
+        assert_eq!(
+            rig.fate(Program::FromUplink, &from_uplink(&reply)),
+            Fate::Next(inside.frame()),
+            "{protocol}"
+        );
+        assert_eq!(rig.port(), out.1, "{protocol}: one flow all the time");
+    }
+}
+
+#[test]
 fn the_mss_is_lowered_wherever_its_option_stands() {
     let mut rig = Rig::new(&tables(B));
     for f in FAMILIES {
@@ -536,20 +575,29 @@ fn mss_is_lowered(rig: &mut Rig, f: &Family) {
     let lowered = tcp(out, server, SYN).tcp_options(&options(&[], most));
     assert_eq!(rig.walk_up(&opening(pod), &opening((f.nodes[0], MASQUERADE))), redirected(&lowered));
     for (prefix, before, after) in cases.clone() {
-        let sent = from_pod(&tcp(pod, server, SYN | ACK).tcp_options(&options(prefix, before)));
-        let expected = tcp(out, server, SYN | ACK).tcp_options(&options(prefix, after)).hop();
-        assert_eq!(rig.fate(Program::FromPod, &sent), redirected(&expected), "{prefix:?} {before}");
+        let with = |from: End, flags, value| tcp(from, server, flags).tcp_options(&options(prefix, value));
+        let sent = with(pod, SYN, before);
+        let expected = redirected(&with(out, SYN, after));
+        assert_eq!(rig.walk_up(&sent, &sent), expected, "{prefix:?} {before}");
+        // Two ends may open the connection at once (RFC 9293, 3.5).
+        let sent = from_pod(&with(pod, SYN | ACK, before));
+        let expected = redirected(&with(out, SYN | ACK, after).hop());
+        assert_eq!(rig.fate(Program::FromPod, &sent), expected, "{prefix:?} {before}");
     }
     // Options that make no sense are the receiver's to judge; data that looks like an option is none.
     for options in [&[2, 3, 0x23, 0x28][..], &[5, 0, 2, 4, 0x23, 0x28, 0, 0], &[0, 2, 4, 0x23, 0x28, 0, 0, 0]]
     {
-        let sent = tcp(pod, server, SYN | ACK).tcp_options(options);
-        let expected = tcp(out, server, SYN | ACK).tcp_options(options).hop();
-        assert_eq!(rig.fate(Program::FromPod, &from_pod(&sent)), redirected(&expected), "{options:?}");
+        let with = |from: End, flags| tcp(from, server, flags).tcp_options(options);
+        let up = rig.walk_up(&with(pod, SYN), &with(pod, SYN));
+        assert_eq!(up, redirected(&with(out, SYN)), "{options:?}");
+        let fate = rig.fate(Program::FromPod, &from_pod(&with(pod, SYN | ACK)));
+        assert_eq!(fate, redirected(&with(out, SYN | ACK).hop()), "{options:?}");
     }
-    let sent = from_pod(&tcp(pod, server, SYN | ACK).payload(&mss(9000)));
-    let expected = tcp(out, server, SYN | ACK).payload(&mss(9000)).hop();
-    assert_eq!(rig.fate(Program::FromPod, &sent), redirected(&expected));
+    let with = |from: End, flags| tcp(from, server, flags).payload(&mss(9000));
+    assert_eq!(rig.walk_up(&with(pod, SYN), &with(pod, SYN)), redirected(&with(out, SYN)));
+    let fate = rig.fate(Program::FromPod, &from_pod(&with(pod, SYN | ACK)));
+    assert_eq!(fate, redirected(&with(out, SYN | ACK).hop()));
+    assert_eq!(rig.port(), out.1, "one flow all the time");
     for (prefix, before, after) in cases {
         let reply = from_tunnel(&tcp(server, out, SYN | ACK).tcp_options(&options(prefix, before)));
         let expected = tcp(server, pod, SYN | ACK).tcp_options(&options(prefix, after)).hop();
@@ -906,11 +954,18 @@ fn extended(packet: Built, extensions: &[(u8, &[u8])]) -> Built {
 #[test]
 fn extension_headers_are_looked_behind() {
     let mut rig = Rig::new(&tables(B));
-    let chains: [&[(u8, &[u8])]; 7] = [
+    let chains: [&[(u8, &[u8])]; 9] = [
         &[(HOP_BY_HOP, &PADDED)],
         &[(DESTINATION_OPTIONS, &PADDED_LONG)],
         &[(ROUTING, &ROUTED)],
         &[(FRAGMENT, &ATOMIC)],
+        &[(FRAGMENT, &ATOMIC), (DESTINATION_OPTIONS, &PADDED)],
+        &[
+            (DESTINATION_OPTIONS, &PADDED_LONG),
+            (DESTINATION_OPTIONS, &PADDED),
+            (FRAGMENT, &ATOMIC),
+            (DESTINATION_OPTIONS, &PADDED),
+        ],
         &[
             (HOP_BY_HOP, &PADDED_LONG),
             (ROUTING, &ROUTED),
@@ -926,25 +981,26 @@ fn extension_headers_are_looked_behind() {
         rig.kernel.write(&tables(B));
         let (pod, server) = ((V6.pod, 40000), (V6.server, remote_port));
         let with = |packet| extended(packet, chain);
+        // What is for routers to look at is for the host's stack.
+        let for_routers = chain.iter().any(|(kind, _)| [HOP_BY_HOP, ROUTING].contains(kind));
+        let came = |packet: Built| redirected(&if for_routers { into_uplink(&packet) } else { packet.hop() });
         let up = rig.walk_up(&with(first(pod, server)), &with(first((V6.nodes[0], MASQUERADE), server)));
         let out = (V6.egress, rig.port());
         assert_eq!(up, redirected(&with(first(out, server))), "{protocol} behind {chain:?}");
-        // What routers are to look at, the host's stack gets.
-        let past_stack = chain.iter().all(|(kind, _)| !matches!(*kind, HOP_BY_HOP | ROUTING));
-        let sent = with(later(pod, server));
-        let fate = rig.fate(Program::FromPod, &from_pod(&sent));
-        let translated = redirected(&with(later(out, server)).hop());
-        let expected = if past_stack { translated } else { Fate::Next(sent.frame()) };
-        assert_eq!(fate, expected, "{protocol} behind {chain:?}");
-        let delivered = |packet: Built| {
-            if past_stack {
-                return redirected(&packet.hop());
-            }
-            let [_, from] = packet.macs;
-            redirected(&Built { macs: [UPLINK_MAC, from], ..packet })
-        };
-        let fate = rig.fate(Program::FromTunnel, &from_tunnel(&with(back(server, out))));
-        assert_eq!(fate, delivered(with(back(server, pod))), "{protocol} behind {chain:?}");
+        let (sent, translated) = (with(later(pod, server)), with(later(out, server)));
+        if for_routers {
+            let up = rig.walk_up(&sent, &sent);
+            assert_eq!(up, redirected(&translated), "{protocol} behind {chain:?}");
+        } else {
+            let fate = rig.fate(Program::FromPod, &from_pod(&sent));
+            assert_eq!(fate, redirected(&translated.hop()), "{protocol} behind {chain:?}");
+        }
+        let reply = with(back(server, out));
+        let fate = rig.fate(Program::FromTunnel, &from_tunnel(&reply));
+        assert_eq!(fate, came(with(back(server, pod))), "{protocol} behind {chain:?}");
+        let by_uplink = rig.fate(Program::FromUplink, &from_uplink(&reply));
+        let expected = if for_routers { Fate::Next(with(back(server, pod)).frame()) } else { fate };
+        assert_eq!(by_uplink, expected, "{protocol} behind {chain:?}");
         let quoting = |to: Ip, about: End| {
             let mut quoted = first(about, server);
             if about.0 == V6.pod {
@@ -953,7 +1009,8 @@ fn extension_headers_are_looked_behind() {
             with(error(V6.router, to, 1, &quoted, 60))
         };
         let fate = rig.fate(Program::FromTunnel, &from_tunnel(&quoting(V6.egress, out)));
-        assert_eq!(fate, delivered(quoting(V6.pod, pod)), "{protocol}'s error behind {chain:?}");
+        assert_eq!(fate, came(quoting(V6.pod, pod)), "{protocol}'s error behind {chain:?}");
+        assert_eq!(rig.port(), out.1, "{protocol} behind {chain:?}: one flow all the time");
     }
 }
 
@@ -964,28 +1021,54 @@ fn fragments_behind_and_before_other_extension_headers() {
     rig.walk_up(&udp(pod, server), &udp(pod, server));
     let out = (V6.egress, rig.port());
     // What is before the fragment header is in every fragment; what is behind it is in the first only.
-    let before = |from| {
-        extended(
-            udp(from, server).payload(&LONG),
-            &[(DESTINATION_OPTIONS, &PADDED), (DESTINATION_OPTIONS, &PADDED_LONG)],
-        )
+    let before: Build = |f, t| {
+        let chain: [(u8, &[u8]); 2] = [(DESTINATION_OPTIONS, &PADDED), (DESTINATION_OPTIONS, &PADDED_LONG)];
+        extended(udp(f, t).payload(&LONG), &chain)
     };
-    let behind = |from| {
-        let datagram = udp(from, server).payload(&LONG).frame();
-        raw(from.0, server.0, DESTINATION_OPTIONS, &[&[17], &PADDED[..], &datagram[54..]].concat())
+    let behind: Build = |f, t| {
+        let datagram = udp(f, t).payload(&LONG).frame();
+        raw(f.0, t.0, DESTINATION_OPTIONS, &[&[17], &PADDED[..], &datagram[54..]].concat())
     };
-    for datagram in [&before as &dyn Fn(End) -> Built, &behind] {
-        let expected = in_three(&datagram(out).hop());
-        for (sent, expected) in in_three(&datagram(pod)).into_iter().zip(expected) {
+    let tunnelled = |frame| Input { tunnel: Some((NODE_B, VNI)), ..framed(TUNNEL, frame) };
+    for datagram in [before, behind] {
+        let expected = in_three(&datagram(out, server).hop());
+        for (sent, expected) in in_three(&datagram(pod, server)).into_iter().zip(expected) {
             assert_eq!(rig.fate(Program::FromPod, &framed(POD_IF, sent)), Fate::Redirect(expected));
         }
+        let expected = in_three(&datagram(server, pod).hop());
+        for (sent, expected) in in_three(&datagram(server, out)).into_iter().zip(expected) {
+            assert_eq!(rig.fate(Program::FromTunnel, &tunnelled(sent)), Fate::Redirect(expected));
+        }
     }
+    // What is for routers to look at makes the host's stack the way of all of them, later ones behind their first.
+    let for_routers: Build = |f, t| {
+        let chain: [(u8, &[u8]); 2] = [(HOP_BY_HOP, &PADDED), (ROUTING, &ROUTED)];
+        Built { id: 77, ..extended(udp(f, t).payload(&LONG), &chain) }
+    };
+    let sent = in_three(&for_routers(pod, server));
+    for frame in &sent {
+        let fate = rig.fate(Program::FromPod, &framed(POD_IF, frame.clone()));
+        assert_eq!(fate, Fate::Next(frame.clone()));
+    }
+    let mut hash = rig.token();
+    for (frame, expected) in sent.into_iter().zip(in_three(&for_routers(out, server))) {
+        let input = Input { hash, ingress: POD_IF, ..framed(UPLINK, frame) };
+        assert_eq!(rig.fate(Program::ToUplink, &input), Fate::Redirect(expected));
+        hash = 0; // the later ones have none
+    }
+    let expected = in_three(&into_uplink(&for_routers(server, pod)));
+    for (sent, expected) in in_three(&for_routers(server, out)).into_iter().zip(expected) {
+        assert_eq!(rig.fate(Program::FromTunnel, &tunnelled(sent)), Fate::Redirect(expected));
+    }
+    assert_eq!(rig.port(), out.1, "one flow all the time");
 }
 
 /// One extension header more than are looked behind.
 const FIVE: [(u8, &[u8]); 5] = [(DESTINATION_OPTIONS, &PADDED); 5];
 /// Its destination is not where it goes in the end.
 const SEGMENTS_LEFT: (u8, &[u8]) = (ROUTING, &[0, 4, 1, 0, 0, 0, 0]);
+/// A fragment header that says "more follow".
+const FIRST: (u8, &[u8]) = (FRAGMENT, &[0, 0, 1, 1, 2, 3, 4]);
 /// It is longer than the packet.
 const BEYOND: (u8, &[u8]) = (DESTINATION_OPTIONS, &[200, 1, 4, 0, 0, 0, 0]);
 
@@ -1009,7 +1092,7 @@ fn what_cannot_be_told_of_ipv6() {
         frame[at..at + 16].copy_from_slice(&POD.octets);
         frame
     };
-    let cases: [(DropReason, BuildFrame); 9] = [
+    let cases: [(DropReason, BuildFrame); 11] = [
         (DropReason::Protocol, |f, t| extended(udp(f, t), &FIVE).frame()),
         (DropReason::Protocol, |f, t| extended(udp(f, t), &[SEGMENTS_LEFT]).frame()),
         (DropReason::Malformed, |f, t| extended(udp(f, t), &[BEYOND]).frame()),
@@ -1017,6 +1100,9 @@ fn what_cannot_be_told_of_ipv6() {
         (DropReason::Malformed, |f, t| cut(extended(udp(f, t), &[(HOP_BY_HOP, &PADDED)]).frame(), 15)),
         (DropReason::Malformed, |f, t| cut(udp(f, t).frame(), 7)),
         (DropReason::Malformed, |f, t| cut(tcp(f, t, ACK).frame(), 19)),
+        // Only many segments in one may say that they have no length.
+        (DropReason::Malformed, |f, t| cut(udp(f, t).frame(), 0)),
+        (DropReason::Protocol, |f, t| extended(udp(f, t), &[FIRST, (FRAGMENT, &ATOMIC)]).frame()),
         (DropReason::Protocol, |f, t| raw(f.0, t.0, 59, b"no next header").frame()),
         // ICMP of the other family is a protocol like any other.
         (DropReason::Protocol, |f, t| raw(f.0, t.0, 1, &[8, 0, 0, 0, 0, 1, 0, 1]).frame()),
@@ -1136,6 +1222,49 @@ fn what_is_too_big_is_counted_once() {
     }
 }
 
+/// Without a length, as the kernel has what is too long for the field (BIG TCP; `iph_totlen`, include/net/ip.h).
+fn without_length(packet: &Built) -> Vec<u8> {
+    let mut frame = packet.frame();
+    let field = if packet.source.is_v4() { 16..18 } else { 18..20 };
+    frame[field].fill(0);
+    if packet.source.is_v4() {
+        frame[24..26].fill(0);
+        // RFC 1071.
+        let words = frame[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+        let sum = !((words.sum::<u32>() % 0xffff) as u16);
+        frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    }
+    frame
+}
+
+#[test]
+fn many_segments_in_one_need_no_length() {
+    let mut rig = Rig::new(&tables(B));
+    for f in FAMILIES {
+        rig.kernel.write(&tables(B));
+        let (pod, server) = ((f.pod, 40000), (f.server, 80));
+        rig.walk_up(&tcp(pod, server, SYN), &tcp(pod, server, SYN));
+        let out = (f.egress, rig.port());
+        let data = vec![7; 3000];
+        let of = |from, to| tcp(from, to, ACK).payload(&data);
+        let sent = framed(POD_IF, without_length(&of(pod, server)));
+        let expected = Fate::Redirect(without_length(&of(out, server).hop()));
+        let segments = Input { gso: 1300, ..sent.clone() };
+        assert_eq!(rig.fate(Program::FromPod, &segments), expected, "from {}", f.pod);
+        let reply = framed(TUNNEL, without_length(&of(server, out)));
+        let reply = Input { tunnel: Some((NODE_B, VNI)), ..reply };
+        let expected = Fate::Redirect(without_length(&of(server, pod).hop()));
+        let segments = Input { gso: 1300, ..reply.clone() };
+        assert_eq!(rig.fate(Program::FromTunnel, &segments), expected, "to {}", f.pod);
+        // One packet needs it: that of IPv4 is the kernel's to refuse, that of IPv6 has an end, and no header.
+        let v4 = f.pod.is_v4();
+        let refused = if v4 { Fate::Next(sent.frame.clone()) } else { Fate::Drop(DropReason::Malformed) };
+        assert_eq!(rig.fate(Program::FromPod, &sent), refused, "from {}", f.pod);
+        let reason = if v4 { DropReason::TunnelNotAllowed } else { DropReason::Malformed };
+        assert_eq!(rig.fate(Program::FromTunnel, &reply), Fate::Drop(reason), "to {}", f.pod);
+    }
+}
+
 #[test]
 fn what_a_selected_pod_may_not_send() {
     let mut rig = Rig::new(&tables(B));
@@ -1146,6 +1275,14 @@ fn what_a_selected_pod_may_not_send() {
         (DropReason::SpoofedSource, POD_IF, tcp(([8, 8, 8, 8], 1), server, SYN)),
         (DropReason::SpoofedSource, OTHER_IF, tcp((V6.pod, 1), (V6.server, 80), SYN)),
         (DropReason::SpoofedSource, POD_IF, tcp((V6.egress, 1), (V6.server, 80), SYN)),
+        (DropReason::SpoofedSource, POD_IF, tcp((OTHER_POD, 1), server, SYN)),
+        (DropReason::SpoofedSource, POD_IF, tcp((V6.router, 1), (V6.server, 80), SYN)),
+        (DropReason::SpoofedSource, POD_IF, tcp((NODE_A, 1), server, SYN)),
+        (DropReason::SpoofedSource, OTHER_IF, tcp((NODE_B, 1), server, SYN)),
+        (DropReason::SpoofedSource, OTHER_IF, tcp((V6.nodes[0], 1), (V6.server, 80), SYN)),
+        (DropReason::TunnelForged, POD_IF, udp((POD, 1), (NODE_B, 4795))),
+        (DropReason::TunnelForged, OTHER_IF, udp((OTHER_POD, 1), (NODE_A, 4795))),
+        (DropReason::TunnelForged, POD_IF, udp((V6.pod, 1), (V6.nodes[1], 4795))),
         (DropReason::UnknownPod, OTHER_IF, tcp(("fd00:10:244:1::99", 1), (V6.server, 80), SYN)),
         (DropReason::UnknownPod, OTHER_IF, tcp(([10, 244, 1, 99], 1), server, SYN)),
         (DropReason::Protocol, POD_IF, raw(POD, SERVER, 47, b"gre")),
@@ -1163,11 +1300,27 @@ fn what_a_selected_pod_may_not_send() {
         assert_eq!(rig.fate(Program::FromPod, &input_of(ifindex, &packet)), Fate::Drop(reason), "{packet:?}");
     }
     assert_eq!(rig.kernel.state(), lab::kernel::State::default(), "nothing is kept of what is dropped");
+    // Where others may speak as well, a source that nobody knows is no spoofed one; but it is no selected pod's.
+    let mut t = tables(B);
+    t.interfaces.get_mut(&POD_IF).expect("it is there").guarded = Guard::Guarded as u8;
+    rig.kernel.write(&t);
+    let unknown = Input { hash: 99, ..from_pod(&tcp(([8, 8, 8, 8], 1), server, SYN)) };
+    assert_eq!(rig.fate(Program::FromPod, &unknown), Fate::Next(unknown.frame.clone()));
+    assert_eq!(rig.observe(Program::FromPod, &unknown).hash, PASS);
+    let egress = from_pod(&tcp((EGRESS, 1), server, SYN));
+    assert_eq!(rig.fate(Program::FromPod, &egress), Fate::Drop(DropReason::SpoofedSource));
 }
 
 #[test]
 fn what_may_not_leave_by_the_uplink() {
-    let mut rig = Rig::new(&tables(B));
+    let mut t = tables(B);
+    let bridge = Interface {
+        kind: InterfaceKind::Bridge as u8,
+        guarded: Guard::Guarded as u8,
+        ..Interface::default()
+    };
+    t.interfaces.insert(BRIDGE, bridge);
+    let mut rig = Rig::new(&t);
     let masqueraded = to_uplink(&tcp((NODE_A, MASQUERADE), (SERVER, 80), SYN));
     let lost = Input { hash: 12345, ..masqueraded.clone() };
     assert_eq!(rig.fate(Program::ToUplink, &lost), Fate::Drop(DropReason::TokenLost));
@@ -1181,6 +1334,15 @@ fn what_may_not_leave_by_the_uplink() {
     assert!(matches!(fate, Fate::Answer(DropReason::NoFlow, _)), "{fate:?}");
     let abort = sctp((POD, 1), (SERVER, 80), DATA);
     assert_eq!(rig.walk_up(&abort, &abort), Fate::Drop(DropReason::NoFlow), "only TCP is answered");
+    // What a program has translated does not come out of a bridge.
+    for f in FAMILIES {
+        let translated = to_uplink(&tcp((f.egress, 1664), (f.server, 80), ACK));
+        let spoofed = Input { ingress: BRIDGE, ..translated.clone() };
+        assert_eq!(rig.fate(Program::ToUplink, &spoofed), Fate::Drop(DropReason::SpoofedSource));
+        let unknown = Input { ingress: PORT, ..translated.clone() };
+        assert_eq!(rig.fate(Program::ToUplink, &unknown), Fate::Drop(DropReason::UnknownInterface));
+        assert_eq!(rig.fate(Program::ToUplink, &translated), Fate::Next(translated.frame.clone()));
+    }
     let own = Input { ingress: 0, ..masqueraded };
     assert_eq!(rig.fate(Program::ToUplink, &own), Fate::Next(own.frame.clone()), "the node's own");
 }
@@ -1235,7 +1397,7 @@ fn what_is_not_ours_is_not_touched() {
         frame
     };
     // The kernel refuses such headers by itself.
-    for frame in [v6, with(14, 0x44), with(14, 0x65), with(17, 200), with(17, 19)] {
+    for frame in [v6, with(14, 0x44), with(14, 0x65), with(17, 200), with(17, 19), with(17, 0)] {
         for (program, ifindex) in
             [(Program::FromPod, POD_IF), (Program::ToUplink, UPLINK), (Program::FromUplink, UPLINK)]
         {

@@ -55,6 +55,8 @@ fn walk_v4(frame: &[u8], ip: usize, limit: usize, quoted: bool) -> Option<Walk> 
     }
     let header = usize::from(frame[ip] & 15) * 4;
     let total = usize::from(word(frame, ip + 2)?);
+    // A total length of 0 is refused like any other that is too short: no packet here is GSO's, where it would be
+    // BIG TCP's (`iph_totlen`, include/net/ip.h).
     let end = if quoted { limit } else { ip + total };
     if frame[ip] >> 4 != 4 || header < 20 || end > limit || ip + header > end {
         return None;

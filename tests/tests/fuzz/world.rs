@@ -4,8 +4,8 @@
 use datapath::addr::Ip;
 use datapath::conntrack::{FlowState, Ticks};
 use datapath::keys::{
-    Delivery, DeliveryMode, EgressIp, Flow, FlowKey, GranuleRange, GranuleTable, Interface, InterfaceKind,
-    Lease, NetworkKey, NetworkKind, Node, NodeId, Pod, Policy, Reply, ReplyKey, Settings,
+    Delivery, DeliveryMode, EgressIp, Flow, FlowKey, GranuleRange, GranuleTable, Guard, Interface,
+    InterfaceKind, Lease, NetworkKey, NetworkKind, Node, NodeId, Pod, Policy, Reply, ReplyKey, Settings,
 };
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use datapath::memory::Memory;
@@ -134,15 +134,15 @@ pub(crate) fn policy_tables(capacity: usize) -> Memory {
         let mode = if port == PORT { DeliveryMode::Neighbour } else { DeliveryMode::Peer } as u8;
         t.delivery.insert(id, Delivery { ip, ifindex: port, mode, mtu: 1500, ..Delivery::default() });
     }
-    for (ifindex, kind, guarded, bridge) in [
-        (POD, InterfaceKind::Pod, 1, 0),
-        (OTHER_POD, InterfaceKind::Pod, 0, 0),
-        (PORT, InterfaceKind::Pod, 1, BRIDGE),
-        (BRIDGE, InterfaceKind::Bridge, 1, 0),
-        (UPLINK, InterfaceKind::Uplink, 0, 0),
-        (SECOND_UPLINK, InterfaceKind::Uplink, 0, 0),
+    for (ifindex, kind, guard, bridge) in [
+        (POD, InterfaceKind::Pod, Guard::Own, 0),
+        (OTHER_POD, InterfaceKind::Pod, Guard::None, 0),
+        (PORT, InterfaceKind::Pod, Guard::Guarded, BRIDGE),
+        (BRIDGE, InterfaceKind::Bridge, Guard::Guarded, 0),
+        (UPLINK, InterfaceKind::Uplink, Guard::None, 0),
+        (SECOND_UPLINK, InterfaceKind::Uplink, Guard::None, 0),
     ] {
-        let mac = mac_of(ifindex);
+        let (mac, guarded) = (mac_of(ifindex), guard as u8);
         t.interfaces.insert(ifindex, Interface { kind: kind as u8, guarded, mac, bridge });
     }
     for (ip, len, kind) in [
