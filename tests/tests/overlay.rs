@@ -45,11 +45,12 @@ fn beside_an_overlay(cni: Cni) {
     recorder.reset();
     let _inside = [lab.echo(&selected.netns), lab.echo(&unselected.netns)];
     for _ in 0..3 {
-        // Between pods by the overlay, with the pods' own addresses, both ways.
+        // Between pods by the overlay, both ways. The plugin masquerades: the source is the overlay's device.
         for (from, to) in [(&selected, &unselected), (&unselected, &selected)] {
             let peer = format!("{}:{ECHO}", to.ip);
-            from.netns.tcp(&peer, 30, 10).expect_all_from(30, &from.ip);
-            from.netns.udp(&peer, 30).expect_all_from(30, &from.ip);
+            let device = format!("{}.0", lab.node(&from.node).pod_prefix);
+            from.netns.tcp(&peer, 30, 10).expect_all_from(30, &device);
+            from.netns.udp(&peer, 30).expect_all_from(30, &device);
             assert_eq!(from.netns.ping(&to.ip, 5, "0.01"), 5);
         }
         // And outside.

@@ -75,11 +75,13 @@ pub(super) fn roles(
 
     // A pod's interface whose name no pattern knows: one end of a veth of which the other is in another
     // namespace. One that has a network of its own, not the pod's address alone behind it, is a NIC to a node that
-    // is a container itself.
+    // is a container itself; so is one that other interfaces of the node stand on (macvlan, VLAN).
+    let stood_on: BTreeSet<IfIndex> = links.iter().filter_map(lower).collect();
     let is_routed = |link: &LinkMessage| {
         let nets = addresses.get(&link.header.index).map_or(&[][..], Vec::as_slice);
         peer_elsewhere(link)
             && controller(link) == 0
+            && !stood_on.contains(&link.header.index)
             && !nets.iter().any(|a| is_global(&a.net.addr()) && a.net.prefix_len() < a.net.max_prefix_len())
     };
     let pod_facing = links
@@ -101,6 +103,13 @@ pub(super) fn controller(link: &LinkMessage) -> IfIndex {
         .iter()
         .find_map(|a| if let LinkAttribute::Controller(index) = a { Some(*index) } else { None })
         .unwrap_or(0)
+}
+
+/// The interface of this namespace that one stands on, or is the other end of.
+fn lower(link: &LinkMessage) -> Option<IfIndex> {
+    let elsewhere = link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkNetNsId(_)));
+    let lower = |a: &LinkAttribute| if let LinkAttribute::Link(index) = a { Some(*index) } else { None };
+    if elsewhere { None } else { link.attributes.iter().find_map(lower) }
 }
 
 /// Whether it is a veth whose other end is in another network namespace.
@@ -176,6 +185,15 @@ mod tests {
         assert_eq!(of(&links, &[2], &[]), [vec![2], vec![21], vec![20]]);
         let links = [link(20, "docker0", BRIDGE, 0), link(21, "veth1", VETH, 20), link(22, "x", VETH, 20)];
         assert_eq!(of(&links, &[2], &[]), [vec![2], vec![21, 22], vec![20]]);
+    }
+
+    #[test]
+    fn what_others_stand_on_is_no_pods() {
+        let mut upper = link(40, "eth0.100", Some(InfoKind::Vlan), 0);
+        let under = link(41, "under0", VETH, 0);
+        assert_eq!(of(&[upper.clone(), under.clone()], &[40], &[]), [vec![40], vec![41], vec![]]);
+        upper.attributes.push(LinkAttribute::Link(41));
+        assert_eq!(of(&[upper, under], &[40], &[]), [vec![40], vec![], vec![]]);
     }
 
     #[test]
