@@ -533,6 +533,7 @@ impl Compiler<'_> {
             uplink_mtu: clamp(self.facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0)),
             offload: config.offload as u8,
             uplink: self.some_uplink(),
+            tunnel_max: tunnel_max(self.desired, self.facts),
             unassigned: config.unassigned as u8,
             spread: config.spread as u8,
             hold_unknown: u8::from(config.hold_unknown),
@@ -562,6 +563,11 @@ fn flow_mtu(desired: &Desired, facts: &Facts) -> u16 {
     let overhead = if desired.nodes.len() > 1 { TUNNEL_OVERHEAD + outer } else { 0 };
     let mtu = facts.uplinks.values().map(|u| u.mtu).min().unwrap_or(0);
     clamp(mtu.saturating_sub(overhead))
+}
+
+/// The largest packet that the tunnel takes; 0: any.
+fn tunnel_max(desired: &Desired, facts: &Facts) -> u16 {
+    if desired.tunnel_over_v6() && desired.nodes.len() > 1 { flow_mtu(desired, facts) } else { 0 }
 }
 
 /// Loopback's MTU is 65,536; no IP packet is longer than 65,535 bytes.

@@ -89,12 +89,16 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
         Kind::Malformed => return to.act(FromPod::Drop(DropReason::Malformed)),
     }
     let now = t.now();
-    let too_big = packet.too_big_for(settings.mtu);
+    let v6 = !tuple.source.is_v4();
+    let too_big = packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max));
     if !too_big && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
         match way_out(t, settings, egress, 0) {
             // The host's stack fragments, or says so to the pod.
             Ok(Way::Uplink(_)) if packet.larger_than(egress.uplink_mtu) => {}
             Ok(Way::Tunnel(_)) if packet.larger_than(settings.uplink_mtu) => {}
+            Ok(Way::Tunnel(_)) if packet.larger_than(settings.tunnel_max) => {
+                return to.act(FromPod::Drop(DropReason::TooBig));
+            }
             Ok(way) => {
                 fragments::remember(t, Place::FromPod, packet, Fate::Flow, None);
                 return to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }));

@@ -61,6 +61,14 @@ pub(crate) fn steer<'t, T: Tables, A: Act<FromOutside<'t>>>(
     if !may_tunnel {
         return drop(DropReason::TunnelNotAllowed);
     }
+    // Who sent it may send less; nobody else can fragment it.
+    if packet.larger_than(settings.tunnel_max) {
+        return if packet.dont_fragment {
+            to.act(FromOutside::TooBig(settings.tunnel_max))
+        } else {
+            drop(DropReason::TooBig)
+        };
+    }
     match t.node(node) {
         Some(node) => to.act(FromOutside::Tunnel(node.tunnel_ip)),
         None => drop(DropReason::NoRange),

@@ -475,6 +475,11 @@ pub struct Settings {
     pub next_policy: PolicyId,
     /// The next egress id to give.
     pub next_egress: EgressId,
+    /// The largest IP packet that the tunnel takes, in bytes; 0: any, for the outer packet is fragmented. Over IPv6
+    /// it is not (`ip6_fragment` wants `ignore_df`, which no tunnel sets).
+    pub tunnel_max: u16,
+    /// Zero.
+    pub pad_tunnel: u16,
     /// An uplink, for what goes to one past the host's stack; 0: there is none.
     pub uplink: IfIndex,
     /// This node's address that IPv4 errors made by the programs come from; unspecified: none are made.
@@ -502,7 +507,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 52, FragmentKey = 40, FragmentHead = 64, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 92,
+    Token = 52, FragmentKey = 40, FragmentHead = 64, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 96,
     u32 = 4,
 }
 

@@ -13,7 +13,7 @@ use crate::packet::{Kind, Packet, Part, RST, SCTP};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
 use crate::tables::{InsertError, Tables};
-use crate::verdict::{Act, DropReason, Snat, ToUplink};
+use crate::verdict::{Act, DropReason, Snat, ToUplink, Way};
 
 /// Decides on a packet about to leave by `uplink`, which came into the node by `ingress` (0: the node sends
 /// it itself) and carries `hash` as its skb hash.
@@ -112,6 +112,9 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         Err(New::NodeIp) => return to.act(ToUplink::Pass),
     };
     match translated {
+        Ok((_, _, Way::Tunnel(_))) if packet.larger_than(settings.tunnel_max) => {
+            to.act(ToUplink::Drop(DropReason::TooBig))
+        }
         Ok((egress, source_port, way)) => {
             to.act(ToUplink::Translate(Snat { source: egress.ip, source_port, way }))
         }

@@ -168,6 +168,8 @@ pub enum FromOutside<'t> {
     Tunnel(Ip),
     /// A reply, to the pod, past the host's stack.
     Deliver(ReverseSnat, &'t Delivery),
+    /// A reply that is too big for the tunnel: its sender is told the size that fits, in bytes.
+    TooBig(u16),
     /// A reply, to the host's stack, which knows the connection.
     Host(ReverseSnat),
     /// Dropped.

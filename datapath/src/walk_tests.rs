@@ -512,6 +512,26 @@ fn what_is_too_big_is_said_to_its_sender() {
 }
 
 #[test]
+fn a_tunnel_that_does_not_fragment_is_given_nothing_too_big() {
+    let mut b = node(B, B);
+    b.settings.tunnel_max = 1430;
+    let reply = |wire_len, dont_fragment| {
+        let reply = udp((SERVER, 53), (EGRESS, FIRST_PORT));
+        from_uplink(&b, &Packet { wire_len, dont_fragment, ..reply }, &Keep)
+    };
+    assert_eq!(reply(1430, true), FromOutside::Tunnel(NODE_A));
+    assert_eq!(reply(1431, true), FromOutside::TooBig(1430));
+    assert_eq!(reply(1431, false), FromOutside::Drop(DropReason::TooBig));
+    let mut a = node(A, B);
+    a.settings.tunnel_max = 1430;
+    let sized = |wire_len| Packet { wire_len, dont_fragment: false, ..udp((POD, 5000), (SERVER, 53)) };
+    assert!(matches!(walk_up(&a, &sized(1430), &sized(1430)), ToUplink::Translate(_)));
+    assert_eq!(from_pod(&a, POD_IF, &sized(1431)), FromPod::Drop(DropReason::TooBig));
+    let FromPod::Identify(token) = from_pod(&a, POD_IF, &Packet { ttl: 1, ..sized(1431) }) else { panic!() };
+    assert_eq!(to_uplink(&a, UPLINK, POD_IF, token, &sized(1431)), ToUplink::Drop(DropReason::TooBig));
+}
+
+#[test]
 fn a_reply_that_the_way_to_the_pod_does_not_carry_is_the_hosts_to_fragment() {
     let mut a = node(A, B);
     let sent = udp((POD, 5000), (SERVER, 53));

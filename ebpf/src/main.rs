@@ -190,6 +190,7 @@ impl Act<FromOutside<'_>> for AfterUplink<'_> {
             FromOutside::Tunnel(node) => send::through_tunnel(skb, &node),
             FromOutside::Deliver(reverse, delivery) => send::to_pod(skb, headers, &reverse, delivery),
             FromOutside::Host(reverse) => send::up(skb, headers, &reverse),
+            FromOutside::TooBig(mtu) => send::too_big_reply(skb, headers, mtu),
             FromOutside::Drop(reason) => drop(skb, reason),
         }
     }
@@ -212,7 +213,9 @@ impl Act<FromOutside<'_>> for AfterTunnel<'_> {
             FromOutside::Host(reverse) => send::into_uplink(skb, headers, &reverse),
             FromOutside::Drop(reason) => drop(skb, reason),
             // What came through the tunnel goes into no tunnel and to no other program.
-            FromOutside::Tunnel(_) | FromOutside::NotOurs => drop(skb, DropReason::TunnelNotAllowed),
+            FromOutside::Tunnel(_) | FromOutside::NotOurs | FromOutside::TooBig(_) => {
+                drop(skb, DropReason::TunnelNotAllowed)
+            }
         }
     }
 }

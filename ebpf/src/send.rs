@@ -9,6 +9,7 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_ne
 use datapath::addr::Ip;
 use datapath::departure::{self, Departure, Route};
 use datapath::keys::{Delivery, DeliveryMode, Tuple};
+use datapath::packet::Kind;
 use datapath::tables::Tables as _;
 use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
 
@@ -151,6 +152,17 @@ pub fn too_big(skb: &Skb, headers: &Headers, mtu: u16) -> i32 {
     }
     count(skb, DropReason::TooBig);
     too_big::answer(skb, mtu, router)
+}
+
+/// Tells a server that its packet is too big for the tunnel, as the egress IP that it wrote to.
+#[inline(always)]
+pub fn too_big_reply(skb: &Skb, headers: &Headers, mtu: u16) -> i32 {
+    count(skb, DropReason::TooBig);
+    // An error is answered by none (RFC 4443, 2.4).
+    if headers.packet.kind == Kind::IcmpError {
+        return TC_ACT_SHOT;
+    }
+    too_big::answer(skb, mtu, &headers.packet.tuple.destination)
 }
 
 /// Answers a TCP packet of no flow with RST, as if the server had sent it: it comes in by the uplink that the

@@ -99,6 +99,15 @@ fn ipv6_fragments_of_bridge_pods_pass_both_ways() {
     fragments_pass_both_ways(Cni::Bridge, Family::V6);
 }
 
+#[test]
+fn ipv6_fragments_pass_a_tunnel_over_ipv6_both_ways() {
+    let (lab, _agents) = cluster(LabSpec::default().ipv6_only_underlay(), Family::V6);
+    let _echo = lab.echo(&lab.web.netns);
+    for pod in pods(&lab, Family::V6) {
+        large_datagrams_work(&lab, &pod, Family::V6);
+    }
+}
+
 /// Second parts of datagrams whose first was never there: 20 of them, then three whole datagrams.
 #[track_caller]
 fn later_fragments(lab: &Lab, pod: &Pod, recorder: &Recorder) {

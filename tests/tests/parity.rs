@@ -503,6 +503,7 @@ impl Oracle<'_> {
                 self.reversed(&frame, reverse, |frame| self.redirect(frame, self.input.hash, None))
             }
             FromOutside::Drop(reason) => Fate::Drop(*reason),
+            FromOutside::TooBig(_) => Fate::Answer(DropReason::TooBig),
             FromOutside::Host(_) => unreachable!("each program has its own way up"),
         }
     }
