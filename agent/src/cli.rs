@@ -201,6 +201,8 @@ pub enum Protocol {
     Tcp,
     /// UDP
     Udp,
+    /// SCTP
+    Sctp,
     /// ICMP echo
     Icmp,
 }

@@ -50,7 +50,7 @@ pub struct Delivery {
     pub ip: Ip,
     /// Interface to redirect to; 0: not known yet, nothing is delivered.
     pub ifindex: IfIndex,
-    /// A [`DeliveryMode`].
+    /// A [`DeliveryMode`]; 0: held, the address has turned up on another interface.
     pub mode: u8,
     /// Zero.
     pub pad: u8,
@@ -143,7 +143,7 @@ pub struct Node {
 pub enum InterfaceKind {
     /// Leads to one pod.
     Pod = 1,
-    /// A bridge that has pod-facing ports.
+    /// A bridge that has pod-facing ports, or may get some.
     Bridge = 2,
     /// Leads out of the node.
     Uplink = 3,

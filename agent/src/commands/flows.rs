@@ -83,7 +83,7 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
         let end = |ip: Option<IpAddr>, port: u16| match ip {
             None => String::new(),
             // An ICMP identifier stands where the port would, on the pod's side only.
-            Some(ip) if matches!(key.protocol, packet::ICMP | ICMPV6) => ip.to_string(),
+            Some(ip) if matches!(key.protocol, packet::ICMP | packet::ICMPV6) => ip.to_string(),
             Some(ip) => SocketAddr::new(ip, port).to_string(),
         };
         rows.push(Row {
@@ -119,9 +119,6 @@ fn idle(now: Ticks, seen: Ticks) -> Ticks {
     if idle > Ticks::MAX / 2 { 0 } else { idle }
 }
 
-/// ICMP for IPv6 (RFC 4443, 1).
-pub(super) const ICMPV6: u8 = 58;
-
 pub(super) fn name(name: &PodName) -> String {
     let text = |bytes: &[u8]| {
         let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
@@ -134,8 +131,9 @@ fn protocol(number: u8) -> String {
     match number {
         packet::TCP => "tcp".to_owned(),
         packet::UDP => "udp".to_owned(),
+        packet::SCTP => "sctp".to_owned(),
         packet::ICMP => "icmp".to_owned(),
-        ICMPV6 => "icmpv6".to_owned(),
+        packet::ICMPV6 => "icmpv6".to_owned(),
         other => other.to_string(),
     }
 }
@@ -214,7 +212,7 @@ mod tests {
         let icmp = FlowKey { protocol: packet::ICMP, remote_port: 0, pod: 8, ..key };
         let v6 = |text: &str| Ip::from(text.parse::<IpAddr>().unwrap());
         let key6 = FlowKey { remote: v6("2001:db8::9"), pod: 9, protocol: packet::UDP, ..key };
-        let echo6 = FlowKey { protocol: ICMPV6, remote_port: 0, ..key6 };
+        let echo6 = FlowKey { protocol: packet::ICMPV6, remote_port: 0, ..key6 };
         let flow6 = Flow { egress: 4, ..flow };
         let (pod6, egress6) = (v6("fd00::1"), v6("2001:db8::100"));
         names.name[..3].copy_from_slice(b"six");

@@ -85,8 +85,9 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
     let (kind, number, ports) = match protocol {
         Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, destination.port())),
         Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, destination.port())),
+        Protocol::Sctp => (Kind::Sctp, packet::SCTP, (SOURCE_PORT, destination.port())),
         Protocol::Icmp => {
-            let number = if to.is_v4() { packet::ICMP } else { flows::ICMPV6 };
+            let number = if to.is_v4() { packet::ICMP } else { packet::ICMPV6 };
             (Kind::EchoRequest, number, (SOURCE_PORT, 0))
         }
     };
@@ -98,7 +99,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         protocol: number,
         pad: [0; 3],
     };
-    let tcp_flags = if kind == Kind::Tcp { packet::SYN } else { 0 };
+    let tcp_flags = if matches!(kind, Kind::Tcp | Kind::Sctp) { packet::SYN } else { 0 };
     let packet = Packet {
         tuple,
         len: 60,
@@ -119,6 +120,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
             Protocol::Icmp => format!("{} (echo)", destination.ip()),
             Protocol::Tcp => format!("{destination} (TCP)"),
             Protocol::Udp => format!("{destination} (UDP)"),
+            Protocol::Sctp => format!("{destination} (SCTP)"),
         },
         ..Walk::default()
     };
