@@ -4,6 +4,7 @@
 use crate::addr::Ip;
 use crate::conntrack::{Ticks, expired, has_states, idle_time, older_than, pod_speaks, seconds};
 use crate::fragments::{self, Fate, Place};
+use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
     EgressIp, FlowKey, FlowPath, Guard, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token,
     Tuple,
@@ -38,10 +39,7 @@ pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
 pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Packet, to: &A) -> A::Done {
     let Some(settings) = t.settings() else { return to.act(FromPod::NotOurs) };
     // No pod speaks to a node's end of the tunnel, whoever it is.
-    if packet.kind == Kind::Udp
-        && packet.tuple.destination_port == settings.tunnel_port
-        && t.network(&packet.tuple.destination) == NetworkKind::Node as u32
-    {
+    if is_for_a_tunnel(t, settings, packet) {
         return to.act(FromPod::Drop(DropReason::TunnelForged));
     }
     let Some(pod) = t.pod(&packet.tuple.source) else {

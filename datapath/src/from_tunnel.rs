@@ -4,10 +4,19 @@
 use crate::addr::Ip;
 use crate::fragments::{self, Fate, Place};
 use crate::from_uplink::steer;
+use crate::keys::{NetworkKind, Settings};
 use crate::packet::{Kind, Packet};
 use crate::ports::granule_of;
 use crate::tables::Tables;
 use crate::verdict::{Act, DropReason, FromOutside};
+
+/// Whether a packet is addressed to a node's end of the tunnel: only nodes send such, themselves.
+#[inline(always)]
+pub(crate) fn is_for_a_tunnel<T: Tables>(t: &T, settings: &Settings, packet: &Packet) -> bool {
+    packet.kind == Kind::Udp
+        && packet.tuple.destination_port == settings.tunnel_port
+        && t.network(&packet.tuple.destination) == NetworkKind::Node as u32
+}
 
 /// Decides on a packet that node `sender` (its tunnel address) sent with `vni`.
 #[inline(always)]

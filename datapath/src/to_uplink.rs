@@ -4,9 +4,10 @@
 use crate::conntrack::{FlowState, pod_speaks};
 use crate::fragments::{self, Fate, Place};
 use crate::from_pod::flow_key;
+use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
-    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, NetworkKind, Offload, Reply,
-    ReplyKey, Settings, Token, Tuple, Unassigned,
+    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, Offload, Reply, ReplyKey, Settings,
+    Token, Tuple, Unassigned,
 };
 use crate::limits::POD_FLOWS;
 use crate::packet::{Kind, Packet, Part, RST, SCTP};
@@ -33,10 +34,7 @@ pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
     }
     let Some(settings) = t.settings() else { return to.act(ToUplink::NotOurs) };
     let tuple = &packet.tuple;
-    if packet.kind == Kind::Udp
-        && tuple.destination_port == settings.tunnel_port
-        && t.network(&tuple.destination) == NetworkKind::Node as u32
-    {
+    if is_for_a_tunnel(t, settings, packet) {
         return to.act(ToUplink::Drop(DropReason::TunnelForged));
     }
     let Some(interface) = t.interface(ingress) else {

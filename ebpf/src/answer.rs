@@ -12,14 +12,7 @@ use datapath::limits;
 
 use crate::ctx::{Refused, Skb};
 use crate::maps::ANSWER;
-use crate::packet::ETHERNET_LEN;
-
-/// Length of an IPv4 header without options.
-pub const V4: usize = 20;
-/// Length of an IPv6 header without extensions.
-pub const V6: usize = 40;
-/// Protocol number of ICMPv6.
-pub const ICMPV6: u8 = 58;
+use crate::packet::{ETHERNET_LEN, IPV4_LEN as V4, IPV6_LEN as V6};
 
 /// Where the Ethernet header is in the memory, so that the IP header after it is aligned.
 const ETHERNET: usize = 2;

@@ -2,13 +2,14 @@
 
 use datapath::addr::Ip;
 use datapath::from_uplink::claims;
+use datapath::packet::ICMPV6;
 use datapath::tables::Tables as _;
 use datapath::verdict::DropReason;
 
 use crate::NEXT;
-use crate::answer::{Answer, ICMPV6, V6, send_back};
+use crate::answer::{Answer, send_back};
 use crate::ctx::{Refused, Skb};
-use crate::packet::ETHERNET_LEN;
+use crate::packet::{ETHERNET_LEN, IPV6_LEN as V6};
 use crate::report::drop;
 use crate::tables::Maps;
 

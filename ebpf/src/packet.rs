@@ -9,11 +9,11 @@ use crate::maps;
 /// Length of an Ethernet header; a VLAN tag at a TC hook is held outside the packet.
 pub const ETHERNET_LEN: usize = 14;
 /// Length of an IPv4 header without options (RFC 791, 3.1).
-const IPV4_LEN: usize = 20;
+pub const IPV4_LEN: usize = 20;
 /// Length of an IPv6 header (RFC 8200, 3).
-const IPV6_LEN: usize = 40;
+pub const IPV6_LEN: usize = 40;
 /// `ETH_P_IP`, as `skb->protocol` holds it.
-const ETH_P_IP: u16 = 0x0800_u16.to_be();
+pub const ETH_P_IP: u16 = 0x0800_u16.to_be();
 /// `ETH_P_IPV6`.
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 /// `ETH_P_ARP`.

@@ -4,9 +4,9 @@ use datapath::addr::Ip;
 use datapath::keys::Tuple;
 use datapath::packet::{ACK, FIN, RST, SYN, TCP};
 
-use crate::answer::{Answer, V4, V6};
+use crate::answer::Answer;
 use crate::ctx::{Refused, Skb};
-use crate::packet::{ETHERNET_LEN, Headers};
+use crate::packet::{ETHERNET_LEN, Headers, IPV4_LEN as V4, IPV6_LEN as V6};
 
 /// Length of a TCP header without options.
 const TCP_LEN: u32 = 20;

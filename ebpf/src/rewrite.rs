@@ -7,7 +7,7 @@ use datapath::packet::{ICMP, ICMPV6, Kind, Part, SYN, UDP};
 use datapath::verdict::ReverseSnat;
 
 use crate::ctx::{Refused, Skb, difference};
-use crate::packet::{ETHERNET_LEN, Headers, ICMP_LEN};
+use crate::packet::{ETHERNET_LEN, Headers, ICMP_LEN, IPV6_LEN};
 
 const IP_TTL: usize = ETHERNET_LEN + 8;
 const IP_CHECKSUM: usize = ETHERNET_LEN + 10;
@@ -227,7 +227,7 @@ fn rewrite_error(skb: &Skb, headers: &Headers, end: End, to: &Ip, to_port: u16) 
     } else {
         skb.fix_l4_checksum_by(error_checksum, change, 0)?;
         skb.store(quoted + if end == End::Source { 24 } else { 8 }, &to.octets)?;
-        quoted + 40
+        quoted + IPV6_LEN
     };
     let (before, after) = (from_port.to_be_bytes(), to_port.to_be_bytes());
     let (checksum, covers_addresses, flags) = match quoted_protocol {

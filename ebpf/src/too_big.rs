@@ -2,14 +2,12 @@
 
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use datapath::addr::Ip;
-use datapath::packet::ICMP;
+use datapath::packet::{ICMP, ICMPV6};
 
-use crate::answer::{Answer, ICMPV6, V4, V6, send_back};
+use crate::answer::{Answer, send_back};
 use crate::ctx::{Refused, Skb};
-use crate::packet::{ETHERNET_LEN, ICMP_LEN};
+use crate::packet::{ETH_P_IP, ETHERNET_LEN, ICMP_LEN, IPV4_LEN as V4, IPV6_LEN as V6};
 
-/// `ETH_P_IP`, as `skb->protocol` holds it.
-const ETH_P_IP: u16 = 0x0800_u16.to_be();
 /// Longest error of IPv4 (RFC 1812, 4.3.2.3): what every host takes.
 const MAX_V4: u32 = 576;
 /// Longest error of IPv6, its minimum MTU (RFC 4443, 2.4).
