@@ -374,7 +374,7 @@ impl Compiler<'_> {
                 // A selected pod that is held stays with the interface that it had: whatever comes by another is
                 // taken for spoofed. Others' packets are not looked at so closely: they become unknown again.
                 if policy != 0 || !matches!(place, Place::Held(_)) {
-                    image.pods.insert(key, Pod { id, policy, ifindex, pad: 0 });
+                    image.pods.insert(key, Pod { id, policy, ifindex, firewall: 0 });
                 }
                 // Also while its interface is not known, for the identity in it.
                 image.delivery.insert(id, Delivery { ip: key, ifindex: device, mode, pad: 0, mtu, identity });

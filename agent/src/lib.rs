@@ -5,6 +5,7 @@ pub mod objects;
 pub mod watch;
 
 pub mod addresses;
+pub mod firewall;
 pub mod model;
 pub mod selector;
 

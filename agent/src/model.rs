@@ -13,6 +13,7 @@ use datapath::limits::{GRANULES, POLICY_ADDRESSES};
 use ipnet::IpNet;
 
 use crate::addresses;
+use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
     self, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects, TimeoutsSpec,
@@ -40,6 +41,8 @@ pub struct Desired {
     pub egress_ips: BTreeMap<String, EgressIp>,
     /// This node's pods, by namespace and name.
     pub pods: BTreeMap<(String, String), Pod>,
+    /// Egress firewalls, by namespace.
+    pub firewalls: BTreeMap<String, Firewall>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
     /// What is wrong with objects.
@@ -69,6 +72,10 @@ pub struct Config {
     pub tunnel_vni: Option<u32>,
     /// Idle times.
     pub timeouts: Timeouts,
+    /// Whether what a firewall denies is answered.
+    pub reject: bool,
+    /// Resolvers whose answers firewalls learn names' addresses from, besides the nodes' own.
+    pub resolvers: BTreeSet<IpAddr>,
 }
 
 impl Config {
@@ -92,6 +99,8 @@ impl Default for Config {
             tunnel_port: None,
             tunnel_vni: None,
             timeouts: Timeouts::default(),
+            reject: false,
+            resolvers: BTreeSet::new(),
         }
     }
 }
@@ -381,7 +390,18 @@ pub fn desired(objects: &Objects, node: &str) -> Desired {
         })
         .collect();
     let tunnel = objects.cluster.map(|c| c.tunnel);
-    Desired { node: node.to_owned(), config, tunnel, nodes, egress_ips, pods, allocations, problems }
+    let firewalls = BTreeMap::new();
+    Desired {
+        node: node.to_owned(),
+        config,
+        tunnel,
+        nodes,
+        egress_ips,
+        pods,
+        firewalls,
+        allocations,
+        problems,
+    }
 }
 
 fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {

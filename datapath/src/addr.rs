@@ -68,6 +68,16 @@ impl Ip {
     }
 }
 
+impl Ip {
+    /// Whether it is a single host's beyond the link, or an IPv4 link-local one, which clouds' metadata services have:
+    /// an address that firewall rules are for. IPv6's link-local addresses are neighbours'.
+    #[inline(always)]
+    #[must_use]
+    pub const fn can_be_ruled(&self) -> bool {
+        !self.stays_on_link() || (self.is_v4() && matches!(self.v4_octets(), [169, 254, ..]))
+    }
+}
+
 impl From<Ipv4Addr> for Ip {
     fn from(a: Ipv4Addr) -> Self {
         Self::v4(a.octets())

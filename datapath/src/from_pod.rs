@@ -191,7 +191,7 @@ fn from_unknown<T: Tables, A: Act<FromPod>>(
     let own_of_selected = guard(t, ifindex) == Guard::Own as u8;
     let network = t.network(&tuple.source);
     if t.egress_id(&tuple.source).is_some()
-        || network == NetworkKind::Node as u32
+        || NetworkKind::is_node(network)
         || (own_of_selected && !tuple.destination.stays_on_link())
     {
         return to.act(FromPod::Drop(DropReason::SpoofedSource));
@@ -246,7 +246,7 @@ fn stays_inside<T: Tables>(t: &T, destination: &Ip) -> bool {
         return true;
     }
     let network = t.network(destination);
-    network == NetworkKind::Pods as u32 || network == NetworkKind::Node as u32
+    network == NetworkKind::Pods as u32 || NetworkKind::is_node(network)
 }
 
 /// Whether a packet answers a connection that came in. A UDP packet that answers none is noted as the pod's
@@ -283,7 +283,7 @@ fn opened_by_remote<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &Flo
 /// Keeps the packet's tuple under a fresh token.
 #[inline(always)]
 fn identify<T: Tables, A: Act<FromPod>>(t: &T, pod: &Pod, tuple: &Tuple, to: &A) -> A::Done {
-    let token = Token { pod: pod.id, policy: pod.policy, tuple: *tuple, direct: 0 };
+    let token = Token { pod: pod.id, policy: pod.policy, firewall: pod.firewall, tuple: *tuple, direct: 0 };
     for _ in 0..TOKEN_TRIES {
         let hash = t.random() | 1; // an skb hash of 0 means "none"
         match t.insert_token(hash, &token) {

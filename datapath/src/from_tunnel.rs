@@ -15,7 +15,7 @@ use crate::verdict::{Act, DropReason, FromOutside};
 pub(crate) fn is_for_a_tunnel<T: Tables>(t: &T, settings: &Settings, packet: &Packet) -> bool {
     packet.kind == Kind::Udp
         && packet.tuple.destination_port == settings.tunnel_port
-        && t.network(&packet.tuple.destination) == NetworkKind::Node as u32
+        && NetworkKind::is_node(t.network(&packet.tuple.destination))
 }
 
 /// Decides on a packet that node `sender` (its tunnel address) sent with `vni`.

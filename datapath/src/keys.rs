@@ -5,7 +5,7 @@
 //! with data (any bit pattern must be a value).
 
 use crate::addr::Ip;
-use crate::limits::{GRANULES, POLICY_ADDRESSES};
+use crate::limits::{GRANULES, NAMES_PER_ADDRESS, POLICY_ADDRESSES};
 
 /// A pod's id: given by the agent to a pod's address, never given again. 0 is none.
 pub type PodId = u32;
@@ -17,6 +17,12 @@ pub type EgressId = u32;
 pub type NodeId = u16;
 /// An interface's index. 0 is none.
 pub type IfIndex = u32;
+/// A namespace's place in `FIREWALLS`. 0 is none.
+pub type FirewallId = u32;
+/// One version of a firewall's rules on this node, never given again. 0 is none.
+pub type RulesetId = u32;
+/// The id of one name of one firewall on this node, never given again. 0 is none.
+pub type NameId = u32;
 
 /// `PODS`, by address: what `from_pod` needs to know of a packet's source.
 #[repr(C)]
@@ -29,8 +35,17 @@ pub struct Pod {
     /// The pod-facing interface whose traffic may carry this address: the pod's own, or the bridge it is a
     /// port of. 0: not known yet, nothing is accepted.
     pub ifindex: IfIndex,
-    /// Zero.
-    pub pad: u32,
+    /// Its namespace's firewall; 0: none.
+    pub firewall: FirewallId,
+}
+
+impl Pod {
+    /// Whether anything of it is our business: it has an EgressIP object or a firewall.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_ours(&self) -> bool {
+        self.policy != 0 || self.firewall != 0
+    }
 }
 
 /// How a reply reaches a pod.
@@ -184,8 +199,19 @@ pub enum NetworkKind {
     Pods = 1,
     /// Service (cluster) addresses: what they lead to is known only after the host's DNAT.
     Services = 2,
-    /// A node's own address.
+    /// Another node's address.
     Node = 3,
+    /// An address of this node: what is sent to it reaches no uplink.
+    OwnNode = 4,
+}
+
+impl NetworkKind {
+    /// Whether a kind, as [`crate::tables::Tables::network`] gives it, is a node's address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_node(kind: u32) -> bool {
+        kind == Self::Node as u32 || kind == Self::OwnNode as u32
+    }
 }
 
 /// `NETWORKS`: longest-prefix key.
@@ -233,6 +259,8 @@ pub struct Token {
     pub pod: PodId,
     /// The pod's policy when it sent.
     pub policy: PolicyId,
+    /// The pod's firewall when it sent.
+    pub firewall: FirewallId,
     /// As the pod sent it.
     pub tuple: Tuple,
     /// 1: the packet comes to `to_uplink` past the host's stack, without a next hop.
@@ -310,7 +338,7 @@ pub struct FlowKey {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Flow {
-    /// The egress address it is translated to.
+    /// The egress address it is translated to; 0: it is not, the firewall has let it go.
     pub egress: EgressId,
     /// The policy that decided so; the flow is void once the pod has another.
     pub policy: PolicyId,
@@ -324,12 +352,16 @@ pub struct Flow {
     pub seen: u32,
     /// When one of its packets last walked through the host's stack, in the same unit.
     pub walked: u32,
-    /// Zero.
-    pub pad_walked: u32,
+    /// The version of the rules that has let it go; 0: the pod had no firewall. It is judged again under another.
+    pub ruleset: RulesetId,
     /// Packets the pod sent.
     pub packets: u64,
     /// Bytes the pod sent, IP headers included.
     pub bytes: u64,
+    /// The rule that has let it go, as [`Winner::order`]; [`Winner::NONE`]: none did, and none forbade.
+    pub rule: u32,
+    /// The name by which it did; 0: by address.
+    pub name: NameId,
 }
 
 /// `REPLIES`: the same connection, seen from outside.
@@ -478,14 +510,320 @@ pub struct Settings {
     /// The largest IP packet that the tunnel takes, in bytes; 0: any, for the outer packet is fragmented. Over IPv6
     /// it is not (`ip6_fragment` wants `ignore_df`, which no tunnel sets).
     pub tunnel_max: u16,
+    /// 1: what the firewall denies is answered, with RST or an ICMP error.
+    pub reject: u8,
     /// Zero.
-    pub pad_tunnel: u16,
+    pub pad_tunnel: u8,
     /// An uplink, for what goes to one past the host's stack; 0: there is none.
     pub uplink: IfIndex,
     /// This node's address that IPv4 errors made by the programs come from; unspecified: none are made.
     pub router_v4: Ip,
     /// The same for IPv6.
     pub router_v6: Ip,
+}
+
+/// `FIREWALLS`, by [`FirewallId`]: the [`RulesetId`] in force. An array that the agent writes word by word: the one
+/// store that puts a new version in force. 0: no firewall.
+///
+/// `RULESETS`, by id: what is to be looked up of one version of a firewall's rules.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ruleset {
+    /// A hash of the object's namespace and UID: by it a restarted agent knows the firewall again.
+    pub identity: u64,
+    /// A hash of the rules, as they were compiled: by it a restarted agent knows whether they are in force.
+    pub content: u64,
+    /// Whose it is.
+    pub firewall: FirewallId,
+    /// How many rules it has.
+    pub rules: u32,
+    /// [`Ruleset::ADDRESSES`], [`Ruleset::PORTS`], [`Ruleset::NAMES`] and [`Ruleset::REFUSED`].
+    pub parts: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+impl Ruleset {
+    /// `RULES` has something of class 0.
+    pub const ADDRESSES: u32 = 1;
+    /// It has rules with ports: `PORTS` has tables of it.
+    pub const PORTS: u32 = 2;
+    /// It has rules for names.
+    pub const NAMES: u32 = 4;
+    /// The object was refused, and there is no earlier version: everything is denied.
+    pub const REFUSED: u32 = 8;
+}
+
+/// The data of `RULES`' longest-prefix key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct RulePlace {
+    /// The version.
+    pub ruleset: RulesetId,
+    /// The port class; 0: rules without ports.
+    pub class: u16,
+    /// 4 or 6: the prefix `::/0` is no IPv4 address's.
+    pub family: u16,
+    /// The network's address.
+    pub ip: Ip,
+}
+
+/// `RULES`: longest-prefix key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct RuleKey {
+    /// Bits of `place` that count: [`RuleKey::FIXED_BITS`] and the prefix length, for IPv4 plus 96.
+    pub prefix_len: u32,
+    /// The rest.
+    pub place: RulePlace,
+}
+
+impl RuleKey {
+    /// Bits of [`RulePlace`] before the address.
+    pub const FIXED_BITS: u32 = 64;
+}
+
+/// The one rule that wins among all that an entry of `RULES` or `NAME_RULES` stands for.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Winner {
+    /// Twice the rule's index in the object, plus 1 if it allows: the lowest wins.
+    pub order: u32,
+}
+
+impl Winner {
+    /// No rule. It allows, as does what no rule speaks of.
+    pub const NONE: u32 = u32::MAX;
+    /// Denied because no rules are in force that could be asked.
+    pub const NOT_READY: u32 = u32::MAX - 1;
+
+    /// Of a rule.
+    #[must_use]
+    pub const fn new(index: u32, allows: bool) -> Self {
+        Self { order: index * 2 + allows as u32 }
+    }
+}
+
+/// `PORTS`: key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct PortsKey {
+    /// The version.
+    pub ruleset: RulesetId,
+    /// IP protocol number.
+    pub protocol: u32,
+}
+
+/// `PORTS`: the port classes of one protocol, in pages of 64 ports.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortTable {
+    /// By the upper ten bits of a port: [`PortTable::UNIFORM`] and the class of all 64, or a page's number.
+    pub page: [u16; 1024],
+}
+
+impl PortTable {
+    /// All ports of a page have the class in the other bits.
+    pub const UNIFORM: u16 = 0x8000;
+}
+
+/// `PORT_PAGES`: key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct PortPageKey {
+    /// The version.
+    pub ruleset: RulesetId,
+    /// The number that [`PortTable::page`] gives.
+    pub page: u32,
+}
+
+/// `PORT_PAGES`: the classes of 64 ports.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PortPage {
+    /// By the lower six bits of a port; 0: no rule with ports is for it.
+    pub class: [u16; 64],
+}
+
+/// `NAMES`: a name that a firewall has rules for, to its [`NameId`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct NameKey {
+    /// The firewall.
+    pub firewall: FirewallId,
+    /// 1: `name` stands for all names of one label more (`*.example.com`).
+    pub wildcard: u32,
+    /// As on the wire (RFC 1035, 3.1) without the root's length, in lower case, padded with zeros.
+    pub name: [u8; 256],
+}
+
+/// `NAME_RULES`: key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct NameRuleKey {
+    /// The version.
+    pub ruleset: RulesetId,
+    /// The name.
+    pub name: NameId,
+    /// The port class; 0: rules without ports.
+    pub class: u32,
+}
+
+/// `LEARNT`: key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct LearntKey {
+    /// Whose names.
+    pub firewall: FirewallId,
+    /// The address.
+    pub ip: Ip,
+}
+
+/// `LEARNT`: the names that an address was learnt for.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Learnt {
+    /// Each a [`NameId`] in the upper half and until when, in [`crate::conntrack::Ticks`], in the lower: a word, so
+    /// that two CPUs change it in one step. 0: free.
+    pub names: [u64; NAMES_PER_ADDRESS],
+}
+
+/// `RESOLVERS`, by address: bits of what it is.
+pub const RESOLVER: u32 = 1;
+/// A resolver on the pod's own node: it is asked whatever the rules say.
+pub const RESOLVER_ON_NODE: u32 = 2;
+
+/// `ASKED`: a question that a pod has asked.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct AskedKey {
+    /// The pod.
+    pub pod: PodId,
+    /// The port it asked from.
+    pub port: u16,
+    /// The question's id.
+    pub id: u16,
+}
+
+/// `ASKED`: value.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Asked {
+    /// Whom.
+    pub resolver: Ip,
+    /// When, in [`crate::conntrack::Ticks`].
+    pub seen: u32,
+}
+
+/// `HELD`: a TCP segment from a resolver that was dropped, so that the agent reads it first.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct HeldKey {
+    /// The pod it is for.
+    pub pod: PodId,
+    /// Who sent it.
+    pub resolver: Ip,
+    /// The pod's port.
+    pub port: u16,
+    /// The resolver's port.
+    pub resolver_port: u16,
+    /// Its sequence number.
+    pub seq: u32,
+}
+
+/// `HELD`: value.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Held {
+    /// When it came first, in [`crate::conntrack::Ticks`].
+    pub since: u32,
+    /// 1: the agent has read it, and it may pass.
+    pub read: u32,
+}
+
+/// `RULE_COUNTS`: key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct RuleCountKey {
+    /// The version.
+    pub ruleset: RulesetId,
+    /// As [`Winner::order`].
+    pub rule: u32,
+}
+
+/// `RULE_COUNTS`: what a rule has decided.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RuleCount {
+    /// Flows let go, or packets denied.
+    pub hits: u64,
+    /// Bytes of flows that are over, or of packets denied. Flows that live count their own.
+    pub bytes: u64,
+}
+
+/// `DENIALS`: key.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct DenialKey {
+    /// Who was denied.
+    pub pod: PodId,
+    /// What: the address, after the host's DNAT.
+    pub remote: Ip,
+    /// The port; 0 for what has none.
+    pub remote_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// `DENIALS`: value.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Denial {
+    /// When first, in [`crate::conntrack::Ticks`].
+    pub first: u32,
+    /// When last.
+    pub last: u32,
+    /// How many packets.
+    pub packets: u32,
+    /// The version that denied the last one.
+    pub ruleset: RulesetId,
+    /// The rule, as [`Winner::order`].
+    pub rule: u32,
+}
+
+/// `NAME_EVENTS`, per CPU: index.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum NameEvent {
+    /// An address was entered for a name.
+    Learnt = 0,
+    /// One was there already, and lives longer now.
+    Renewed = 1,
+    /// One lost its place to another name of the same address.
+    Displaced = 2,
+    /// An answer over UDP was made to say "truncated", for it could not be read whole.
+    Truncated = 3,
+    /// An answer over UDP to no question that was seen.
+    Unasked = 4,
+    /// A segment over TCP was dropped once, for the agent to read.
+    Held = 5,
+    /// One could not be given to the agent: it passes late, unread.
+    Unread = 6,
+}
+
+impl NameEvent {
+    /// Every event, by number, with its name.
+    pub const ALL: &'static [(Self, &'static str)] = &[
+        (Self::Learnt, "learnt"),
+        (Self::Renewed, "renewed"),
+        (Self::Displaced, "displaced"),
+        (Self::Truncated, "truncated"),
+        (Self::Unasked, "unasked"),
+        (Self::Held, "held"),
+        (Self::Unread, "unread"),
+    ];
 }
 
 /// Types that are plain bytes: `repr(C)`, no padding that is not named, every bit pattern a value.
@@ -507,8 +845,11 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 52, FragmentKey = 40, FragmentHead = 64, FlowKey = 28, Flow = 40, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 96,
-    u32 = 4,
+    Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 96,
+    Ruleset = 32, RulePlace = 24, RuleKey = 28, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
+    PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
+    HeldKey = 28, Held = 8, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
+    u32 = 4, u64 = 8,
 }
 
 impl Default for PodName {

@@ -19,6 +19,7 @@ pub mod addr;
 pub mod conntrack;
 pub mod crc32c;
 pub mod departure;
+pub mod firewall;
 pub mod fragments;
 pub mod from_pod;
 pub mod from_tunnel;
@@ -28,6 +29,7 @@ pub mod keys;
 pub mod limits;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;
+pub mod names;
 pub mod packet;
 pub mod ports;
 pub mod snat;

@@ -52,3 +52,52 @@ pub const FRAGMENT_SECONDS: u32 = 2;
 /// Bytes of memory that a CPU has to make an answer in: the longest, 1,280 bytes of IPv6 (RFC 4443, 3.2), and
 /// what bounds that the verifier can follow need beyond.
 pub const ANSWER: usize = 1600;
+/// Firewalls of a node: one a namespace that has pods here, of which there are at most [`PODS`]. Place 0 is none.
+pub const FIREWALLS: u32 = PODS;
+/// Rules of one EgressFirewall object, OVN-Kubernetes' own bound. It is refused whole beyond.
+pub const FIREWALL_RULES: usize = 8000;
+/// Entries of `RULES`: 100,000 rules of a node twice over, for the old version stands beside the new, and room for
+/// rules that stand for several prefixes or classes. Full: the object is refused, its version in force stays.
+pub const RULES: u32 = 524_288;
+/// Versions of firewalls at once: two of each.
+pub const RULESETS: u32 = 2 * FIREWALLS;
+/// Tables of port classes: one a protocol and version. Memory follows use, 2 KiB each.
+pub const PORTS: u32 = 3 * RULESETS;
+/// Pages of 64 ports that have several classes. One object can have 3,072. Full: as [`RULES`].
+pub const PORT_PAGES: u32 = 65_536;
+/// Names of one EgressFirewall object. It is refused whole beyond: each is looked up by the agent at its TTL.
+pub const FIREWALL_NAMES: usize = 1024;
+/// Names of a node's firewalls. Full: as [`RULES`].
+pub const NAMES: u32 = 16_384;
+/// Rules for names, by class.
+pub const NAME_RULES: u32 = 131_072;
+/// Names of one firewall that one address is known for. Beyond, the one that is to be forgotten first goes, counted
+/// as [`crate::keys::NameEvent::Displaced`].
+pub const NAMES_PER_ADDRESS: usize = 16;
+/// Addresses learnt on a node. Least recently used goes first, and is learnt again by the next look-up.
+pub const LEARNT: u32 = 65_536;
+/// Addresses of one name. Beyond, the agent takes out those to be forgotten first, counted.
+pub const NAME_ADDRESSES: usize = 1024;
+/// How long an address outlives its TTL, in seconds: clients look up, think, and connect.
+pub const NAME_GRACE_SECONDS: u32 = 60;
+/// The longest that an address is remembered without being learnt again, in seconds: a day.
+pub const NAME_TTL_SECONDS: u32 = 86_400;
+/// Resolvers that pods are given.
+pub const RESOLVERS: u32 = 4096;
+/// Questions under way. Least recently used goes first; its answer is then learnt by no one.
+pub const ASKED: u32 = 65_536;
+/// How long an answer is waited for, in seconds: resolvers' clients give up after 5, and ask anew.
+pub const ASKED_SECONDS: u32 = 15;
+/// Segments of answers over TCP that are held. Least recently used goes first, and is held anew.
+pub const HELD: u32 = 4096;
+/// After this many seconds a held segment passes, read or not: the agent is dead.
+pub const HELD_SECONDS: u32 = 1;
+/// Bytes of the way to the agent for segments over TCP. Full: the segment passes late, unread.
+pub const SEGMENTS: u32 = 1 << 20;
+/// Rules with counts, on a node. Full: rules that have not decided anything yet are not counted.
+pub const RULE_COUNTS: u32 = 262_144;
+/// Connections that were denied lately. Least recently used goes first.
+pub const DENIALS: u32 = 16_384;
+/// Ports that NodePort services have unless a cluster says otherwise: to an address of the pod's own node they lead to
+/// pods, which no rule is for (Kubernetes' `--service-node-port-range`).
+pub const NODE_PORTS: core::ops::RangeInclusive<u16> = 30_000..=32_767;

@@ -5,10 +5,15 @@ use std::collections::BTreeMap;
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
+use crate::firewall::{Judgement, judge};
 use crate::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface,
-    Lease, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
+    FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey,
+    NameRuleKey, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey,
+    PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, RulePlace, Ruleset, RulesetId,
+    Settings, Token, Tuple, Winner,
 };
+use crate::names::{Place, place_of, word};
 use crate::tables::{InsertError, Tables};
 
 /// Every table as a `BTreeMap`. Policy tables are plain fields, flow tables change under `&self`.
@@ -36,6 +41,30 @@ pub struct Memory {
     pub leases: BTreeMap<EgressId, Lease>,
     /// `NODES`.
     pub nodes: BTreeMap<NodeId, Node>,
+    /// `FIREWALLS`.
+    pub firewalls: BTreeMap<FirewallId, RulesetId>,
+    /// `RULESETS`.
+    pub rulesets: BTreeMap<RulesetId, Ruleset>,
+    /// `RULES`.
+    pub rules: BTreeMap<RuleKey, Winner>,
+    /// `PORTS`.
+    pub ports: BTreeMap<PortsKey, PortTable>,
+    /// `PORT_PAGES`.
+    pub port_pages: BTreeMap<PortPageKey, PortPage>,
+    /// `NAMES`.
+    pub names: BTreeMap<NameKey, NameId>,
+    /// `NAME_RULES`.
+    pub name_rules: BTreeMap<NameRuleKey, Winner>,
+    /// `RESOLVERS`.
+    pub resolvers: BTreeMap<Ip, u32>,
+    /// `LEARNT`. Entries that are looked at are leaked, as tokens are.
+    pub learnt: RefCell<BTreeMap<LearntKey, Learnt>>,
+    /// `ASKED`.
+    pub asked: RefCell<BTreeMap<AskedKey, Asked>>,
+    /// `RULE_COUNTS`.
+    pub rule_counts: RefCell<BTreeMap<RuleCountKey, RuleCount>>,
+    /// `DENIALS`.
+    pub denials: RefCell<BTreeMap<DenialKey, Denial>>,
     /// `FLOWS`.
     pub flows: RefCell<BTreeMap<FlowKey, Flow>>,
     /// `REPLIES`.
@@ -62,6 +91,15 @@ impl Memory {
     pub fn new(seed: u32, flow_capacity: usize) -> Self {
         Self { seed: Cell::new(seed.max(1)), flow_capacity, ..Self::default() }
     }
+}
+
+/// The key of a prefix of `len` bits of an address, an IPv4 one's counted from 96 on.
+#[must_use]
+pub fn rule_key(ruleset: RulesetId, class: u16, ip: &Ip, len: u32) -> RuleKey {
+    let bits = u128::from_be_bytes(ip.octets) & u128::MAX.checked_shl(128 - len).unwrap_or(0);
+    let family = if ip.is_v4() { 4 } else { 6 };
+    let place = RulePlace { ruleset, class, family, ip: Ip { octets: bits.to_be_bytes() } };
+    RuleKey { prefix_len: RuleKey::FIXED_BITS + len, place }
 }
 
 fn insert<K: Ord, V>(
@@ -135,6 +173,80 @@ impl Tables for Memory {
 
     fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId> {
         self.nodes.iter().find(|(_, node)| node.tunnel_ip == *tunnel_ip).map(|(id, _)| *id)
+    }
+
+    fn ruleset_of(&self, firewall: FirewallId) -> RulesetId {
+        self.firewalls.get(&firewall).copied().unwrap_or(0)
+    }
+
+    fn ruleset(&self, id: RulesetId) -> Option<Ruleset> {
+        self.rulesets.get(&id).copied()
+    }
+
+    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
+        // The longest prefix first: what the kernel's trie finds in one walk.
+        (0..=128u32)
+            .rev()
+            .find_map(|len| self.rules.get(&rule_key(id, class, ip, len)))
+            .map_or(Winner::NONE, |winner| winner.order)
+    }
+
+    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
+        self.ports.get(key)
+    }
+
+    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
+        self.port_pages.get(key)
+    }
+
+    fn name_rule(&self, key: &NameRuleKey) -> u32 {
+        self.name_rules.get(key).map_or(Winner::NONE, |winner| winner.order)
+    }
+
+    fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
+        judge(self, id, tuple)
+    }
+
+    fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
+        let mut counts = self.rule_counts.borrow_mut();
+        let count = counts.entry(RuleCountKey { ruleset: id, rule }).or_default();
+        count.hits += hits;
+        count.bytes += bytes;
+    }
+
+    fn put_denial(&self, key: &DenialKey, id: RulesetId, rule: u32) {
+        let now = self.now.get();
+        let mut denials = self.denials.borrow_mut();
+        let denial = denials.entry(*key).or_insert(Denial { first: now, ..Denial::default() });
+        *denial = Denial { last: now, packets: denial.packets + 1, ruleset: id, rule, ..*denial };
+    }
+
+    fn resolver(&self, ip: &Ip) -> u32 {
+        self.resolvers.get(ip).copied().unwrap_or(0)
+    }
+
+    fn name(&self, key: &NameKey) -> Option<NameId> {
+        self.names.get(key).copied()
+    }
+
+    fn learnt(&self, key: &LearntKey) -> Option<&Learnt> {
+        let learnt = *self.learnt.borrow().get(key)?;
+        Some(std::boxed::Box::leak(std::boxed::Box::new(learnt)))
+    }
+
+    fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
+        let mut learnt = self.learnt.borrow_mut();
+        let learnt = learnt.entry(*key).or_default();
+        let (Place::There(i) | Place::Free(i) | Place::Others(i)) = place_of(learnt, name, self.now.get());
+        learnt.names[i] = word(name, until);
+    }
+
+    fn asked(&self, key: &AskedKey) -> Option<Asked> {
+        self.asked.borrow().get(key).copied()
+    }
+
+    fn put_asked(&self, key: &AskedKey, asked: &Asked) {
+        self.asked.borrow_mut().insert(*key, *asked);
     }
 
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R> {

@@ -2,9 +2,12 @@
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
+use crate::firewall::Judgement;
 use crate::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, IfIndex, Interface, Lease, Node,
-    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Asked, AskedKey, Delivery, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey, FragmentHead,
+    FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey, NameRuleKey, Node, NodeId,
+    Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey,
+    Ruleset, RulesetId, Settings, Token, Tuple,
 };
 
 /// Why an entry was not inserted.
@@ -45,6 +48,38 @@ pub trait Tables {
     fn node(&self, id: NodeId) -> Option<Node>;
     /// The node with this tunnel address.
     fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId>;
+
+    /// The version of a firewall's rules that is in force; 0: none.
+    fn ruleset_of(&self, firewall: FirewallId) -> RulesetId;
+    /// What a version has.
+    fn ruleset(&self, id: RulesetId) -> Option<Ruleset>;
+    /// The winner, as [`crate::keys::Winner::order`], of the longest prefix of a class that contains the address.
+    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32;
+    /// The port classes of a protocol.
+    fn ports(&self, key: &PortsKey) -> Option<&PortTable>;
+    /// The port classes of 64 ports.
+    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage>;
+    /// The winner, as [`crate::keys::Winner::order`], among the rules for a name.
+    fn name_rule(&self, key: &NameRuleKey) -> u32;
+    /// [`crate::firewall::judge`]. A method, so that the kernel programs make a function of it.
+    fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement;
+    /// Counts what a rule has decided; `rule` as [`crate::keys::Winner::order`].
+    fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64);
+    /// Notes that a pod was denied something.
+    fn put_denial(&self, key: &DenialKey, id: RulesetId, rule: u32);
+
+    /// What an address is as a resolver: bits, 0 for none.
+    fn resolver(&self, ip: &Ip) -> u32;
+    /// The id of a name that a firewall has rules for.
+    fn name(&self, key: &NameKey) -> Option<NameId>;
+    /// The names that an address was learnt for.
+    fn learnt(&self, key: &LearntKey) -> Option<&Learnt>;
+    /// Enters an address for a name, or lets it live longer.
+    fn credit(&self, key: &LearntKey, name: NameId, until: Ticks);
+    /// A question that a pod has asked.
+    fn asked(&self, key: &AskedKey) -> Option<Asked>;
+    /// Notes a question.
+    fn put_asked(&self, key: &AskedKey, asked: &Asked);
 
     /// Looks at a flow, and may change it in place.
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;

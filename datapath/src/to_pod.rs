@@ -19,8 +19,7 @@ pub fn to_pod<T: Tables>(t: &T, packet: &Packet) {
     // Pods and services of the cluster need no note. A node's address does: it may be a client's that
     // netfilter masqueraded, and the answer then leaves for that client.
     let network = t.network(&tuple.source);
-    if (pod.policy == 0 && packet.kind != Kind::Tcp) || (network != 0 && network != NetworkKind::Node as u32)
-    {
+    if (pod.policy == 0 && packet.kind != Kind::Tcp) || (network != 0 && !NetworkKind::is_node(network)) {
         return;
     }
     let key = FlowKey {

@@ -7,7 +7,7 @@ use crate::from_pod::flow_key;
 use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
     EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, Offload, Reply, ReplyKey, Settings,
-    Token, Tuple, Unassigned,
+    Token, Tuple, Unassigned, Winner,
 };
 use crate::limits::POD_FLOWS;
 use crate::packet::{Kind, Packet, Part, RST, SCTP};
@@ -236,9 +236,11 @@ fn new_flow<'t, T: Tables>(
         pad: 0,
         seen: now,
         walked: now,
-        pad_walked: 0,
+        ruleset: 0,
         packets: 1,
         bytes: u64::from(packet.len),
+        rule: Winner::NONE,
+        name: 0,
     };
     flow.egress_port = claim_port(t, settings, now, reply_key(egress_id, 0, key), &reply)?;
     match t.insert_flow(key, &flow) {

@@ -87,6 +87,12 @@ drop_reasons! {
     NotAnUplink = 26,
     /// The pod has as many flows as one pod may.
     PodFlowLimit = 27,
+    /// A rule of the namespace's EgressFirewall denies it.
+    FirewallDenied = 28,
+    /// The namespace's EgressFirewall is refused, or not in force on this node yet.
+    FirewallNotReady = 29,
+    /// A resolver's answer over TCP, dropped once so that its addresses are learnt first; it is sent again.
+    AnswerHeld = 30,
 }
 
 /// Where a translated packet goes next.
@@ -127,6 +133,8 @@ pub enum FromPod {
     Translate(Snat),
     /// Too big for the way out: the pod is told the size that fits, in bytes.
     TooBig(u16),
+    /// Denied by the firewall: answered with RST or an ICMP error, and counted as [`DropReason::FirewallDenied`].
+    Reject,
     /// Dropped.
     Drop(DropReason),
 }
@@ -144,6 +152,8 @@ pub enum ToUplink {
     Reset,
     /// A new flow finds the table full: dropped as [`DropReason::FlowTableFull`], unless a sweep makes room.
     Full,
+    /// Denied by the firewall: answered with RST or an ICMP error, and counted as [`DropReason::FirewallDenied`].
+    Reject,
     /// Dropped.
     Drop(DropReason),
 }

@@ -69,7 +69,7 @@ fn node(me: u16, holder: u16) -> Memory {
         ..Settings::default()
     };
     for (ip, id, policy, ifindex) in [(POD, 1, POLICY, POD_IF), (OTHER_POD, 2, 0, OTHER_IF)] {
-        t.pods.insert(ip, Pod { id, policy, ifindex, pad: 0 });
+        t.pods.insert(ip, Pod { id, policy, ifindex, firewall: 0 });
         t.delivery
             .insert(id, Delivery { ip, ifindex, mode: DeliveryMode::Peer as u8, ..Delivery::default() });
     }

@@ -71,6 +71,7 @@ impl Act<FromPod> for AfterPod<'_> {
             FromPod::Identify(token) => send::depart(skb, headers, token),
             FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
             FromPod::TooBig(mtu) => send::too_big(skb, headers, mtu),
+            FromPod::Reject => drop(skb, DropReason::FirewallDenied),
             FromPod::Drop(reason) => drop(skb, reason),
         }
     }
@@ -128,6 +129,7 @@ impl Act<ToUplink> for BeforeUplink<'_> {
                 sweep::make_room(skb);
                 drop(skb, DropReason::FlowTableFull)
             }
+            ToUplink::Reject => drop(skb, DropReason::FirewallDenied),
             ToUplink::Drop(reason) => drop(skb, reason),
         }
     }

@@ -1,21 +1,26 @@
 //! Every map. Policy maps are written by the agent only (`apply`), flow maps by programs only; both are read
 //! by all. Capacities and what happens when they are reached: `datapath::limits`.
 
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use datapath::addr::Ip;
 use datapath::keys::{
-    Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface, Lease,
-    Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Swept, Token,
+    Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
+    FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, NameEvent, NameKey,
+    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy, PortPage, PortPageKey, PortTable, PortsKey,
+    Reply, ReplyKey, RuleCount, RuleCountKey, RulePlace, Ruleset, Settings, Swept, Token, Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
 
 use crate::ctx::Request;
 use crate::packet::Headers;
+use crate::tables::Keys;
 
 /// `BPF_F_NO_PREALLOC`: memory follows use. For maps that only the agent fills.
 const ON_DEMAND: usize = 1;
+/// `BPF_F_MMAPABLE`: the agent writes single words.
+const BY_WORD: usize = 1 << 10;
 
 /// One entry: what the programs need to know of the node and of EgressConfig.
 #[btf_map]
@@ -68,6 +73,73 @@ pub static INTERFACES: HashMap<u32, Interface, { limits::INTERFACES as usize }, 
 /// The cluster's prefixes. What is in none of them is outside.
 #[btf_map]
 pub static NETWORKS: LpmTrie<Ip, Network, { limits::NETWORKS as usize }> = LpmTrie::new();
+
+/// The version in force of each firewall. One aligned word each: whoever reads it sees the old or the new.
+#[btf_map]
+pub static FIREWALLS: Array<u32, { limits::FIREWALLS as usize }, BY_WORD> = Array::new();
+
+/// Versions of firewalls.
+#[btf_map]
+pub static RULESETS: HashMap<u32, Ruleset, { limits::RULESETS as usize }, ON_DEMAND> = HashMap::new();
+
+/// The winning rules, by version, port class and prefix.
+#[btf_map]
+pub static RULES: LpmTrie<RulePlace, Winner, { limits::RULES as usize }> = LpmTrie::new();
+
+/// Port classes, by version and protocol.
+#[btf_map]
+pub static PORTS: HashMap<PortsKey, PortTable, { limits::PORTS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Port classes where 64 ports have several.
+#[btf_map]
+pub static PORT_PAGES: HashMap<PortPageKey, PortPage, { limits::PORT_PAGES as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// Names that firewalls have rules for.
+#[btf_map]
+pub static NAMES: HashMap<NameKey, u32, { limits::NAMES as usize }, ON_DEMAND> = HashMap::new();
+
+/// The winning rules for names, by version and port class.
+#[btf_map]
+pub static NAME_RULES: HashMap<NameRuleKey, Winner, { limits::NAME_RULES as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// Whose answers count.
+#[btf_map]
+pub static RESOLVERS: HashMap<Ip, u32, { limits::RESOLVERS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Which names an address was learnt for.
+#[btf_map]
+pub static LEARNT: LruHashMap<LearntKey, Learnt, { limits::LEARNT as usize }> = LruHashMap::new();
+
+/// Questions under way.
+#[btf_map]
+pub static ASKED: LruHashMap<AskedKey, Asked, { limits::ASKED as usize }> = LruHashMap::new();
+
+/// Answers over TCP that wait for the agent to read them.
+#[btf_map]
+pub static HELD: LruHashMap<HeldKey, Held, { limits::HELD as usize }> = LruHashMap::new();
+
+/// These answers, on their way to the agent.
+#[btf_map]
+pub static SEGMENTS: RingBuf<(), { limits::SEGMENTS as usize }> = RingBuf::new();
+
+/// What happened to names, by [`NameEvent`].
+#[btf_map]
+pub static NAME_EVENTS: PerCpuArray<u64, { NameEvent::ALL.len() }> = PerCpuArray::new();
+
+/// What rules have decided.
+#[btf_map]
+pub static RULE_COUNTS: HashMap<RuleCountKey, RuleCount, { limits::RULE_COUNTS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// What was denied lately.
+#[btf_map]
+pub static DENIALS: LruHashMap<DenialKey, Denial, { limits::DENIALS as usize }> = LruHashMap::new();
+
+/// Where a CPU puts keys together that the stack has no room for.
+#[btf_map]
+pub static KEYS: PerCpuArray<Keys, 1> = PerCpuArray::new();
 
 /// Packets between `from_pod` and `to_uplink`. Both run on the same CPU for one packet, unless it is queued.
 #[btf_map]

@@ -3,14 +3,19 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns, bpf_loop};
 use core::ffi::c_void;
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
+use datapath::firewall::Judgement;
 use datapath::keys::{
-    Delivery, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, IfIndex, Interface, Lease, Node,
-    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token,
+    Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
+    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameEvent, NameId, NameKey,
+    NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable,
+    PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, RulePlace, Ruleset, RulesetId, Settings,
+    Token, Tuple, Winner,
 };
-use datapath::limits::GRANULES as GRANULE_COUNT;
+use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
+use datapath::names::{Place, place_of, word};
 use datapath::tables::{InsertError, Tables};
 
 use crate::maps;
@@ -20,6 +25,9 @@ const ANY: u64 = 0;
 const NOEXIST: u64 = 1;
 /// `EEXIST`.
 const EEXIST: i32 = 17;
+
+/// How often a name's place is tried for, should other CPUs change the same address' names.
+const CREDIT_TRIES: u32 = 4;
 
 /// The programs' maps.
 pub struct Maps;
@@ -34,6 +42,38 @@ macro_rules! copied {
 
 const fn insert_error(errno: i32) -> InsertError {
     if errno == -EEXIST { InsertError::Exists } else { InsertError::Full }
+}
+
+/// Keys that a CPU puts together: the stack's 512 bytes are needed elsewhere.
+#[repr(C)]
+pub struct Keys {
+    /// Of `RULES`.
+    rule: Key<RulePlace>,
+    /// A new entry of `LEARNT`.
+    learnt: Learnt,
+}
+
+/// This CPU's own [`Keys`], as they were left.
+#[inline(always)]
+fn keys() -> Option<&'static mut Keys> {
+    let keys = maps::KEYS.get_ptr_mut(0)?;
+    // SAFETY: programs of one CPU do not interrupt each other at TC, and a program uses one part at a time.
+    Some(unsafe { &mut *keys })
+}
+
+/// Counts what happens to names.
+#[inline(always)]
+pub fn count_name(event: NameEvent) {
+    if let Some(count) = maps::NAME_EVENTS.get_ptr_mut(event as u32) {
+        // SAFETY: the entry is this CPU's own, and programs of one CPU do not interrupt each other at TC.
+        unsafe { *count = (*count).wrapping_add(1) };
+    }
+}
+
+/// [`datapath::firewall::judge`] as a function of its own: it stands in several places, which have no stack to spare.
+#[inline(never)]
+fn judge(id: RulesetId, tuple: &Tuple) -> u64 {
+    datapath::firewall::judge(&Maps, id, tuple).to_word()
 }
 
 /// The hash that says "seen, let pass".
@@ -151,6 +191,150 @@ impl Tables for Maps {
     #[inline(always)]
     fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId> {
         copied!(maps::NODE_ADDRS, tunnel_ip).map(|id| id as NodeId)
+    }
+
+    #[inline(always)]
+    fn ruleset_of(&self, firewall: FirewallId) -> RulesetId {
+        match maps::FIREWALLS.get_ptr(firewall) {
+            // SAFETY: a word of an array; volatile, for the agent writes it.
+            Some(ruleset) => unsafe { ruleset.read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn ruleset(&self, id: RulesetId) -> Option<Ruleset> {
+        copied!(maps::RULESETS, &id)
+    }
+
+    #[inline(always)]
+    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
+        let Some(keys) = keys() else { return Winner::NOT_READY };
+        let family = if ip.is_v4() { 4 } else { 6 };
+        keys.rule = Key::new(RuleKey::FIXED_BITS + 128, RulePlace { ruleset: id, class, family, ip: *ip });
+        maps::RULES.get(&keys.rule).map_or(Winner::NONE, |winner| winner.order)
+    }
+
+    #[inline(always)]
+    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
+        // SAFETY: as in `policy`; a version's entries go long after it.
+        unsafe { maps::PORTS.get(key) }
+    }
+
+    #[inline(always)]
+    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
+        // SAFETY: as above.
+        unsafe { maps::PORT_PAGES.get(key) }
+    }
+
+    #[inline(always)]
+    fn name_rule(&self, key: &NameRuleKey) -> u32 {
+        copied!(maps::NAME_RULES, key).map_or(Winner::NONE, |winner| winner.order)
+    }
+
+    #[inline(always)]
+    fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
+        Judgement::from_word(judge(id, tuple))
+    }
+
+    #[inline(always)]
+    fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
+        let key = RuleCountKey { ruleset: id, rule };
+        let Some(count) = maps::RULE_COUNTS.get_ptr_mut(&key) else {
+            // Another CPU may have made it meanwhile: one count is lost. So it is where the map is full.
+            let _ = maps::RULE_COUNTS.insert(&key, &RuleCount { hits, bytes }, NOEXIST);
+            return;
+        };
+        // SAFETY: aligned words, valid until the end of the RCU section.
+        unsafe {
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).hits, hits);
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).bytes, bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn put_denial(&self, key: &DenialKey, id: RulesetId, rule: u32) {
+        let now = self.now();
+        let Some(denial) = maps::DENIALS.get_ptr_mut(key) else {
+            let denial = Denial { first: now, last: now, packets: 1, ruleset: id, rule };
+            let _ = maps::DENIALS.insert(key, &denial, ANY); // an LRU map makes room
+            return;
+        };
+        // SAFETY: valid until the end of the RCU section; a lost increment of two CPUs is accepted.
+        unsafe {
+            (*denial).last = now;
+            (*denial).packets = (*denial).packets.wrapping_add(1);
+            (*denial).ruleset = id;
+            (*denial).rule = rule;
+        }
+    }
+
+    #[inline(always)]
+    fn resolver(&self, ip: &Ip) -> u32 {
+        copied!(maps::RESOLVERS, ip).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn name(&self, key: &NameKey) -> Option<NameId> {
+        copied!(maps::NAMES, key)
+    }
+
+    #[inline(always)]
+    fn learnt(&self, key: &LearntKey) -> Option<&Learnt> {
+        // SAFETY: as in `policy`; each name in it is checked by itself.
+        unsafe { maps::LEARNT.get(key) }
+    }
+
+    #[inline(always)]
+    fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
+        let now = self.now();
+        let entry = match maps::LEARNT.get_ptr_mut(key) {
+            Some(entry) => entry,
+            None => {
+                let Some(keys) = keys() else { return };
+                keys.learnt = Learnt { names: [0; NAMES_PER_ADDRESS] };
+                let _ = maps::LEARNT.insert(key, &keys.learnt, NOEXIST); // another CPU may be quicker
+                let Some(entry) = maps::LEARNT.get_ptr_mut(key) else { return };
+                entry
+            }
+        };
+        // Other CPUs may change it: the word is exchanged only if it is still what was decided on.
+        self.repeat(CREDIT_TRIES, |_| {
+            // SAFETY: valid until the end of the RCU section; words are read one by one.
+            let (i, event) = match place_of(unsafe { &*entry }, name, now) {
+                Place::There(i) => (i, NameEvent::Renewed),
+                Place::Free(i) => (i, NameEvent::Learnt),
+                Place::Others(i) => (i, NameEvent::Displaced),
+            };
+            if i >= NAMES_PER_ADDRESS {
+                return true;
+            }
+            // SAFETY: as above, and within the array.
+            let done = unsafe {
+                let slot = (&raw mut (*entry).names).cast::<u64>().add(i);
+                let old = slot.read_volatile();
+                atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                    slot,
+                    old,
+                    word(name, until),
+                )
+                .1
+            };
+            if done {
+                count_name(event);
+            }
+            done
+        });
+    }
+
+    #[inline(always)]
+    fn asked(&self, key: &AskedKey) -> Option<Asked> {
+        copied!(maps::ASKED, key)
+    }
+
+    #[inline(always)]
+    fn put_asked(&self, key: &AskedKey, asked: &Asked) {
+        let _ = maps::ASKED.insert(key, asked, ANY); // an LRU map makes room
     }
 
     #[inline(always)]

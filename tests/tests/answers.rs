@@ -37,7 +37,7 @@ fn tables() -> Memory {
     let mut t = Memory::new(1, 64);
     let router_v4 = Ip::v4(NODE);
     t.settings = Settings { node: 1, mtu: MTU, pass_token: 7, router_v4, ..Settings::default() };
-    t.pods.insert(Ip::v4(POD), Pod { id: 1, policy: 1, ifindex: POD_IF, pad: 0 });
+    t.pods.insert(Ip::v4(POD), Pod { id: 1, policy: 1, ifindex: POD_IF, firewall: 0 });
     let mode = DeliveryMode::Peer as u8;
     let delivery = Delivery { ip: Ip::v4(POD), ifindex: POD_IF, mode, ..Delivery::default() };
     t.delivery.insert(1, delivery);

@@ -49,7 +49,7 @@ fn tables() -> Memory {
     };
     for (id, (ip, ifindex)) in (1..).zip(PODS) {
         let ip = Ip::v4(ip);
-        t.pods.insert(ip, Pod { id, policy: 1, ifindex, pad: 0 });
+        t.pods.insert(ip, Pod { id, policy: 1, ifindex, firewall: 0 });
         let mode = DeliveryMode::Peer as u8;
         t.delivery.insert(id, Delivery { ip, ifindex, mode, ..Delivery::default() });
         let interface = Interface { kind: InterfaceKind::Pod as u8, guarded: 1, ..Interface::default() };
@@ -445,7 +445,7 @@ impl Node {
             pad: [0; 3],
         };
         let hash = 0x4000_0000 | u32::from(c.local.1);
-        self.kernel.put_token(hash, &Token { pod: c.pod, policy: 1, tuple, direct: 0 });
+        self.kernel.put_token(hash, &Token { pod: c.pod, policy: 1, firewall: 0, tuple, direct: 0 });
         let (_, ingress) = PODS[c.pod as usize - 1];
         Input {
             frame: tcp(c.local, c.server, SYN).frame(),

@@ -18,12 +18,15 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, seconds};
 use datapath::departure::{Departure, Route, asks, depart};
+use datapath::firewall::Judgement;
 use datapath::fragments::{Place, recall};
 use datapath::from_uplink::claims;
 use datapath::keys::{
-    Delivery, DropCount, EgressId, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleRange,
-    GranuleTable, IfIndex, Interface, InterfaceKind, Lease, NetworkKey, NetworkKind, Node, NodeId, Opener,
-    Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Settings, Token, Tuple,
+    Asked, AskedKey, Delivery, DenialKey, DropCount, EgressId, EgressIp, FirewallId, Flow, FlowKey,
+    FragmentHead, FragmentKey, GranuleRange, GranuleTable, IfIndex, Interface, InterfaceKind, Learnt,
+    LearntKey, Lease, NameId, NameKey, NameRuleKey, NetworkKey, NetworkKind, Node, NodeId, Opener, Pod,
+    PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey, Ruleset, RulesetId,
+    Settings, Token, Tuple,
 };
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use datapath::memory::Memory;
@@ -295,6 +298,51 @@ impl Tables for Replay<'_> {
     fn node_id(&self, tunnel_ip: &Ip) -> Option<NodeId> {
         self.memory.node_id(tunnel_ip)
     }
+    fn ruleset_of(&self, firewall: FirewallId) -> RulesetId {
+        self.memory.ruleset_of(firewall)
+    }
+    fn ruleset(&self, id: RulesetId) -> Option<Ruleset> {
+        self.memory.ruleset(id)
+    }
+    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
+        self.memory.rule(id, class, ip)
+    }
+    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
+        self.memory.ports(key)
+    }
+    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
+        self.memory.port_page(key)
+    }
+    fn name_rule(&self, key: &NameRuleKey) -> u32 {
+        self.memory.name_rule(key)
+    }
+    fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
+        self.memory.judge(id, tuple)
+    }
+    fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
+        self.memory.count_rule(id, rule, hits, bytes);
+    }
+    fn put_denial(&self, key: &DenialKey, id: RulesetId, rule: u32) {
+        self.memory.put_denial(key, id, rule);
+    }
+    fn resolver(&self, ip: &Ip) -> u32 {
+        self.memory.resolver(ip)
+    }
+    fn name(&self, key: &NameKey) -> Option<NameId> {
+        self.memory.name(key)
+    }
+    fn learnt(&self, key: &LearntKey) -> Option<&Learnt> {
+        self.memory.learnt(key)
+    }
+    fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
+        self.memory.credit(key, name, until);
+    }
+    fn asked(&self, key: &AskedKey) -> Option<Asked> {
+        self.memory.asked(key)
+    }
+    fn put_asked(&self, key: &AskedKey, asked: &Asked) {
+        self.memory.put_asked(key, asked);
+    }
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R> {
         self.memory.flow(key, look)
     }
@@ -413,6 +461,7 @@ impl Oracle<'_> {
                         (Some(_), Some(decoded)) if decoded.l4 <= 256 => Fate::Answer(DropReason::NoFlow),
                         _ => Fate::Drop(DropReason::NoFlow),
                     },
+                    ToUplink::Reject => Fate::Answer(DropReason::FirewallDenied),
                     ToUplink::Drop(reason) => Fate::Drop(reason),
                 }
             }
@@ -458,6 +507,7 @@ impl Oracle<'_> {
                 let known = router != Ip::UNSPECIFIED;
                 if known { Fate::Answer(DropReason::TooBig) } else { Fate::Drop(DropReason::TooBig) }
             }
+            FromPod::Reject => Fate::Answer(DropReason::FirewallDenied),
             FromPod::Drop(reason) => Fate::Drop(reason),
         }
     }
@@ -677,7 +727,7 @@ fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
     for (ip, id, ifindex) in V4.pods.into_iter().chain(V6.pods) {
         let policy = rng.pick(&[0, 1, 1, 1, 1, 2]);
         if rng.percent(93) {
-            t.pods.insert(ip, Pod { id, policy, ifindex, pad: 0 });
+            t.pods.insert(ip, Pod { id, policy, ifindex, firewall: 0 });
         }
         let ifindex = if rng.percent(10) { 0 } else { ifindex };
         if rng.percent(93) {
@@ -822,9 +872,10 @@ fn flow_tables(rng: &mut Rng, t: &Memory) {
         };
         let policy = t.pods.get(&tuple.source).map_or(1, |pod| pod.policy);
         let policy = if rng.percent(92) { policy } else { rng.pick(&[0, 1, 2, 3]) };
-        t.tokens
-            .borrow_mut()
-            .insert(rng.next() as u32 | 1, Token { pod, policy, tuple, direct: u32::from(rng.percent(20)) });
+        t.tokens.borrow_mut().insert(
+            rng.next() as u32 | 1,
+            Token { pod, policy, firewall: 0, tuple, direct: u32::from(rng.percent(20)) },
+        );
     }
     for _ in 0..12 {
         fragment_head(rng, t);

@@ -126,7 +126,7 @@ fn tables(holder: u16) -> Memory {
     for (ip, id, policy, ifindex) in
         [(POD, V4.pod_id, 1, POD_IF), (OTHER_POD, 2, 0, OTHER_IF), (V6.pod, V6.pod_id, 1, POD_IF)]
     {
-        t.pods.insert(ip, Pod { id, policy, ifindex, pad: 0 });
+        t.pods.insert(ip, Pod { id, policy, ifindex, firewall: 0 });
         let mode = DeliveryMode::Peer as u8;
         t.delivery.insert(id, Delivery { ip, ifindex, mode, ..Delivery::default() });
     }

@@ -8,9 +8,11 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, MapTyp
 use datapath::addr::Ip;
 use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
-    self, Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface,
-    Lease, Network, NetworkKey, Node, NodeId, Opener, Pod, PodName, Policy, Reply, ReplyKey, Settings, Swept,
-    Token,
+    self, Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
+    FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, NameEvent, NameKey,
+    NameRuleKey, Network, NetworkKey, Node, NodeId, Opener, Pod, PodName, Policy, PortPage, PortPageKey,
+    PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, Ruleset, Settings, Swept, Token,
+    Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -57,6 +59,21 @@ pub const SPECS: &[Spec] = &[
     spec::<Ip, u32>("NODE_ADDRS", MapType::Hash, limits::NODES),
     spec::<u32, Interface>("INTERFACES", MapType::Hash, limits::INTERFACES),
     spec::<NetworkKey, Network>("NETWORKS", MapType::LpmTrie, limits::NETWORKS),
+    spec::<u32, u32>("FIREWALLS", MapType::Array, limits::FIREWALLS),
+    spec::<u32, Ruleset>("RULESETS", MapType::Hash, limits::RULESETS),
+    spec::<RuleKey, Winner>("RULES", MapType::LpmTrie, limits::RULES),
+    spec::<PortsKey, PortTable>("PORTS", MapType::Hash, limits::PORTS),
+    spec::<PortPageKey, PortPage>("PORT_PAGES", MapType::Hash, limits::PORT_PAGES),
+    spec::<NameKey, u32>("NAMES", MapType::Hash, limits::NAMES),
+    spec::<NameRuleKey, Winner>("NAME_RULES", MapType::Hash, limits::NAME_RULES),
+    spec::<Ip, u32>("RESOLVERS", MapType::Hash, limits::RESOLVERS),
+    spec::<LearntKey, Learnt>("LEARNT", MapType::LruHash, limits::LEARNT),
+    spec::<AskedKey, Asked>("ASKED", MapType::LruHash, limits::ASKED),
+    spec::<HeldKey, Held>("HELD", MapType::LruHash, limits::HELD),
+    Spec { name: "SEGMENTS", kind: MapType::RingBuf, key: 0, value: 0, entries: limits::SEGMENTS },
+    spec::<u32, u64>("NAME_EVENTS", MapType::PerCpuArray, NameEvent::ALL.len() as u32),
+    spec::<RuleCountKey, RuleCount>("RULE_COUNTS", MapType::Hash, limits::RULE_COUNTS),
+    spec::<DenialKey, Denial>("DENIALS", MapType::LruHash, limits::DENIALS),
     spec::<u32, Token>("TOKENS", MapType::LruHash, limits::TOKENS),
     spec::<FlowKey, Opener>("OPENERS", MapType::LruHash, limits::OPENERS),
     spec::<FlowKey, Flow>("FLOWS", MapType::Hash, limits::FLOWS),
@@ -272,6 +289,7 @@ impl Maps {
             node_addrs: self.node_addrs.read()?.into_iter().map(|(k, v)| (k, v as NodeId)).collect(),
             interfaces: self.interfaces.read()?,
             networks,
+            ..MapImage::default()
         })
     }
 

@@ -133,6 +133,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         // A packet is traced at its smallest.
         FromPod::TooBig(_) => walk.dropped("from_pod", DropReason::TooBig),
         FromPod::Drop(reason) => walk.dropped("from_pod", reason),
+        FromPod::Reject => walk.dropped("from_pod", DropReason::FirewallDenied),
         FromPod::Translate(snat) => walk.translated("from_pod", image, &snat),
         FromPod::Identify(token) => {
             walk.step("from_pod", "a new flow of a selected pod: a token, and up the host's stack");
@@ -157,6 +158,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
                 ToUplink::Reset => walk.dropped("to_uplink", DropReason::NoFlow),
                 ToUplink::Full => walk.dropped("to_uplink", DropReason::FlowTableFull),
                 ToUplink::Drop(reason) => walk.dropped("to_uplink", reason),
+                ToUplink::Reject => walk.dropped("to_uplink", DropReason::FirewallDenied),
                 ToUplink::Translate(snat) => walk.translated("to_uplink", image, &snat),
             }
         }
@@ -253,7 +255,7 @@ mod tests {
             MapImage { settings: Settings { node: 1, ..Settings::default() }, ..MapImage::default() };
         for (id, policy, name, last) in [(1, 1, "shop", 1), (2, 0, "try", 2)] {
             let ip = Ip::v4([10, 1, 0, last]);
-            image.pods.insert(ip, Pod { id, policy, ifindex: 10 + id, pad: 0 });
+            image.pods.insert(ip, Pod { id, policy, ifindex: 10 + id, firewall: 0 });
             image.delivery.insert(id, Delivery { ip, ifindex: 10 + id, mode: 1, ..Delivery::default() });
             let mut names = PodName::default();
             names.namespace[..4].copy_from_slice(b"prod");
@@ -315,7 +317,7 @@ mod tests {
         let mut image = image();
         let of = |text: &str| Ip::from(text.parse::<IpAddr>().unwrap());
         let (pod, address) = (of("fd00:1::1"), of("2001:db8::100"));
-        image.pods.insert(pod, Pod { id: 3, policy: 1, ifindex: 11, pad: 0 });
+        image.pods.insert(pod, Pod { id: 3, policy: 1, ifindex: 11, firewall: 0 });
         image.delivery.insert(3, Delivery { ip: pod, ifindex: 11, mode: 1, ..Delivery::default() });
         image.pod_names.insert(3, image.pod_names[&1]);
         let egress = EgressIp { ip: address, policy: 1, holder: 2, ..EgressIp::default() };

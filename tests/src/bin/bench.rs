@@ -399,7 +399,7 @@ impl Bench {
         ensure!(done == -1, "from_pod gave back {done} for a first packet");
         // A test run does not hand the token on: the same under a number of ours.
         let (number, tuple) = (0x4000_0000 | u32::from(port), tuple_of(from, to));
-        self.kernel.put_token(number, &Token { pod: 1, policy: 1, tuple, direct: 0 });
+        self.kernel.put_token(number, &Token { pod: 1, policy: 1, firewall: 0, tuple, direct: 0 });
         (input.ifindex, input.ingress, input.hash) = (UPLINK, POD_IF, number);
         let (done, up) = self.kernel.timed(Some(Program::ToUplink), &input, &mut self.frame);
         ensure!((done == SHOT) == full, "to_uplink gave back {done}, full: {full}");
@@ -492,7 +492,7 @@ fn tables(holder: u16) -> Memory {
         ..Settings::default()
     };
     for (id, ip) in [(1, Ip::v4(POD)), (2, POD6)] {
-        t.pods.insert(ip, Pod { id, policy: 1, ifindex: POD_IF, pad: 0 });
+        t.pods.insert(ip, Pod { id, policy: 1, ifindex: POD_IF, firewall: 0 });
         let mode = DeliveryMode::Peer as u8;
         t.delivery.insert(id, Delivery { ip, ifindex: POD_IF, mode, ..Delivery::default() });
     }

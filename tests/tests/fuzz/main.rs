@@ -347,7 +347,7 @@ fn at_uplink(
         1 => input.hash = PASS,
         _ => {
             input.hash = rng.next() as u32 | 1;
-            *token = Some(Token { pod, policy: 1, tuple, direct: u32::from(rng.percent(20)) });
+            *token = Some(Token { pod, policy: 1, firewall: 0, tuple, direct: u32::from(rng.percent(20)) });
         }
     }
     let masqueraded = from.0.is_v4() && rng.percent(50);

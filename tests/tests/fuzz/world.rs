@@ -130,7 +130,7 @@ pub(crate) fn policy_tables(capacity: usize) -> Memory {
         ..Settings::default()
     };
     for (id, (ip, selected, port, ifindex)) in (1..).zip(PODS) {
-        t.pods.insert(ip, Pod { id, policy: u32::from(selected), ifindex, pad: 0 });
+        t.pods.insert(ip, Pod { id, policy: u32::from(selected), ifindex, firewall: 0 });
         let mode = if port == PORT { DeliveryMode::Neighbour } else { DeliveryMode::Peer } as u8;
         t.delivery.insert(id, Delivery { ip, ifindex: port, mode, mtu: 1500, ..Delivery::default() });
     }

@@ -1,0 +1,147 @@
+//! What a namespace's egress firewall says of a packet: the first of its rules that matches.
+//!
+//! The agent compiles the rules so that the number of look-ups does not follow theirs: the protocol and port give a
+//! class, the destination is looked up among the rules without ports and among those of the class, and each entry
+//! holds the one winner of all rules that cover it. Of what was found the lowest index wins.
+
+use crate::conntrack::older_than;
+use crate::keys::{
+    LearntKey, NameId, NameRuleKey, NetworkKind, PortPageKey, PortTable, PortsKey, RESOLVER_ON_NODE, Ruleset,
+    RulesetId, Tuple, Winner,
+};
+use crate::limits::NAMES_PER_ADDRESS;
+use crate::packet::{SCTP, TCP, UDP};
+use crate::tables::Tables;
+
+/// What the rules say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Judgement {
+    /// The rule that decides, as [`Winner::order`]; or [`Winner::NONE`] or [`Winner::NOT_READY`].
+    pub rule: u32,
+    /// The name by which it does; 0: by address.
+    pub name: NameId,
+}
+
+impl Judgement {
+    /// No rule speaks of it.
+    pub const NONE: Self = Self { rule: Winner::NONE, name: 0 };
+    /// There are no rules that could be asked.
+    pub const NOT_READY: Self = Self { rule: Winner::NOT_READY, name: 0 };
+
+    /// Whether the packet may go.
+    #[inline(always)]
+    #[must_use]
+    pub const fn allows(self) -> bool {
+        self.rule & 1 == 1
+    }
+
+    /// As one word: a function of the kernel programs returns nothing larger.
+    #[inline(always)]
+    #[must_use]
+    pub const fn to_word(self) -> u64 {
+        (self.name as u64) << 32 | self.rule as u64
+    }
+
+    /// From [`Judgement::to_word`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        Self { rule: word as u32, name: (word >> 32) as u32 }
+    }
+}
+
+/// Whether rules are for a destination, of this [`Tables::network`], that the host's DNAT has decided: outside the
+/// cluster or a node; link-local addresses too (metadata services), but no group's.
+#[inline(always)]
+#[must_use]
+pub fn is_for(network: u32, tuple: &Tuple) -> bool {
+    (network == 0 || NetworkKind::is_node(network)) && tuple.destination.can_be_ruled()
+}
+
+/// Ports that resolvers answer at: DNS' own, and the one that OpenShift's resolver pods have behind it.
+#[inline(always)]
+#[must_use]
+pub const fn is_dns_port(port: u16) -> bool {
+    matches!(port, 53 | 5353)
+}
+
+/// Judges a packet of a pod by a version of its firewall's rules, on its destination after the host's DNAT.
+#[inline(always)]
+pub fn judge<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> Judgement {
+    if id == 0 {
+        return Judgement::NONE;
+    }
+    let ports = matches!(tuple.protocol, TCP | UDP | SCTP);
+    if ports && is_dns_port(tuple.destination_port) && t.resolver(&tuple.destination) & RESOLVER_ON_NODE != 0
+    {
+        return Judgement::NONE;
+    }
+    let Some(ruleset) = t.ruleset(id) else { return Judgement::NOT_READY };
+    if ruleset.parts & Ruleset::REFUSED != 0 {
+        return Judgement::NOT_READY;
+    }
+    let class = match ruleset.parts & Ruleset::PORTS {
+        0 => 0,
+        _ if !ports => 0,
+        _ => port_class(t, id, tuple.protocol, tuple.destination_port),
+    };
+    let mut found = Judgement::NONE;
+    if ruleset.parts & Ruleset::ADDRESSES != 0 {
+        found.rule = t.rule(id, 0, &tuple.destination);
+    }
+    if class != 0 {
+        let rule = t.rule(id, class, &tuple.destination);
+        if rule < found.rule {
+            found.rule = rule;
+        }
+    }
+    if ruleset.parts & Ruleset::NAMES != 0 {
+        by_name(t, id, &ruleset, class, tuple, &mut found);
+    }
+    found
+}
+
+/// The class of a port; 0: no rule with ports is for it.
+#[inline(always)]
+fn port_class<T: Tables>(t: &T, ruleset: RulesetId, protocol: u8, port: u16) -> u16 {
+    let Some(table) = t.ports(&PortsKey { ruleset, protocol: u32::from(protocol) }) else { return 0 };
+    let entry = table.page[usize::from(port >> 6)];
+    if entry & PortTable::UNIFORM != 0 {
+        return entry & !PortTable::UNIFORM;
+    }
+    t.port_page(&PortPageKey { ruleset, page: u32::from(entry) })
+        .map_or(0, |page| page.class[usize::from(port & 63)])
+}
+
+/// Lowers `found` to the best rule for one of the names that the destination was learnt for.
+#[inline(always)]
+fn by_name<T: Tables>(
+    t: &T,
+    id: RulesetId,
+    ruleset: &Ruleset,
+    class: u16,
+    tuple: &Tuple,
+    found: &mut Judgement,
+) {
+    let key = LearntKey { firewall: ruleset.firewall, ip: tuple.destination };
+    let Some(learnt) = t.learnt(&key) else { return };
+    let now = t.now();
+    t.repeat(NAMES_PER_ADDRESS as u32, |i| {
+        let Some(word) = learnt.names.get(i as usize).copied() else { return true };
+        let name = (word >> 32) as NameId;
+        if name == 0 || older_than(now, word as u32, 0) {
+            return false;
+        }
+        let mut better = |class: u32| {
+            let rule = t.name_rule(&NameRuleKey { ruleset: id, name, class });
+            if rule < found.rule {
+                *found = Judgement { rule, name };
+            }
+        };
+        better(0);
+        if class != 0 {
+            better(u32::from(class));
+        }
+        false
+    });
+}
