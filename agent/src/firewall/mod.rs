@@ -5,6 +5,7 @@ pub mod compile;
 pub mod naive;
 mod places;
 mod ports;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -40,6 +41,17 @@ pub struct Rule {
     pub to: Destination,
     /// Protocols and ports; empty: all of every protocol.
     pub ports: Vec<Ports>,
+}
+
+impl Rule {
+    /// The name that it is for.
+    #[must_use]
+    pub const fn name(&self) -> Option<&Name> {
+        match &self.to {
+            Destination::Name(name) => Some(name),
+            Destination::Network(_) | Destination::Nodes(_) => None,
+        }
+    }
 }
 
 /// What a rule is for.
