@@ -1,10 +1,17 @@
 //! Egress firewalls: rules as they are written, checked, and compiled to what the programs look up.
 
+pub mod compile;
+pub mod naive;
+mod places;
+mod ports;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+
+pub use compile::TooMuch;
 
 /// One EgressFirewall object that counts: the one named `default` of its namespace.
 #[derive(Clone, PartialEq, Eq, Debug)]
