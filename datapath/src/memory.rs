@@ -184,8 +184,9 @@ impl Tables for Memory {
     }
 
     fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
-        // The longest prefix first: what the kernel's trie finds in one walk.
-        (0..=128u32)
+        // The longest prefix first: what the kernel's trie finds in one walk. IPv4's begin at 96.
+        let shortest = if ip.is_v4() { 96 } else { 0 };
+        (shortest..=128u32)
             .rev()
             .find_map(|len| self.rules.get(&rule_key(id, class, ip, len)))
             .map_or(Winner::NONE, |winner| winner.order)

@@ -36,9 +36,11 @@ pub(super) enum Target {
 impl Place {
     fn network(net: IpNet) -> Self {
         match net {
-            IpNet::V4(net) => {
-                Self { kind: Kind::V4, bits: u128::from(net.network().to_bits()) << 96, len: net.prefix_len() }
-            }
+            IpNet::V4(net) => Self {
+                kind: Kind::V4,
+                bits: u128::from(net.network().to_bits()) << 96,
+                len: net.prefix_len(),
+            },
             IpNet::V6(net) => Self { kind: Kind::V6, bits: net.network().to_bits(), len: net.prefix_len() },
         }
     }
