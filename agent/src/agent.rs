@@ -243,6 +243,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let now = rfc3339(SystemTime::now());
         let around = Surroundings {
             statuses: self.source.statuses(),
+            firewall_statuses: self.source.firewall_statuses(),
             unreadable: self.source.unreadable_allocations(),
             complete: self.source.complete(),
             now: &now,
@@ -472,6 +473,7 @@ pub fn egress_node(
                     generation: *generation,
                 })
                 .collect(),
+            firewalls: Vec::new(),
         },
         ..EgressNode::default()
     }

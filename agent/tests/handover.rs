@@ -193,6 +193,7 @@ impl World {
         let desired = model::desired(&view, "");
         let around = Surroundings {
             statuses: &BTreeMap::new(),
+            firewall_statuses: &BTreeMap::new(),
             unreadable: &BTreeSet::new(),
             complete: true,
             now: "",
@@ -212,7 +213,10 @@ impl World {
                 Write::RemoveAllocation(name) => {
                     self.objects.egress_allocations.remove(&name);
                 }
-                Write::Status(_) | Write::RemoveStatus(_) => {}
+                Write::Status(_)
+                | Write::RemoveStatus(_)
+                | Write::FirewallStatus(_)
+                | Write::RemoveFirewallStatus(_) => {}
                 Write::EgressNode(_) => panic!("not the leader's"),
             }
         }
