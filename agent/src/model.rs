@@ -413,8 +413,7 @@ fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
             "ignored: only the EgressConfig named default counts",
         ));
     }
-    let mut config = Config::default();
-    config.resolvers = cluster_resolvers(objects, problems);
+    let mut config = Config { resolvers: cluster_resolvers(objects, problems), ..Config::default() };
     let Some(EgressConfig { spec, .. }) = objects.egress_configs.get("default") else { return config };
     let mut complain = |field: &str, message: String| {
         problems.insert(Problem::new("EgressConfig default", format_args!("spec.{field}: {message}")));

@@ -488,7 +488,7 @@ pub struct EgressNodeStatus {
     /// Allocations whose whole port table the node's kernel has.
     #[serde(deserialize_with = "or_default")]
     pub loaded: Vec<LoadedAllocation>,
-    /// What has come of the EgressFirewalls of namespaces that have pods on the node.
+    /// What has come of each EgressFirewall whose namespace has pods on the node.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
     pub firewalls: Vec<AppliedFirewall>,
 }

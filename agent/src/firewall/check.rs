@@ -74,7 +74,7 @@ impl Spec {
 
     /// The firewall of the object that has this spec, for these nodes.
     #[must_use]
-    pub fn firewall(&self, meta: &Meta, nodes: &BTreeMap<String, Node>) -> Firewall {
+    pub fn firewall(&self, meta: &Meta, cluster: &BTreeMap<String, Node>) -> Firewall {
         let mut notes = Vec::new();
         let mut rules = self.rules.clone();
         if let Ok(rules) = &mut rules
@@ -82,7 +82,7 @@ impl Spec {
         {
             let rules = Arc::make_mut(rules);
             for (index, selector) in self.selectors.iter() {
-                let matching = || nodes.values().filter(|n| n.exists && selector.matches(&n.labels));
+                let matching = || cluster.values().filter(|n| n.exists && selector.matches(&n.labels));
                 let addresses: BTreeSet<_> = matching().flat_map(Node::addresses).collect();
                 if addresses.is_empty() {
                     let what = if matching().next().is_none() {
@@ -470,6 +470,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn each_mistake_is_named_by_its_field() {
         let good = "cidrSelector: 10.0.0.0/8";
         for (rule, expected) in [
@@ -644,8 +645,8 @@ mod tests {
     #[test]
     fn bounds_are_kept() {
         let many = |n: usize, rule: &dyn Fn(usize) -> String| {
-            spec(&format!("egress:\n{}", (0..n).map(|i| format!("- {}\n", rule(i))).collect::<String>()))
-                .rules
+            let rules: Vec<_> = (0..n).map(rule).collect();
+            spec(&format!("egress: [{}]", rules.join(", "))).rules
         };
         let rule = |_| "{type: Deny, to: {cidrSelector: 0.0.0.0/0}}".to_owned();
         assert_eq!(many(8000, &rule).unwrap().len(), 8000);
@@ -689,22 +690,22 @@ mod tests {
             });
             (addresses.collect::<Vec<_>>(), firewall.notes, firewall.version)
         };
-        let (found, notes, version) = of(&nodes);
+        let (found, said, version) = of(&nodes);
         let db = ["192.0.2.1", "192.0.2.2", "2001:db8::2"].map(str::to_owned).to_vec();
         assert_eq!(found, [db.clone(), vec![], db]);
-        assert_eq!(notes, ["nodeSelector of spec.egress[2] matches no node: the rule matches nothing"]);
+        assert_eq!(said, ["nodeSelector of spec.egress[2] matches no node: the rule matches nothing"]);
         nodes.insert("d".to_owned(), node("web", &[]));
-        let (_, notes, same) = of(&nodes);
+        let (_, said, same) = of(&nodes);
         assert_eq!(
-            notes,
+            said,
             [
                 "no address is known of the nodes that nodeSelector of spec.egress[2] matches: the rule matches nothing"
             ]
         );
         assert_eq!(version, same, "the object's, not the nodes'");
         nodes.insert("d".to_owned(), node("web", &["192.0.2.9"]));
-        let (found, notes, _) = of(&nodes);
-        assert_eq!((found[1].as_slice(), notes.len()), (["192.0.2.9".to_owned()].as_slice(), 0));
+        let (found, said, _) = of(&nodes);
+        assert_eq!((found[1].as_slice(), said.len()), (["192.0.2.9".to_owned()].as_slice(), 0));
     }
 
     #[test]

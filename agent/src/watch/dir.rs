@@ -159,7 +159,7 @@ enum Object {
     Service(Service),
     EgressIp(EgressIp),
     EgressFirewall(EgressFirewall),
-    EgressConfig(EgressConfig),
+    EgressConfig(Box<EgressConfig>),
     /// A kind that is written by Outgate, found among the user's files.
     OutgatesOwn(&'static str),
     /// Not read by Outgate at all.
@@ -398,7 +398,7 @@ impl DirSource {
                         o.metadata.namespace.clone_from(&key.0);
                         objects.egress_firewalls.insert(key, o);
                     }
-                    Object::EgressConfig(o) => drop(objects.egress_configs.insert(key.1, o)),
+                    Object::EgressConfig(o) => drop(objects.egress_configs.insert(key.1, *o)),
                     Object::OutgatesOwn(_) | Object::Foreign => {}
                 }
             }
@@ -580,7 +580,7 @@ const HELD: &str = "what was read before stays in force";
 /// Where copies of the user's files are.
 const COPIES: &str = ".outgate/last-good";
 
-/// Where, below `.outgate`, statuses of EgressFirewalls are, by namespace.
+/// Where, below `.outgate`, the status of each EgressFirewall is, by namespace.
 const FIREWALL_STATUSES: &str = "/status/egressfirewalls/";
 
 /// Outgate's own directories, parents first.
@@ -949,7 +949,7 @@ fn parse_document(text: &Text<'_>, line: usize, documents: &mut Vec<Document>) -
         ("v1", "Service") => Object::Service(text.read()?),
         (OVN_API, "EgressIP") => Object::EgressIp(text.read()?),
         (OVN_API, "EgressFirewall") => Object::EgressFirewall(text.read()?),
-        (OUTGATE_API, "EgressConfig") => Object::EgressConfig(text.read()?),
+        (OUTGATE_API, "EgressConfig") => Object::EgressConfig(Box::new(text.read()?)),
         (OUTGATE_API, "EgressNode") => Object::OutgatesOwn("EgressNode"),
         (OUTGATE_API, "EgressAllocation") => Object::OutgatesOwn("EgressAllocation"),
         // Of these groups nothing may be passed over: a slip in the kind would be a policy that is not there.
@@ -1277,6 +1277,54 @@ mod tests {
         fs::write(temp.0.join(".outgate/egressallocations/192.0.2.1.yaml"), "spec: [").unwrap();
         let source = DirSource::read(&temp.0).unwrap();
         assert!(source.unreadable_allocations().contains("192.0.2.1"));
+    }
+
+    /// A firewall whose file were not read would be no firewall.
+    #[test]
+    fn mistakes_in_a_firewalls_rules_leave_its_file_readable() {
+        let temp = Temp::new("firewall");
+        temp.put(
+            "a.yaml",
+            &format!(
+                "apiVersion: k8s.ovn.org/v1\nkind: EgressFirewall\nmetadata: {{name: default, namespace: n}}\nspec: {{egress: [{{type: 7, to: [], ports: yes}}]}}\n---\n{}",
+                pod("p")
+            ),
+        );
+        temp.put(
+            "b.json",
+            r#"{"apiVersion": "k8s.ovn.org/v1", "kind": "EgressFirewall", "metadata": {"name": "default"}}"#,
+        );
+        let source = DirSource::read(&temp.0).unwrap();
+        assert_eq!(problems(&source), Vec::<String>::new());
+        let objects = source.objects();
+        let rules = |namespace: &str| {
+            let o = &objects.egress_firewalls[&(namespace.to_owned(), "default".to_owned())];
+            o.spec.firewall(&o.metadata, &BTreeMap::new()).rules.unwrap_err()
+        };
+        assert!(rules("n").contains("spec.egress[0].type: 7 is neither"), "{}", rules("n"));
+        assert_eq!(rules("default"), "spec: is missing; expected an object");
+        assert_eq!(objects.pods.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_firewalls_status_is_a_file_by_its_namespace() {
+        let temp = Temp::new("firewall-status");
+        let mut source = DirSource::open(&temp.0).unwrap();
+        let mut report = EgressFirewallReport::default();
+        (report.metadata.name, report.metadata.namespace) = ("default".into(), "shop".into());
+        report.status.messages = vec!["a: EgressFirewall Rules applied".into()];
+        source.write(Write::FirewallStatus(report.clone())).await.unwrap();
+        let again = DirSource::read(&temp.0).unwrap();
+        assert_eq!(again.firewall_statuses(), &BTreeMap::from([("shop".to_owned(), report)]));
+        let file = temp.0.join(".outgate/status/egressfirewalls/shop.yaml");
+        fs::copy(&file, file.with_file_name("other.yaml")).unwrap();
+        let again = DirSource::read(&temp.0).unwrap();
+        assert_eq!(again.firewall_statuses().len(), 1);
+        assert!(
+            problems(&again)[0].contains("metadata.namespace is \"shop\", the file's name says \"other\"")
+        );
+        source.write(Write::RemoveFirewallStatus("shop".into())).await.unwrap();
+        assert!(source.firewall_statuses().is_empty() && !file.exists());
     }
 
     #[test]
