@@ -19,6 +19,7 @@ pub mod addr;
 pub mod conntrack;
 pub mod crc32c;
 pub mod departure;
+pub mod dns;
 pub mod firewall;
 pub mod fragments;
 pub mod from_pod;
