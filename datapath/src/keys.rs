@@ -737,8 +737,54 @@ pub struct HeldKey {
 pub struct Held {
     /// When it came first, in [`crate::conntrack::Ticks`].
     pub since: u32,
-    /// 1: the agent has read it, and it may pass.
+    /// How many of its bytes the agent has read, and learnt from: a segment of no more passes. 0: not read.
     pub read: u32,
+}
+
+/// `SEGMENTS`: the head of a record. [`Segment::len`] bytes of the segment's payload follow it. A segment may come in
+/// several records, for a segment of the kernel's is up to 64 KiB long.
+///
+/// A record with [`Segment::payload`] 0 says that a connection begins: the resolver's SYN was let pass, and the first
+/// byte of its answers has the sequence number `held.seq`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Segment {
+    /// What it is held under. Its `seq` is that of the first byte of the payload.
+    pub held: HeldKey,
+    /// The pod's firewall.
+    pub firewall: FirewallId,
+    /// The pod's address.
+    pub pod_ip: Ip,
+    /// How long the payload is, in bytes.
+    pub payload: u32,
+    /// Where in the payload this record's bytes begin.
+    pub offset: u32,
+    /// How many there are.
+    pub len: u32,
+    /// Its TCP flags.
+    pub flags: u32,
+}
+
+/// What the program `credit` is told: its packet is an Ethernet header of zeros, then up to
+/// [`crate::limits::CREDITS`] of these.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Credit {
+    /// The address, and whose names.
+    pub key: LearntKey,
+    /// The name. 0: nothing is done.
+    pub name: NameId,
+    /// How long the address may be used, in seconds: [`crate::names::until`] is reckoned from it.
+    pub ttl: u32,
+    /// [`Credit::ENTER`] or [`Credit::FORGET`].
+    pub action: u32,
+}
+
+impl Credit {
+    /// The address is entered for the name, or lives longer.
+    pub const ENTER: u32 = 0;
+    /// The address is no longer the name's.
+    pub const FORGET: u32 = 1;
 }
 
 /// `RULE_COUNTS`: key.
@@ -848,7 +894,7 @@ map_data! {
     Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 96,
     Ruleset = 32, RulePlace = 24, RuleKey = 28, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
     PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
-    HeldKey = 28, Held = 8, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
+    HeldKey = 28, Held = 8, Segment = 64, Credit = 32, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
     u32 = 4, u64 = 8,
 }
 

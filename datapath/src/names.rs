@@ -1,7 +1,16 @@
 //! Which addresses stand for which names: learnt from the answers that resolvers give to pods.
 
-use crate::conntrack::{Ticks, older_than};
+use crate::conntrack::{Ticks, older_than, seconds};
 use crate::keys::{Learnt, NameId};
+use crate::limits::{NAME_GRACE_SECONDS, NAME_TTL_SECONDS};
+
+/// Until when an address stands for a name that it was learnt for with this TTL, in seconds.
+#[inline(always)]
+#[must_use]
+pub const fn until(now: Ticks, ttl: u32) -> Ticks {
+    let ttl = if ttl > NAME_TTL_SECONDS { NAME_TTL_SECONDS } else { ttl };
+    now.wrapping_add(seconds(ttl + NAME_GRACE_SECONDS))
+}
 
 /// A name's word in [`Learnt`].
 #[inline(always)]
