@@ -2,4 +2,6 @@
 //! answers over UDP by themselves (`ebpf/src/to_pod.rs`).
 
 pub mod answer;
+pub mod resolv_conf;
+pub mod resolvers;
 pub mod wire;
