@@ -108,9 +108,7 @@ fn try_read(message: &[u8]) -> Result<Option<Answer>, DecodeError> {
         }
         let data = match kind {
             RecordType::A => <[u8; 4]>::try_from(data).ok().map(|octets| Data::Address(Ip::v4(octets))),
-            RecordType::AAAA => {
-                <[u8; 16]>::try_from(data).ok().map(|octets| Data::Address(Ip { octets }))
-            }
+            RecordType::AAAA => <[u8; 16]>::try_from(data).ok().map(|octets| Data::Address(Ip { octets })),
             RecordType::CNAME => Name::read(&mut inside).ok().map(|name| Data::Alias(Wire::of(&name))),
             _ => None,
         };
@@ -225,7 +223,8 @@ mod tests {
     #[test]
     fn addresses_of_the_name() {
         let aaaa = record("www.example.com", 50, RData::AAAA(AAAA(Ipv6Addr::LOCALHOST)));
-        let found = chain("WWW.example.COM", vec![a("www.example.com", 300, 1), a("www.Example.com", 20, 2), aaaa]);
+        let found =
+            chain("WWW.example.COM", vec![a("www.example.com", 300, 1), a("www.Example.com", 20, 2), aaaa]);
         assert_eq!(found.addresses, [(v4(1), 300), (v4(2), 20), (Ipv6Addr::LOCALHOST.into(), 50)]);
         assert_eq!((found.end, found.ttl), (wire("www.example.com"), u32::MAX));
     }
@@ -266,8 +265,9 @@ mod tests {
         let circle = vec![alias("a.example", 5, "b.example"), alias("b.example", 5, "a.example")];
         assert_eq!(chain("a.example", circle).addresses, []);
         let long = |aliases: usize| {
-            let mut records: Vec<_> =
-                (0..aliases).map(|i| alias(&format!("n{i}.example"), 5, &format!("n{}.example", i + 1))).collect();
+            let mut records: Vec<_> = (0..aliases)
+                .map(|i| alias(&format!("n{i}.example"), 5, &format!("n{}.example", i + 1)))
+                .collect();
             records.push(a(&format!("n{aliases}.example"), 5, 1));
             chain("n0.example", records).addresses.len()
         };

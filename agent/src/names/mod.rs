@@ -2,6 +2,8 @@
 //! answers over UDP by themselves (`ebpf/src/to_pod.rs`).
 
 pub mod answer;
+pub mod client;
+pub mod lookups;
 pub mod resolv_conf;
 pub mod resolvers;
 pub mod wire;

@@ -96,7 +96,8 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("outgate-resolv-conf-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let (path, behind) = (dir.join("resolv.conf"), dir.join("behind"));
-        let servers = |conf: &ResolvConf| conf.nameservers().iter().map(ToString::to_string).collect::<Vec<_>>();
+        let servers =
+            |conf: &ResolvConf| conf.nameservers().iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut conf = ResolvConf::open_with(&path, &behind);
         assert_eq!(conf.nameservers(), [] as [IpAddr; 0]);
         assert!(!conf.reread());

@@ -66,14 +66,20 @@ mod tests {
     fn node(addresses: &[&str], agents: &[&str]) -> Node {
         Node {
             object_addresses: addresses.iter().map(|a| ip(a)).collect(),
-            agent: Some(NodeAgent { addresses: agents.iter().map(|a| ip(a)).collect(), ..NodeAgent::default() }),
+            agent: Some(NodeAgent {
+                addresses: agents.iter().map(|a| ip(a)).collect(),
+                ..NodeAgent::default()
+            }),
             ..Node::default()
         }
     }
 
     fn desired(config: &[&str], nodes: Vec<Node>) -> Desired {
         Desired {
-            config: model::Config { resolvers: config.iter().map(|a| ip(a)).collect(), ..model::Config::default() },
+            config: model::Config {
+                resolvers: config.iter().map(|a| ip(a)).collect(),
+                ..model::Config::default()
+            },
             nodes: nodes.into_iter().enumerate().map(|(i, node)| (format!("n{i}"), node)).collect(),
             ..Desired::default()
         }
