@@ -3,7 +3,9 @@
 
 pub mod answer;
 pub mod client;
+pub mod learnt;
 pub mod lookups;
 pub mod resolv_conf;
 pub mod resolvers;
+pub mod stream;
 pub mod wire;
