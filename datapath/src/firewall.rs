@@ -6,12 +6,13 @@
 
 use crate::conntrack::older_than;
 use crate::keys::{
-    LearntKey, NameId, NameRuleKey, NetworkKind, PortPageKey, PortTable, PortsKey, RESOLVER_ON_NODE, Ruleset,
-    RulesetId, Tuple, Winner,
+    DenialKey, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PortPageKey, PortTable, PortsKey,
+    RESOLVER_ON_NODE, Ruleset, RulesetId, Tuple, Winner,
 };
 use crate::limits::NAMES_PER_ADDRESS;
-use crate::packet::{SCTP, TCP, UDP};
+use crate::packet::{Packet, SCTP, TCP, UDP};
 use crate::tables::Tables;
+use crate::to_uplink::reply_key;
 
 /// What the rules say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +34,20 @@ impl Judgement {
     #[must_use]
     pub const fn allows(self) -> bool {
         self.rule & 1 == 1
+    }
+
+    /// Whether there are no rules that could be asked.
+    #[inline(always)]
+    #[must_use]
+    pub const fn not_ready(self) -> bool {
+        self.rule == Winner::NOT_READY
+    }
+
+    /// Whether a rule has decided, so that it is counted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by_rule(self) -> bool {
+        self.rule < Winner::NOT_READY
     }
 
     /// As one word: a function of the kernel programs returns nothing larger.
@@ -65,13 +80,63 @@ pub const fn is_dns_port(port: u16) -> bool {
     matches!(port, 53 | 5353)
 }
 
+/// Whether rules with ports are for a protocol.
+#[inline(always)]
+#[must_use]
+pub const fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, TCP | UDP | SCTP)
+}
+
+/// Judges a pod's packet, counts what decides, and notes a denial. `kept`: a flow is going to stand for the packet,
+/// and carries its bytes; else the packet's own bytes are counted, and a hit if it opens something.
+#[inline(always)]
+pub fn ask<T: Tables>(t: &T, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
+    let tuple = &packet.tuple;
+    let judgement = t.judge(id, tuple);
+    let denied = !judgement.allows();
+    if judgement.by_rule() {
+        let hits = kept || denied || packet.opens();
+        let bytes = if kept && !denied { 0 } else { u64::from(packet.len) };
+        t.count_rule(id, judgement.rule, u64::from(hits), bytes);
+    }
+    if denied {
+        let remote_port = if has_ports(tuple.protocol) { tuple.destination_port } else { 0 };
+        let key =
+            DenialKey { pod, remote: tuple.destination, remote_port, protocol: tuple.protocol, pad: 0 };
+        t.put_denial(&key, id, judgement.rule);
+    }
+    judgement
+}
+
+/// Judges a flow by another version than the one that has let it go, with a packet of it at hand: the flow goes on
+/// under the new version, or is removed.
+#[inline(always)]
+pub fn judge_flow<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
+    let judgement = t.ask(id, key.pod, packet, true);
+    let denied = t.flow(key, |flow| {
+        if judgement.allows() {
+            (flow.ruleset, flow.rule, flow.name) = (id, judgement.rule, judgement.name);
+            return None;
+        }
+        Some((flow.egress, flow.egress_port))
+    });
+    if let Some(Some((egress, egress_port))) = denied {
+        // Forward entry first: while it is there, its reply entry counts as alive.
+        t.remove_flow(key);
+        if egress != 0 {
+            t.remove_reply(&reply_key(egress, egress_port, key));
+        }
+    }
+    judgement
+}
+
 /// Judges a packet of a pod by a version of its firewall's rules, on its destination after the host's DNAT.
 #[inline(always)]
 pub fn judge<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> Judgement {
     if id == 0 {
         return Judgement::NONE;
     }
-    let ports = matches!(tuple.protocol, TCP | UDP | SCTP);
+    let ports = has_ports(tuple.protocol);
     if ports && is_dns_port(tuple.destination_port) && t.resolver(&tuple.destination) & RESOLVER_ON_NODE != 0
     {
         return Judgement::NONE;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
-use crate::firewall::{Judgement, judge};
+use crate::firewall::{Judgement, ask, judge, judge_flow};
 use crate::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey,
@@ -14,6 +14,7 @@ use crate::keys::{
     Settings, Token, Tuple, Winner,
 };
 use crate::names::{Place, place_of, word};
+use crate::packet::Packet;
 use crate::tables::{InsertError, Tables};
 
 /// Every table as a `BTreeMap`. Policy tables are plain fields, flow tables change under `&self`.
@@ -207,6 +208,14 @@ impl Tables for Memory {
         judge(self, id, tuple)
     }
 
+    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
+        ask(self, id, pod, packet, kept)
+    }
+
+    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
+        judge_flow(self, id, key, packet)
+    }
+
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
         let mut counts = self.rule_counts.borrow_mut();
         let count = counts.entry(RuleCountKey { ruleset: id, rule }).or_default();
@@ -258,7 +267,12 @@ impl Tables for Memory {
     }
 
     fn remove_flow(&self, key: &FlowKey) {
-        self.flows.borrow_mut().remove(key);
+        let removed = self.flows.borrow_mut().remove(key);
+        if let Some(flow) = removed
+            && (Judgement { rule: flow.rule, name: flow.name }).by_rule()
+        {
+            self.count_rule(flow.ruleset, flow.rule, 0, flow.bytes);
+        }
     }
 
     fn flows_of(&self, pod: PodId) -> u32 {

@@ -9,6 +9,7 @@ use crate::keys::{
     Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey,
     Ruleset, RulesetId, Settings, Token, Tuple,
 };
+use crate::packet::Packet;
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,6 +64,10 @@ pub trait Tables {
     fn name_rule(&self, key: &NameRuleKey) -> u32;
     /// [`crate::firewall::judge`]. A method, so that the kernel programs make a function of it.
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement;
+    /// [`crate::firewall::ask`], for the same reason.
+    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement;
+    /// [`crate::firewall::judge_flow`], for the same reason.
+    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement;
     /// Counts what a rule has decided; `rule` as [`crate::keys::Winner::order`].
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64);
     /// Notes that a pod was denied something.
@@ -85,7 +90,7 @@ pub trait Tables {
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;
     /// Makes a flow; `Exists` if another CPU was quicker.
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
-    /// Removes a flow, if it is there.
+    /// Removes a flow, if it is there, and counts its bytes as those of the rule that has let it go.
     fn remove_flow(&self, key: &FlowKey);
     /// How many flows a pod has.
     fn flows_of(&self, pod: PodId) -> u32;

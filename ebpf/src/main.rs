@@ -68,7 +68,7 @@ impl Act<FromPod> for AfterPod<'_> {
                 skb.clear_hash();
                 NEXT
             }
-            FromPod::Identify(token) => send::depart(skb, headers, token),
+            FromPod::Identify(token, stack) => send::depart(skb, headers, token, stack),
             FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
             FromPod::TooBig(mtu) => send::too_big(skb, headers, mtu),
             FromPod::Reject => drop(skb, DropReason::FirewallDenied),

@@ -11,7 +11,7 @@ use datapath::departure::{self, Departure, Route};
 use datapath::keys::{Delivery, DeliveryMode, Tuple};
 use datapath::packet::Kind;
 use datapath::tables::Tables as _;
-use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
+use datapath::verdict::{DropReason, HostStack, ReverseSnat, Snat, Way};
 
 use crate::NEXT;
 use crate::ctx::{Refused, Request, Skb, from_words, request, words};
@@ -40,13 +40,13 @@ pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
 
 /// Sends the packet of a new flow on its way, with its token.
 #[inline(always)]
-pub fn depart(skb: &Skb, headers: &Headers, token: u32) -> i32 {
+pub fn depart(skb: &Skb, headers: &Headers, token: u32, stack: HostStack) -> i32 {
     skb.set_hash(token);
     if !departure::asks(&Maps, &headers.packet) {
         return NEXT;
     }
     let Some(settings) = Maps.settings() else { return drop(skb, DropReason::NotReady) };
-    match departure::depart(&Maps, settings, &headers.packet, route_of(skb, headers)) {
+    match departure::depart(&Maps, settings, &headers.packet, stack, route_of(skb, headers)) {
         Departure::Up => NEXT,
         Departure::Direct(uplink) => {
             Maps.set_direct(token);

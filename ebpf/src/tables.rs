@@ -16,6 +16,7 @@ use datapath::keys::{
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
 use datapath::names::{Place, place_of, word};
+use datapath::packet::Packet;
 use datapath::tables::{InsertError, Tables};
 
 use crate::maps;
@@ -74,6 +75,50 @@ pub fn count_name(event: NameEvent) {
 #[inline(never)]
 fn judge(id: RulesetId, tuple: &Tuple) -> u64 {
     datapath::firewall::judge(&Maps, id, tuple).to_word()
+}
+
+/// [`datapath::firewall::ask`], likewise.
+#[inline(never)]
+fn ask(id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> u64 {
+    datapath::firewall::ask(&Maps, id, pod, packet, kept).to_word()
+}
+
+/// [`datapath::firewall::judge_flow`], likewise.
+#[inline(never)]
+fn judge_flow(id: RulesetId, key: &FlowKey, packet: &Packet) -> u64 {
+    datapath::firewall::judge_flow(&Maps, id, key, packet).to_word()
+}
+
+/// [`Tables::count_rule`], likewise.
+#[inline(never)]
+fn count_rule(id: RulesetId, rule: u32, hits: u64, bytes: u64) {
+    let key = RuleCountKey { ruleset: id, rule };
+    let Some(count) = maps::RULE_COUNTS.get_ptr_mut(&key) else {
+        // Another CPU may have made it meanwhile: one count is lost. So it is where the map is full.
+        let _ = maps::RULE_COUNTS.insert(&key, &RuleCount { hits, bytes }, NOEXIST);
+        return;
+    };
+    // SAFETY: aligned words, valid until the end of the RCU section.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).hits, hits);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).bytes, bytes);
+    }
+}
+
+/// [`Tables::remove_flow`], likewise.
+#[inline(never)]
+fn remove_flow(key: &FlowKey) {
+    let Some(flow) = maps::FLOWS.get_ptr_mut(key) else { return };
+    // SAFETY: valid until the end of the RCU section. Read before the entry may be another's.
+    let (pod, id, rule, bytes) = unsafe { (key.pod, (*flow).ruleset, (*flow).rule, (*flow).bytes) };
+    // Of two CPUs one removes it.
+    if maps::FLOWS.remove(key).is_err() {
+        return;
+    }
+    count_flow(pod, false);
+    if (Judgement { rule, name: 0 }).by_rule() {
+        count_rule(id, rule, 0, bytes);
+    }
 }
 
 /// The hash that says "seen, let pass".
@@ -238,18 +283,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
+        Judgement::from_word(ask(id, pod, packet, kept))
+    }
+
+    #[inline(always)]
+    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
+        Judgement::from_word(judge_flow(id, key, packet))
+    }
+
+    #[inline(always)]
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
-        let key = RuleCountKey { ruleset: id, rule };
-        let Some(count) = maps::RULE_COUNTS.get_ptr_mut(&key) else {
-            // Another CPU may have made it meanwhile: one count is lost. So it is where the map is full.
-            let _ = maps::RULE_COUNTS.insert(&key, &RuleCount { hits, bytes }, NOEXIST);
-            return;
-        };
-        // SAFETY: aligned words, valid until the end of the RCU section.
-        unsafe {
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).hits, hits);
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).bytes, bytes);
-        }
+        count_rule(id, rule, hits, bytes);
     }
 
     #[inline(always)]
@@ -353,10 +398,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn remove_flow(&self, key: &FlowKey) {
-        // Absent is as good as removed.
-        if maps::FLOWS.remove(key).is_ok() {
-            count_flow(key.pod, false);
-        }
+        remove_flow(key);
     }
 
     #[inline(always)]

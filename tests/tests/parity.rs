@@ -319,6 +319,12 @@ impl Tables for Replay<'_> {
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
         self.memory.judge(id, tuple)
     }
+    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
+        self.memory.ask(id, pod, packet, kept)
+    }
+    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
+        self.memory.judge_flow(id, key, packet)
+    }
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
         self.memory.count_rule(id, rule, hits, bytes);
     }
@@ -494,7 +500,7 @@ impl Oracle<'_> {
             FromPod::NotOurs => self.untouched(),
             FromPod::Pass => self.next(frame, self.memory.settings.pass_token),
             FromPod::Unmarked => self.next(frame, 0),
-            FromPod::Identify(token) => self.departs(token),
+            FromPod::Identify(token, stack) => self.departs(token, stack),
             FromPod::Translate(snat) => {
                 let mut frame = frame;
                 hop(&mut frame);
@@ -513,7 +519,7 @@ impl Oracle<'_> {
     }
 
     /// The packet of a new flow, by the routes of [`enter_node_network`].
-    fn departs(&self, token: u32) -> Fate {
+    fn departs(&self, token: u32, stack: HostStack) -> Fate {
         let mut frame = self.input.frame.clone();
         let (memory, packet) = (self.memory, self.packet.expect("a packet"));
         if !asks(memory, &packet) {
@@ -528,7 +534,7 @@ impl Oracle<'_> {
             SECOND_NETWORK | BEHIND_SECOND => Route::By(SECOND_UPLINK),
             _ => Route::By(UPLINK),
         };
-        match depart(memory, &memory.settings, &packet, route) {
+        match depart(memory, &memory.settings, &packet, stack, route) {
             Departure::Up => self.next(frame, token),
             Departure::Direct(_) => {
                 if let Some(token) = memory.tokens.borrow_mut().get_mut(&token) {
