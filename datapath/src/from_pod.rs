@@ -4,7 +4,7 @@
 
 use crate::addr::Ip;
 use crate::conntrack::{Ticks, expired, has_states, idle_time, older_than, pod_speaks, seconds};
-use crate::firewall::{Judgement, has_ports, is_dns_port};
+use crate::firewall::{Judgement, ask, ask_again, has_ports, is_dns_port};
 use crate::fragments::{self, Fate, Place};
 use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
@@ -104,7 +104,7 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
             offloaded_flow(t, settings, now, &pod, ruleset, &key, packet)
     {
         if !judged {
-            let judgement = t.judge_flow(ruleset, &key, packet);
+            let judgement = ask_again(t, ruleset, &key, packet);
             if !judgement.allows() {
                 return refuse(settings, judgement, to);
             }
@@ -164,7 +164,7 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
         if packet.kind == Kind::Malformed {
             return to.act(FromPod::Drop(DropReason::Malformed));
         }
-        let judgement = t.ask(ruleset, pod.id, packet, false);
+        let judgement = ask(t, ruleset, pod.id, packet, false);
         if !judgement.allows() {
             return refuse(settings, judgement, to);
         }

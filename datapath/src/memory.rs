@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
-use crate::firewall::{Judgement, ask, judge, judge_flow};
+use crate::firewall::{self, ByAddress, Judgement};
 use crate::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey,
@@ -205,15 +205,27 @@ impl Tables for Memory {
     }
 
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
-        judge(self, id, tuple)
+        firewall::judge(self, id, tuple)
     }
 
-    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
-        ask(self, id, pod, packet, kept)
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
+        firewall::judge_address(self, id, tuple)
     }
 
-    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
-        judge_flow(self, id, key, packet)
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
+        firewall::judge_names(self, id, tuple, by_address)
+    }
+
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+        firewall::note(self, id, pod, packet, kept, rule);
+    }
+
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
+        firewall::settle(self, id, key, judgement);
+    }
+
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
+        firewall::let_go(self, id, key, policy, len, judgement);
     }
 
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {

@@ -131,12 +131,15 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     let kept = packet.kind != Kind::IcmpError;
     let known = if kept { known_flow(t, settings, token, &key, packet, translates) } else { None };
     let ruleset = t.ruleset_of(token.firewall);
-    let judgement = match known {
-        Some((_, _, judged)) if judged == ruleset => Judgement::NONE,
-        Some(_) => t.judge_flow(ruleset, &key, packet),
-        None if ruled => t.ask(ruleset, token.pod, packet, kept),
-        None => Judgement::NONE,
+    let judged = known.is_some_and(|(_, _, judged)| judged == ruleset);
+    let judgement = if judged || (known.is_none() && !ruled) {
+        Judgement::NONE
+    } else {
+        firewall::ask(t, ruleset, token.pod, packet, kept)
     };
+    if known.is_some() && !judged {
+        t.settle(ruleset, &key, judgement);
+    }
     if !judgement.allows() {
         return to.act(if judgement.not_ready() {
             ToUplink::Drop(DropReason::FirewallNotReady)
@@ -146,21 +149,9 @@ fn decide<T: Tables, A: Act<ToUplink>>(
             ToUplink::Drop(DropReason::FirewallDenied)
         });
     }
-    let fresh = Flow {
-        policy: token.policy,
-        state: FlowState::Opening as u8,
-        ruleset,
-        packets: 1,
-        bytes: u64::from(packet.len),
-        rule: judgement.rule,
-        name: judgement.name,
-        ..Flow::default()
-    };
     if !translates {
-        // It may go whether there is room for a flow or not: without one the next packet is judged as this one was.
-        if kept && known.is_none() && t.flows_of(token.pod) < POD_FLOWS {
-            let now = t.now();
-            let _ = t.insert_flow(&key, &Flow { seen: now, walked: now, ..fresh });
+        if kept && known.is_none() {
+            t.let_go(ruleset, &key, token.policy, packet.len, judgement);
         }
         return to.act(ToUplink::Pass);
     }
@@ -169,7 +160,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
             .egress_ip(egress)
             .map(|egress| (egress, port))
             .ok_or(New::Refused(DropReason::NoFlow)),
-        None => first_packet(t, settings, token, &key, packet, fresh),
+        None => first_packet(t, settings, token, &key, packet, (ruleset, judgement)),
     };
     let translated = match found {
         Ok((egress, port)) => {
@@ -221,7 +212,7 @@ fn first_packet<'t, T: Tables>(
     token: &Token,
     key: &FlowKey,
     packet: &Packet,
-    flow: Flow,
+    judged: (RulesetId, Judgement),
 ) -> Result<(&'t EgressIp, u16), New> {
     let policy = t.policy(token.policy).ok_or(DropReason::NoOwner)?;
     let choice = choose_egress_ip(t, settings, policy, &token.tuple);
@@ -234,7 +225,7 @@ fn first_packet<'t, T: Tables>(
     }
     let mut id = choice.best;
     loop {
-        match new_flow(t, settings, token, key, packet, id, flow) {
+        match new_flow(t, settings, token, key, packet, id, judged) {
             // Another address of the object, when this one has no port for us.
             Err(DropReason::NoPortFree | DropReason::NoPortRange)
                 if id != choice.second && choice.second != 0 =>
@@ -288,7 +279,7 @@ fn new_flow<'t, T: Tables>(
     key: &FlowKey,
     packet: &Packet,
     egress_id: EgressId,
-    mut flow: Flow,
+    (ruleset, judgement): (RulesetId, Judgement),
 ) -> Result<(&'t EgressIp, u16), DropReason> {
     let egress = t.egress_ip(egress_id).filter(|e| e.policy == token.policy).ok_or(DropReason::NoOwner)?;
     if t.flows_of(token.pod) >= POD_FLOWS {
@@ -303,7 +294,20 @@ fn new_flow<'t, T: Tables>(
         pad: 0,
         local: if offloaded { token.tuple.source } else { packet.tuple.source },
     };
-    (flow.egress, flow.seen, flow.walked) = (egress_id, now, now);
+    let mut flow = Flow {
+        egress: egress_id,
+        policy: token.policy,
+        egress_port: 0,
+        state: FlowState::Opening as u8,
+        pad: 0,
+        seen: now,
+        walked: now,
+        ruleset,
+        packets: 1,
+        bytes: u64::from(packet.len),
+        rule: judgement.rule,
+        name: judgement.name,
+    };
     flow.egress_port = claim_port(t, settings, now, reply_key(egress_id, 0, key), &reply)?;
     match t.insert_flow(key, &flow) {
         Ok(()) => Ok((egress, flow.egress_port)),

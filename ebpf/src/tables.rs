@@ -6,7 +6,7 @@ use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
-use datapath::firewall::Judgement;
+use datapath::firewall::{ByAddress, Judgement};
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameEvent, NameId, NameKey,
@@ -71,22 +71,35 @@ pub fn count_name(event: NameEvent) {
     }
 }
 
-/// [`datapath::firewall::judge`] as a function of its own: it stands in several places, which have no stack to spare.
+/// [`datapath::firewall::judge_address`] as a function of its own: it stands in several places, which have no stack to
+/// spare.
 #[inline(never)]
-fn judge(id: RulesetId, tuple: &Tuple) -> u64 {
-    datapath::firewall::judge(&Maps, id, tuple).to_word()
+fn judge_address(id: RulesetId, tuple: &Tuple) -> u64 {
+    datapath::firewall::judge_address(&Maps, id, tuple).to_word()
 }
 
-/// [`datapath::firewall::ask`], likewise.
+/// [`datapath::firewall::judge_names`], likewise.
 #[inline(never)]
-fn ask(id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> u64 {
-    datapath::firewall::ask(&Maps, id, pod, packet, kept).to_word()
+fn judge_names(id: RulesetId, tuple: &Tuple, by_address: u64) -> u64 {
+    datapath::firewall::judge_names(&Maps, id, tuple, ByAddress::from_word(by_address)).to_word()
 }
 
-/// [`datapath::firewall::judge_flow`], likewise.
+/// [`datapath::firewall::note`], likewise.
 #[inline(never)]
-fn judge_flow(id: RulesetId, key: &FlowKey, packet: &Packet) -> u64 {
-    datapath::firewall::judge_flow(&Maps, id, key, packet).to_word()
+fn note(id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+    datapath::firewall::note(&Maps, id, pod, packet, kept, rule);
+}
+
+/// [`datapath::firewall::settle`], likewise.
+#[inline(never)]
+fn settle(id: RulesetId, key: &FlowKey, judgement: u64) {
+    datapath::firewall::settle(&Maps, id, key, Judgement::from_word(judgement));
+}
+
+/// [`datapath::firewall::let_go`], likewise.
+#[inline(never)]
+fn let_go(id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: u64) {
+    datapath::firewall::let_go(&Maps, id, key, policy, len, Judgement::from_word(judgement));
 }
 
 /// [`Tables::count_rule`], likewise.
@@ -279,17 +292,32 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
-        Judgement::from_word(judge(id, tuple))
+        datapath::firewall::judge(self, id, tuple)
     }
 
     #[inline(always)]
-    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
-        Judgement::from_word(ask(id, pod, packet, kept))
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
+        ByAddress::from_word(judge_address(id, tuple))
     }
 
     #[inline(always)]
-    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
-        Judgement::from_word(judge_flow(id, key, packet))
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
+        Judgement::from_word(judge_names(id, tuple, by_address.to_word()))
+    }
+
+    #[inline(always)]
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+        note(id, pod, packet, kept, rule);
+    }
+
+    #[inline(always)]
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
+        settle(id, key, judgement.to_word());
+    }
+
+    #[inline(always)]
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
+        let_go(id, key, policy, len, judgement.to_word());
     }
 
     #[inline(always)]

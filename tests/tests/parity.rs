@@ -319,11 +319,20 @@ impl Tables for Replay<'_> {
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
         self.memory.judge(id, tuple)
     }
-    fn ask(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
-        self.memory.ask(id, pod, packet, kept)
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
+        self.memory.judge_address(id, tuple)
     }
-    fn judge_flow(&self, id: RulesetId, key: &FlowKey, packet: &Packet) -> Judgement {
-        self.memory.judge_flow(id, key, packet)
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
+        self.memory.judge_names(id, tuple, by_address)
+    }
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+        self.memory.note(id, pod, packet, kept, rule);
+    }
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
+        self.memory.settle(id, key, judgement);
+    }
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
+        self.memory.let_go(id, key, policy, len, judgement);
     }
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
         self.memory.count_rule(id, rule, hits, bytes);
