@@ -72,34 +72,53 @@ pub fn count_name(event: NameEvent) {
 }
 
 /// [`datapath::firewall::judge_address`] as a function of its own: it stands in several places, which have no stack to
-/// spare.
+/// spare. Exported, so that the verifier looks at it once (`btf_prepare_func_args`, kernel/bpf/btf.c): then it takes
+/// pointers that may be null, and returns a number.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge_address(id: RulesetId, tuple: &Tuple) -> u64 {
+extern "C" fn judge_address(id: RulesetId, tuple: *const Tuple) -> u64 {
+    // SAFETY: the verifier checks that it is null or points to a tuple.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else { return Judgement::NOT_READY.to_word() };
     datapath::firewall::judge_address(&Maps, id, tuple).to_word()
 }
 
 /// [`datapath::firewall::judge_names`], likewise.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge_names(id: RulesetId, tuple: &Tuple, by_address: u64) -> u64 {
+extern "C" fn judge_names(id: RulesetId, tuple: *const Tuple, by_address: u64) -> u64 {
+    // SAFETY: as above.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else { return Judgement::NOT_READY.to_word() };
     datapath::firewall::judge_names(&Maps, id, tuple, ByAddress::from_word(by_address)).to_word()
 }
 
 /// [`datapath::firewall::note`], likewise.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn note(id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
-    datapath::firewall::note(&Maps, id, pod, packet, kept, rule);
+extern "C" fn note(id: RulesetId, pod: PodId, packet: *const Packet, kept: u32, rule: u32) -> u32 {
+    // SAFETY: as above.
+    let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
+    datapath::firewall::note(&Maps, id, pod, packet, kept != 0, rule);
+    0
 }
 
 /// [`datapath::firewall::settle`], likewise.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn settle(id: RulesetId, key: &FlowKey, judgement: u64) {
+extern "C" fn settle(id: RulesetId, key: *const FlowKey, judgement: u64) -> u32 {
+    // SAFETY: as above.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
     datapath::firewall::settle(&Maps, id, key, Judgement::from_word(judgement));
+    0
 }
 
 /// [`datapath::firewall::let_go`], likewise.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn let_go(id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: u64) {
+extern "C" fn let_go(id: RulesetId, key: *const FlowKey, policy: PolicyId, len: u32, judgement: u64) -> u32 {
+    // SAFETY: as above.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
     datapath::firewall::let_go(&Maps, id, key, policy, len, Judgement::from_word(judgement));
+    0
 }
 
 /// [`Tables::count_rule`], likewise.
@@ -297,27 +316,27 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
-        ByAddress::from_word(judge_address(id, tuple))
+        ByAddress::from_word(judge_address(id, &raw const *tuple))
     }
 
     #[inline(always)]
     fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
-        Judgement::from_word(judge_names(id, tuple, by_address.to_word()))
+        Judgement::from_word(judge_names(id, &raw const *tuple, by_address.to_word()))
     }
 
     #[inline(always)]
     fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
-        note(id, pod, packet, kept, rule);
+        note(id, pod, &raw const *packet, u32::from(kept), rule);
     }
 
     #[inline(always)]
     fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
-        settle(id, key, judgement.to_word());
+        settle(id, &raw const *key, judgement.to_word());
     }
 
     #[inline(always)]
     fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
-        let_go(id, key, policy, len, judgement.to_word());
+        let_go(id, &raw const *key, policy, len, judgement.to_word());
     }
 
     #[inline(always)]
