@@ -18,7 +18,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, seconds};
 use datapath::departure::{Departure, Route, asks, depart};
-use datapath::firewall::Judgement;
+use datapath::firewall::{ByAddress, Judgement};
 use datapath::fragments::{Place, recall};
 use datapath::from_uplink::claims;
 use datapath::keys::{
@@ -33,7 +33,7 @@ use datapath::memory::Memory;
 use datapath::packet::{ACK, FIN, ICMP, ICMPV6, Packet, Part, RST, SCTP, SYN, TCP, UDP};
 use datapath::ports::nth_port;
 use datapath::tables::{InsertError, Tables};
-use datapath::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, ToUplink, Way};
+use datapath::verdict::{DropReason, FromOutside, FromPod, HostStack, Keep, ReverseSnat, ToUplink, Way};
 use lab::kernel::{
     self, Input, Kernel, Observed, Output, Program, State, Tunnel, Verdict, enter_node_network,
     interfaces::{OTHER_POD, POD, PORT, SECOND_UPLINK, TUNNEL, UPLINK},
