@@ -135,7 +135,7 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         FromPod::Drop(reason) => walk.dropped("from_pod", reason),
         FromPod::Reject => walk.dropped("from_pod", DropReason::FirewallDenied),
         FromPod::Translate(snat) => walk.translated("from_pod", image, &snat),
-        FromPod::Identify(token) => {
+        FromPod::Identify(token, _) => {
             walk.step("from_pod", "a new flow of a selected pod: a token, and up the host's stack");
             walk.step("host", "netfilter and routing of the node (not known here: taken for let through)");
             let uplink = |(index, i): (&u32, &datapath::keys::Interface)| {
