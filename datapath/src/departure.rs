@@ -90,8 +90,14 @@ mod tests {
         assert_eq!(depart(&t, &auto, &packet, HostStack::Usual, Route::None), Departure::Direct(7));
         assert_eq!(depart(&t, &auto, &packet, HostStack::Usual, Route::Host), Departure::Up);
         let expired = Packet { ttl: 1, ..packet };
-        assert_eq!(depart(&t, &auto, &expired, HostStack::Usual, Route::None), Departure::Drop(DropReason::TtlExpired));
-        assert_eq!(depart(&t, &auto, &expired, HostStack::Usual, Route::By(InterfaceKind::Uplink as u32)), Departure::Up);
+        assert_eq!(
+            depart(&t, &auto, &expired, HostStack::Usual, Route::None),
+            Departure::Drop(DropReason::TtlExpired)
+        );
+        assert_eq!(
+            depart(&t, &auto, &expired, HostStack::Usual, Route::By(InterfaceKind::Uplink as u32)),
+            Departure::Up
+        );
         let lonely = Settings { uplink: 0, ..auto };
         assert_eq!(depart(&t, &lonely, &packet, HostStack::Usual, Route::None), Departure::Up);
         let always = Settings { offload: Offload::Always as u8, ..auto };

@@ -111,8 +111,7 @@ pub fn note<T: Tables>(t: &T, id: RulesetId, pod: PodId, packet: &Packet, kept: 
     }
     if denied {
         let remote_port = if has_ports(tuple.protocol) { tuple.destination_port } else { 0 };
-        let key =
-            DenialKey { pod, remote: tuple.destination, remote_port, protocol: tuple.protocol, pad: 0 };
+        let key = DenialKey { pod, remote: tuple.destination, remote_port, protocol: tuple.protocol, pad: 0 };
         t.put_denial(&key, id, rule);
     }
 }

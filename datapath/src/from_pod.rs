@@ -95,8 +95,8 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
         }
     }
     let v6 = !tuple.source.is_v4();
-    let too_big = translates
-        && (packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max)));
+    let too_big =
+        translates && (packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max)));
     let in_flows = untranslatable.is_none() && !matches!(packet.kind, Kind::IcmpError | Kind::Malformed);
     if !too_big
         && in_flows

@@ -40,4 +40,6 @@ pub mod to_uplink;
 pub mod verdict;
 
 #[cfg(test)]
+mod firewall_tests;
+#[cfg(test)]
 mod walk_tests;

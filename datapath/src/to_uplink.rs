@@ -156,10 +156,9 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         return to.act(ToUplink::Pass);
     }
     let found = match known {
-        Some((egress, port, _)) => t
-            .egress_ip(egress)
-            .map(|egress| (egress, port))
-            .ok_or(New::Refused(DropReason::NoFlow)),
+        Some((egress, port, _)) => {
+            t.egress_ip(egress).map(|egress| (egress, port)).ok_or(New::Refused(DropReason::NoFlow))
+        }
         None => first_packet(t, settings, token, &key, packet, (ruleset, judgement)),
     };
     let translated = match found {
@@ -252,8 +251,7 @@ fn known_flow<T: Tables>(
 ) -> Option<(EgressId, u16, RulesetId)> {
     let now = t.now();
     let (id, egress_port, ruleset, alive) = t.flow(key, |flow| {
-        let alive =
-            (flow.egress != 0) == translates && pod_speaks(settings, now, flow, token.policy, packet);
+        let alive = (flow.egress != 0) == translates && pod_speaks(settings, now, flow, token.policy, packet);
         if alive {
             flow.walked = now;
         }
