@@ -201,7 +201,9 @@ fn refuse(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
         Kind::Udp | Kind::Sctp | Kind::EchoRequest | Kind::Other => {
             icmp_error::prohibited(skb, &packet.tuple.destination)
         }
-        Kind::EchoReply | Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Malformed => Err(Refused),
+        Kind::EchoReply | Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Malformed => {
+            Err(Refused)
+        }
     }
 }
 
