@@ -73,7 +73,7 @@ pub fn is_for(network: u32, tuple: &Tuple) -> bool {
     (network == 0 || NetworkKind::is_node(network)) && tuple.destination.can_be_ruled()
 }
 
-/// Ports that resolvers answer at: DNS' own, and the one that OpenShift's resolver pods have behind it.
+/// Ports that resolvers answer at: DNS' own, and the one that the resolver pods of `OpenShift` have behind it.
 #[inline(always)]
 #[must_use]
 pub const fn is_dns_port(port: u16) -> bool {

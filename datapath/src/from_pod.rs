@@ -38,6 +38,7 @@ pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
 }
 
 /// Decides on a packet that came in by the pod-facing interface `ifindex`.
+#[expect(clippy::too_many_lines, reason = "one question after another, whose answers all that follows needs")]
 #[inline(always)]
 pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Packet, to: &A) -> A::Done {
     let Some(settings) = t.settings() else { return to.act(FromPod::NotOurs) };

@@ -97,12 +97,10 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         return to.act(ToUplink::Pass);
     }
     match packet.kind {
-        Kind::Tcp | Kind::Udp | Kind::EchoRequest => {}
         // A fragment does not tell the length that its checksum's correction needs.
         Kind::Sctp if translates && packet.part != Part::Whole => {
             return to.act(ToUplink::Drop(DropReason::Fragment));
         }
-        Kind::Sctp => {}
         // Without ports it cannot be judged; what its later fragments say of them would not be seen.
         Kind::Malformed => return to.act(ToUplink::Drop(DropReason::Malformed)),
         // A service that leads outside took them here.
@@ -112,7 +110,15 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         Kind::Fragment | Kind::Other if translates => {
             return to.act(ToUplink::Drop(DropReason::Protocol));
         }
-        Kind::EchoReply | Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Other => {}
+        Kind::Tcp
+        | Kind::Udp
+        | Kind::Sctp
+        | Kind::EchoRequest
+        | Kind::EchoReply
+        | Kind::IcmpError
+        | Kind::OtherIcmp
+        | Kind::Fragment
+        | Kind::Other => {}
     }
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;
@@ -131,13 +137,13 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     let kept = packet.kind != Kind::IcmpError;
     let known = if kept { known_flow(t, settings, token, &key, packet, translates) } else { None };
     let ruleset = t.ruleset_of(token.firewall);
-    let judged = known.is_some_and(|(_, _, judged)| judged == ruleset);
-    let judgement = if judged || (known.is_none() && !ruled) {
+    let current = known.is_some_and(|(_, _, judged_by)| judged_by == ruleset);
+    let judgement = if current || (known.is_none() && !ruled) {
         Judgement::NONE
     } else {
         firewall::ask(t, ruleset, token.pod, packet, kept)
     };
-    if known.is_some() && !judged {
+    if known.is_some() && !current {
         t.settle(ruleset, &key, judgement);
     }
     if !judgement.allows() {
@@ -161,7 +167,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         }
         None => first_packet(t, settings, token, &key, packet, (ruleset, judgement)),
     };
-    let translated = match found {
+    let way = match found {
         Ok((egress, port)) => {
             let here = if token.direct != 0 { 0 } else { uplink };
             way_out(t, settings, egress, here).map(|way| (egress, port, way))
@@ -169,7 +175,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         Err(New::Refused(reason)) => Err(reason),
         Err(New::NodeIp) => return to.act(ToUplink::Pass),
     };
-    match translated {
+    match way {
         Ok((_, _, Way::Tunnel(_))) if packet.larger_than(settings.tunnel_max) => {
             to.act(ToUplink::Drop(DropReason::TooBig))
         }
