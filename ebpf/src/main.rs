@@ -10,8 +10,8 @@
 
 mod answer;
 mod arp;
-mod ctx;
 mod credit;
+mod ctx;
 mod guard;
 mod hold;
 mod learn;
