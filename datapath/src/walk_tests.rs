@@ -21,7 +21,7 @@ use crate::tables::Tables as _;
 use crate::to_pod::to_pod;
 use crate::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, Snat, ToUplink, Way};
 
-const POD: Ip = Ip::v4([10, 244, 1, 10]);
+pub(crate) const POD: Ip = Ip::v4([10, 244, 1, 10]);
 const OTHER_POD: Ip = Ip::v4([10, 244, 1, 11]);
 const REMOTE_POD: Ip = Ip::v4([10, 244, 2, 10]);
 const SERVICE: Ip = Ip::v4([10, 96, 0, 10]);
@@ -29,29 +29,29 @@ const NODE_A: Ip = Ip::v4([172, 18, 0, 11]);
 const NODE_B: Ip = Ip::v4([172, 18, 0, 12]);
 const EGRESS: Ip = Ip::v4([172, 18, 0, 100]);
 const EGRESS_2: Ip = Ip::v4([172, 18, 0, 101]);
-const SERVER: Ip = Ip::v4([203, 0, 113, 5]);
+pub(crate) const SERVER: Ip = Ip::v4([203, 0, 113, 5]);
 const SERVER_2: Ip = Ip::v4([203, 0, 113, 6]);
 
-const POD_IF: u32 = 10;
+pub(crate) const POD_IF: u32 = 10;
 const OTHER_IF: u32 = 11;
-const UPLINK: u32 = 2;
+pub(crate) const UPLINK: u32 = 2;
 const VNI: u32 = 4711;
 const POLICY: u32 = 1;
 const EGRESS_ID: u32 = 1;
 const A: u16 = 1;
 const B: u16 = 2;
 
-fn from_pod(t: &Memory, ifindex: u32, packet: &Packet) -> FromPod {
+pub(crate) fn from_pod(t: &Memory, ifindex: u32, packet: &Packet) -> FromPod {
     crate::from_pod::from_pod(t, ifindex, packet, &Keep)
 }
 
-fn to_uplink(t: &Memory, uplink: u32, ingress: u32, hash: u32, packet: &Packet) -> ToUplink {
+pub(crate) fn to_uplink(t: &Memory, uplink: u32, ingress: u32, hash: u32, packet: &Packet) -> ToUplink {
     crate::to_uplink::to_uplink(t, uplink, ingress, hash, packet, &Keep)
 }
 
 /// A node: `POD` is selected, `OTHER_POD` is not; the egress IP is held by `holder`; A leases granules 0-9,
 /// B 10-19.
-fn node(me: u16, holder: u16) -> Memory {
+pub(crate) fn node(me: u16, holder: u16) -> Memory {
     let mut t = Memory::new(1, 1000);
     t.settings = Settings {
         node: me,
@@ -105,7 +105,7 @@ fn add_egress(t: &mut Memory, id: u32, ip: Ip, holder: u16) {
     t.leases.insert(id, Lease::of(&[GranuleRange { first, count: 10 }]));
 }
 
-fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
+pub(crate) fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
     let protocol = match kind {
         Kind::Tcp => TCP,
         // The tuple of an error is the quoted packet's.
