@@ -111,8 +111,8 @@ fn datagram(skb: &Skb, headers: &Headers, pod: &Pod, whole: bool, (at, payload):
     }
 }
 
-/// Sets "truncated" in a message over UDP. Of several datagrams in one the checksums are made when they are taken apart:
-/// what stands in the header is the pseudo-header's sum (`CHECKSUM_PARTIAL`; udp_gro_complete_segment,
+/// Sets "truncated" in a message over UDP. Of several datagrams in one the checksums are made when they are taken
+/// apart: what stands in the header is the pseudo-header's sum (`CHECKSUM_PARTIAL`; udp_gro_complete_segment,
 /// net/ipv4/udp_offload.c), which is left alone.
 #[inline(always)]
 fn truncate(skb: &Skb, l4: usize, at: usize) -> Result<(), Refused> {

@@ -24,8 +24,8 @@ use lab::kernel::{
 };
 use lab::packet::{Built, tcp, udp, v6, verify_checksums};
 
-/// One family: a pod with names, one whose firewall has none, one without a firewall; two resolvers, of which the second
-/// is a pod here; and a server outside.
+/// One family: a pod with names, one whose firewall has none, one without a firewall; two resolvers, of which the
+/// second is a pod here; and a server outside.
 struct Family {
     pods: [Ip; 3],
     resolvers: [Ip; 2],
