@@ -47,4 +47,6 @@ mod dns_tests;
 #[cfg(test)]
 mod firewall_tests;
 #[cfg(test)]
+mod names_tests;
+#[cfg(test)]
 mod walk_tests;
