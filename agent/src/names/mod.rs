@@ -1,0 +1,5 @@
+//! Names of egress firewalls: the agent's part of learning which addresses they stand for. The kernel programs read
+//! answers over UDP by themselves (`ebpf/src/to_pod.rs`).
+
+pub mod resolv_conf;
+pub mod resolvers;
