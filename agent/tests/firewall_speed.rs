@@ -1,7 +1,6 @@
 //! How long it takes until changed rules are in force, from objects that are read to the word in the kernel. Needs
 //! root: `cargo test --release -p outgate --test firewall_speed -- --ignored --nocapture`.
 #![expect(clippy::unwrap_used, reason = "a test, whose helpers clippy does not take for one")]
-#![expect(clippy::print_stdout, reason = "its figures are what it is for")]
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -41,7 +40,7 @@ fn rules(seed: u32) -> Vec<Rule> {
             5 => vec![Ports { protocol: 17, first: 5000 + (i % 100) as u16, last: 5100 }],
             _ => Vec::new(),
         };
-        Rule { allows: i % 3 == 0, to: Destination::Network(net), ports }
+        Rule { allows: i.is_multiple_of(3), to: Destination::Network(net), ports }
     };
     (0..8000).map(rule).collect()
 }

@@ -105,13 +105,13 @@ impl KnownFirewall {
             return compiled.clone();
         }
         let names = &mut self.names;
-        let mut number = |name: &Name| match names.get(name) {
-            Some(id) => *id,
-            None => {
-                let id = give(&mut next.name);
-                names.insert(name.clone(), id);
-                id
+        let mut number = |name: &Name| {
+            if let Some(id) = names.get(name) {
+                return *id;
             }
+            let id = give(&mut next.name);
+            names.insert(name.clone(), id);
+            id
         };
         let compiled = compile(rules, &mut number).map(Arc::new).map_err(|error| error.to_string());
         self.compiled = Some((Arc::clone(rules), compiled.clone()));
