@@ -21,6 +21,7 @@ use crate::image::MapImage;
 use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
+use crate::names::resolv_conf::ResolvConf;
 use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
 use crate::status::rfc3339;
 use crate::watch::{Problem, Source, Write};
@@ -76,6 +77,8 @@ pub struct Agent<S, K> {
     source: S,
     kernel: K,
     facts: Receiver<Facts>,
+    /// The node's resolv.conf, which pods may have been given.
+    resolv_conf: ResolvConf,
     state: Rc<RefCell<metrics::State>>,
     ids: Ids,
     /// What was last applied, and with which facts.
@@ -114,6 +117,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         source: S,
         kernel: K,
         facts: Receiver<Facts>,
+        resolv_conf: ResolvConf,
         state: Rc<RefCell<metrics::State>>,
     ) -> Self {
         let ids = Ids::recover(kernel.recovered());
@@ -124,6 +128,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             source,
             kernel,
             facts,
+            resolv_conf,
             state,
             ids,
             applied: None,
@@ -163,7 +168,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                     self.retire();
                     self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now())
                 }
-                _ = sweep.tick() => { self.sweep(); false }
+                _ = sweep.tick() => { self.sweep(); self.resolv_conf.reread() }
             };
             if work {
                 self.reconcile().await;
@@ -203,6 +208,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut desired = self.desired();
         // Objects and interfaces are told of apart: a new pod must not be found behind what was an earlier one's.
         facts.forget_gone(|index| self.kernel.has_interface(index));
+        facts.nameservers = self.resolv_conf.nameservers().to_vec();
         if self.publish(&desired, &facts).await {
             desired = self.desired();
         }
@@ -218,7 +224,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         self.apply(&desired, &compiled, &facts).await;
         // The holder confirms what its kernel has; other nodes wait for it.
         self.publish(&desired, &facts).await;
-        if !self.failures.is_empty() {
+        if !self.failures.is_empty() || compiled.waits {
             self.retry_at = Some(Instant::now() + RETRY);
         }
         self.report(&desired, &compiled);
@@ -697,7 +703,9 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             let state = Rc::default();
             let identity = Identity { node: name.into(), boot_id: "boot".into() };
             let source = DirSource::open(&self.dir).unwrap();
-            let mut agent = Agent::new(identity, source, kernel.clone(), facts, Rc::clone(&state));
+            let resolv_conf = ResolvConf::open(&self.dir.join("resolv.conf"));
+            let mut agent =
+                Agent::new(identity, source, kernel.clone(), facts, resolv_conf, Rc::clone(&state));
             let task = spawn_local(async move { agent.run().await.unwrap() });
             self.nodes.push(Node { name, kernel, state, facts: sender, task });
         }

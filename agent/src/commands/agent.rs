@@ -21,6 +21,7 @@ use crate::conflict::Conflicts;
 use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
 use crate::image::MapImage;
+use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;
 use crate::notrack::Notrack;
 use crate::watch::dir::DirSource;
@@ -85,8 +86,9 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         notrack: Notrack::default(),
         conflicts,
     };
+    let resolv_conf = ResolvConf::open(&args.resolv_conf);
     let identity = Identity { node: args.node, boot_id: boot_id()? };
-    let mut agent = Agent::new(identity, source, kernel, facts, state);
+    let mut agent = Agent::new(identity, source, kernel, facts, resolv_conf, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
         ended = agent.run() => ended,
         _ = terminate.recv() => Ok(()),
