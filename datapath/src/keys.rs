@@ -727,8 +727,14 @@ pub struct HeldKey {
     pub port: u16,
     /// The resolver's port.
     pub resolver_port: u16,
-    /// Its sequence number.
+    /// Its sequence number; [`HeldKey::CONNECTION`]: an entry for the connection.
     pub seq: u32,
+}
+
+impl HeldKey {
+    /// Of an entry whose [`Held::read`] is the sequence number up to which the agent has read all of the connection:
+    /// what is sent again is cut otherwise than it was. A new connection removes it.
+    pub const CONNECTION: u32 = 0;
 }
 
 /// `HELD`: value.

@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod guard;
 pub mod maps;
+pub mod names;
 mod object;
 pub mod sweep;
 
@@ -206,6 +207,12 @@ impl Datapath {
         // An interface that cannot be covered must not keep policy from the others.
         self.maps.apply(image)?;
         attached
+    }
+
+    /// The kernel side of names. Within a tokio runtime.
+    pub fn names(&mut self) -> Result<names::Names, Error> {
+        let dir = self.maps.dir().to_path_buf();
+        names::Names::open(self.programs.object(), &dir)
     }
 
     /// Removes flows that are past their time or whose pod, policy or address is gone.

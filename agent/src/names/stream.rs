@@ -36,6 +36,8 @@ pub struct Taken {
     pub messages: Vec<Vec<u8>>,
     /// The segment to be marked as read, and how many bytes it has.
     pub read: Option<(HeldKey, u32)>,
+    /// The sequence number up to which its stream has been read without a gap.
+    pub read_to: Option<u32>,
 }
 
 /// Counts.
@@ -97,18 +99,20 @@ impl Streams {
         let others = self.bytes_of(held.pod);
         let Some(stream) = self.streams.get_mut(&connection) else {
             self.counts.unread += 1;
-            return Taken { messages: Vec::new(), read: Some((held, segment.payload)) };
+            return Taken { read: Some((held, segment.payload)), ..Taken::default() };
         };
         stream.used = now;
         let before = stream.bytes();
         let (messages, sound) = stream.put(held.seq, &bytes, now);
         // What a pod has waiting is bounded by its own streams' being given up.
+        let mut read_to = Some(stream.expected());
         if !sound || others - before + stream.bytes() > POD_BYTES {
+            read_to = None;
             self.streams.remove(&connection);
             self.counts.given_up += 1;
         }
         self.counts.messages += messages.len() as u64;
-        Taken { messages, read: Some((held, segment.payload)) }
+        Taken { messages, read: Some((held, segment.payload)), read_to }
     }
 
     /// A connection begins. Its first packet may come again; on the same ports a new one may begin.
@@ -198,12 +202,16 @@ impl Stream {
         self.rest.len() + self.ahead.values().map(Vec::len).sum::<usize>()
     }
 
+    /// The sequence number of the byte that comes next.
+    const fn expected(&self) -> u32 {
+        self.start.wrapping_add(self.whole as u32)
+    }
+
     /// Puts a segment where it belongs, and takes out the messages that are whole. False: what came is no DNS, or
     /// cannot be put together any more.
     fn put(&mut self, seq: u32, bytes: &[u8], now: Instant) -> (Vec<Vec<u8>>, bool) {
         // Sequence numbers wrap; places in the stream do not (RFC 9293, 3.4).
-        let expected = self.start.wrapping_add(self.whole as u32);
-        let away = i64::from(seq.wrapping_sub(expected).cast_signed());
+        let away = i64::from(seq.wrapping_sub(self.expected()).cast_signed());
         let Some(place) = self.whole.checked_add_signed(away) else { return (Vec::new(), false) };
         if place + bytes.len() as u64 > self.whole + AHEAD || place + AHEAD < self.whole {
             return (Vec::new(), false); // another connection's, or too much is missing
@@ -351,6 +359,23 @@ mod tests {
         assert_eq!(lab.put(&stream, 80, 125), messages, "the gap is filled by what overlaps both sides");
         assert!(lab.put(&stream, 0, stream.len()).is_empty(), "read already");
         assert_eq!(lab.streams.bytes_of(POD), 0);
+    }
+
+    #[test]
+    fn how_far_a_stream_is_read() {
+        let stream = framed(&[message(100, 1)]);
+        let mut lab = Lab::new();
+        let mut read_to = |from: usize, to: usize| {
+            let held = held(1, START.wrapping_add(from as u32));
+            let segment = Segment { held, payload: (to - from) as u32, ..Segment::default() };
+            let taken = lab.streams.take(&segment, &stream[from..to], lab.now);
+            taken.read_to.map(|seq| seq.wrapping_sub(START))
+        };
+        assert_eq!(read_to(50, 102), Some(0), "behind a gap nothing is read");
+        assert_eq!(read_to(0, 20), Some(20));
+        assert_eq!(read_to(10, 60), Some(102));
+        let unknown = Segment { held: held(9, 0), payload: 14, ..Segment::default() };
+        assert_eq!(lab.streams.take(&unknown, &stream[..14], lab.now).read_to, None);
     }
 
     #[test]
