@@ -414,3 +414,336 @@ fn credits(answer: &Answer, firewall: FirewallId, names: &BTreeMap<NameKey, Name
     };
     found.into_iter().flat_map(|name| addresses.iter().map(move |address| credit(name, address))).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use datapath::addr::Ip;
+    use datapath::keys::{NameEvent, Pod};
+    use hickory_proto::op::{Message, MessageType, OpCode, Query};
+    use hickory_proto::rr::rdata::{A, CNAME};
+    use hickory_proto::rr::{Name, RData, Record, RecordType};
+    use tokio::sync::mpsc;
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    const POD: PodId = 7;
+    const FIREWALL: FirewallId = 3;
+    /// The port of a stream whose beginning was not seen.
+    const UNKNOWN: u16 = 4001;
+
+    fn name(text: &str) -> Name {
+        Name::from_ascii(format!("{text}.")).unwrap()
+    }
+
+    fn wire(text: &str) -> Wire {
+        Wire::of(&name(text))
+    }
+
+    fn answer_to(kind: RecordType, asked: &str, records: &[(&str, RData)]) -> Vec<u8> {
+        let mut message = Message::new(1, MessageType::Response, OpCode::Query);
+        message.add_query(Query::query(name(asked), kind));
+        message.add_answers(
+            records.iter().map(|(owner, data)| Record::from_rdata(name(owner), 60, data.clone())),
+        );
+        message.to_vec().unwrap()
+    }
+
+    fn a(last: u8) -> RData {
+        RData::A(A::new(192, 0, 2, last))
+    }
+
+    fn names() -> BTreeMap<NameKey, NameId> {
+        [
+            (wire("www.example.com").key(FIREWALL, false), 1),
+            (wire("example.com").key(FIREWALL, true), 2),
+            (wire("example.com").key(FIREWALL + 1, true), 3),
+            (wire("example.com").key(FIREWALL + 1, false), 4),
+            (wire("www.example.com").key(FIREWALL + 1, false), 5),
+        ]
+        .into()
+    }
+
+    fn credited(message: &[u8], firewall: FirewallId) -> Vec<(NameId, Ip)> {
+        let found = credits(&answer::read(message).unwrap(), firewall, &names());
+        assert!(found.iter().all(|c| c.key.firewall == firewall && c.ttl == 60 && c.action == Credit::ENTER));
+        found.iter().map(|c| (c.name, c.key.ip)).collect()
+    }
+
+    fn v4(last: u8) -> Ip {
+        Ip::v4([192, 0, 2, last])
+    }
+
+    #[test]
+    fn an_answer_counts_for_its_name_and_for_its_kind() {
+        let www = answer_to(
+            RecordType::A,
+            "WWW.Example.com",
+            &[("www.example.com", a(1)), ("www.example.com", a(2))],
+        );
+        assert_eq!(credited(&www, FIREWALL), [(1, v4(1)), (1, v4(2)), (2, v4(1)), (2, v4(2))]);
+        assert_eq!(credited(&www, FIREWALL + 1), [(5, v4(1)), (5, v4(2)), (3, v4(1)), (3, v4(2))]);
+        assert_eq!(credited(&www, FIREWALL + 2), []);
+        // One label more, and no other number of them.
+        assert_eq!(
+            credited(&answer_to(RecordType::A, "a.b.example.com", &[("a.b.example.com", a(1))]), FIREWALL),
+            []
+        );
+        assert_eq!(
+            credited(&answer_to(RecordType::A, "example.com", &[("example.com", a(1))]), FIREWALL),
+            []
+        );
+        assert_eq!(
+            credited(&answer_to(RecordType::A, "x.example.com", &[("x.example.com", a(1))]), FIREWALL),
+            [(2, v4(1))]
+        );
+    }
+
+    #[test]
+    fn the_name_that_was_asked_for_counts_not_the_one_at_the_end() {
+        let to_www =
+            [("evil.test", RData::CNAME(CNAME(name("www.example.com")))), ("www.example.com", a(66))];
+        assert_eq!(credited(&answer_to(RecordType::A, "evil.test", &to_www), FIREWALL), []);
+        let from_www = [
+            ("www.example.com", RData::CNAME(CNAME(name("cdn.test")))),
+            ("cdn.test", a(1)),
+            ("b.test", a(66)),
+        ];
+        assert_eq!(
+            credited(&answer_to(RecordType::ANY, "www.example.com", &from_www), FIREWALL),
+            [(1, v4(1)), (2, v4(1))]
+        );
+        assert_eq!(credited(&answer_to(RecordType::MX, "www.example.com", &from_www), FIREWALL), []);
+    }
+
+    #[test]
+    fn wildcards_are_not_looked_up() {
+        let places = |places: &[Place]| places.iter().copied().collect();
+        let expected = [
+            (wire("example.com"), places(&[(FIREWALL + 1, 4)])),
+            (wire("www.example.com"), places(&[(FIREWALL, 1), (FIREWALL + 1, 5)])),
+        ];
+        assert_eq!(exact(&names()), expected.into());
+    }
+
+    #[test]
+    fn whom_to_ask() {
+        let ips = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let ask = |pods: &[&str], node: &[&str], seed| {
+            let servers = servers(&ips(pods).into_iter().collect(), &ips(node), seed);
+            assert!(servers.iter().all(|server| server.port() == 53));
+            servers.into_iter().map(|server| server.ip().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(ask(&[], &["10.0.0.1", "10.0.0.2"], 5), ["10.0.0.1", "10.0.0.2"]);
+        assert_eq!(
+            ask(&["10.0.0.3", "10.0.0.1"], &["10.0.0.1", "10.0.0.2"], 0),
+            ["10.0.0.1", "10.0.0.3", "10.0.0.2"]
+        );
+        let many = ["10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.0.5", "10.1.0.6"];
+        assert_eq!(
+            ask(&many, &["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"], 5),
+            ["10.1.0.6", "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.0.0.1", "10.0.0.2", "10.0.0.3"]
+        );
+        assert_eq!(ask(&[], &[], 5), [] as [&str; 0]);
+    }
+
+    /// What the kernel side was told, in order.
+    #[derive(PartialEq, Eq, Debug)]
+    enum Told {
+        Credit(Vec<(NameId, Ip, u32)>),
+        Read(HeldKey, u32),
+        ReadTo(u32),
+    }
+
+    struct FakeDoor {
+        segments: mpsc::UnboundedReceiver<(Segment, Vec<u8>)>,
+        told: mpsc::UnboundedSender<Told>,
+        learnt: Vec<(LearntKey, Learnt)>,
+        broken: bool,
+    }
+
+    impl FakeDoor {
+        fn tell(&self, told: Told) -> io::Result<()> {
+            if self.broken && matches!(told, Told::Credit(_)) {
+                return Err(io::Error::other("broken"));
+            }
+            self.told.send(told).map_err(io::Error::other)
+        }
+    }
+
+    impl Door for FakeDoor {
+        async fn segments(&mut self) -> io::Result<Vec<(Segment, Vec<u8>)>> {
+            match self.segments.recv().await {
+                Some(segment) => Ok(vec![segment]),
+                None => std::future::pending().await,
+            }
+        }
+
+        fn credit(&self, credits: &[Credit]) -> io::Result<()> {
+            if credits.is_empty() {
+                return Ok(());
+            }
+            self.tell(Told::Credit(credits.iter().map(|c| (c.name, c.key.ip, c.action)).collect()))
+        }
+
+        fn mark_read(&mut self, held: &HeldKey, bytes: u32) -> io::Result<()> {
+            self.tell(Told::Read(*held, bytes))
+        }
+
+        fn mark_read_to(&mut self, _: &HeldKey, seq: u32) -> io::Result<()> {
+            self.tell(Told::ReadTo(seq))
+        }
+
+        fn learnt(&self) -> io::Result<Vec<(LearntKey, Learnt)>> {
+            Ok(self.learnt.clone())
+        }
+
+        fn events(&self) -> io::Result<Events> {
+            Ok([(NameEvent::Learnt, 0)].into())
+        }
+
+        fn now(&self) -> Ticks {
+            0
+        }
+    }
+
+    struct Lab {
+        names: Names,
+        segments: mpsc::UnboundedSender<(Segment, Vec<u8>)>,
+        told: mpsc::UnboundedReceiver<Told>,
+    }
+
+    impl Lab {
+        /// Nobody can be asked for names here.
+        fn new(learnt: Vec<(LearntKey, Learnt)>, broken: bool) -> Self {
+            let (segments, receiver) = mpsc::unbounded_channel();
+            let (sender, told) = mpsc::unbounded_channel();
+            let door = FakeDoor { segments: receiver, told: sender, learnt, broken };
+            let conf = ResolvConf::open(std::path::Path::new("/nonexistent/resolv.conf"));
+            Self { names: Names::start(door, conf, 1), segments, told }
+        }
+
+        fn update(&self) {
+            let pod = Pod { id: POD, firewall: FIREWALL, ..Pod::default() };
+            let image = MapImage { names: names(), pods: [(v4(100), pod)].into(), ..MapImage::default() };
+            self.names.update(&image, &model::Config::default());
+        }
+
+        fn segment(&self, seq: u32, bytes: &[u8]) -> HeldKey {
+            let held = HeldKey { pod: POD, resolver: v4(53), port: 4000, resolver_port: 53, seq };
+            let len = bytes.len() as u32;
+            let segment = Segment { held, firewall: FIREWALL, payload: len, len, ..Segment::default() };
+            self.segments.send((segment, bytes.to_vec())).unwrap();
+            held
+        }
+
+        /// A segment of a stream whose beginning was not seen.
+        fn unknown_stream(&self) -> HeldKey {
+            let held = HeldKey { pod: POD, resolver: v4(53), port: UNKNOWN, resolver_port: 53, seq: 1 };
+            let segment = Segment { held, firewall: FIREWALL, payload: 1, len: 1, ..Segment::default() };
+            self.segments.send((segment, vec![0])).unwrap();
+            held
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_in_the_maps_before_its_last_segment_may_pass() {
+        let work = LocalSet::new();
+        let work = work.run_until(async {
+            let mut lab = Lab::new(vec![], false);
+            lab.update();
+            // It has taken the names up when it says that it cannot look them up.
+            while lab.names.numbers().names == 0 {
+                tokio::task::yield_now().await;
+            }
+            let message = answer_to(RecordType::A, "www.example.com", &[("www.example.com", a(1))]);
+            let stream = [&(message.len() as u16).to_be_bytes()[..], &message].concat();
+            lab.segment(1000, &[]);
+            let first = lab.segment(1000, &stream[..20]);
+            let last = lab.segment(1020, &stream[20..]);
+            let unknown = lab.unknown_stream();
+            let mut told = Vec::new();
+            for _ in 0..6 {
+                told.push(lab.told.recv().await.unwrap());
+            }
+            let expected = [
+                Told::Read(first, 20),
+                Told::ReadTo(1020),
+                Told::Credit(vec![(1, v4(1), Credit::ENTER), (2, v4(1), Credit::ENTER)]),
+                Told::Read(last, stream.len() as u32 - 20),
+                Told::ReadTo(1000 + stream.len() as u32),
+                Told::Read(unknown, 1),
+            ];
+            assert_eq!(told, expected);
+        });
+        work.await;
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_entered_does_not_pass_as_read() {
+        let work = LocalSet::new();
+        let work = work.run_until(async {
+            let mut lab = Lab::new(vec![], true);
+            lab.update();
+            while lab.names.numbers().names == 0 {
+                tokio::task::yield_now().await;
+            }
+            let message = answer_to(RecordType::A, "www.example.com", &[("www.example.com", a(1))]);
+            lab.segment(1000, &[]);
+            lab.segment(1000, &[&(message.len() as u16).to_be_bytes()[..], &message].concat());
+            lab.unknown_stream();
+            // The work goes on; nothing was told of the answer.
+            let told = lab.told.recv().await.unwrap();
+            assert!(matches!(told, Told::Read(held, 1) if held.port == UNKNOWN), "{told:?}");
+        });
+        work.await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn names_that_cannot_be_looked_up_are_told() {
+        let work = LocalSet::new();
+        let work = work.run_until(async {
+            let lab = Lab::new(vec![], false);
+            assert!(lab.names.problems().is_empty());
+            lab.update();
+            // Twice is trouble, and the clock runs as fast as nothing happens.
+            while !lab.names.take_news() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            let problems: Vec<_> = lab.names.problems().iter().map(ToString::to_string).collect();
+            let why = "cannot be looked up: there is no resolver to ask";
+            assert_eq!(
+                problems,
+                [format!("name example.com: {why}"), format!("name www.example.com: {why}")]
+            );
+            assert_eq!(lab.names.trouble("example.com").as_deref(), Some(why));
+            assert!(lab.names.numbers().failed >= 8);
+            // Unwanted names are no trouble.
+            lab.names.update(&MapImage::default(), &model::Config::default());
+            while !lab.names.take_news() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            assert!(lab.names.problems().is_empty());
+            assert_eq!(lab.names.numbers().names, 0);
+        });
+        work.await;
+    }
+
+    #[tokio::test]
+    async fn what_is_too_much_is_forgotten() {
+        let work = LocalSet::new();
+        let work = work.run_until(async {
+            let learnt = (0..datapath::limits::NAME_ADDRESSES as u32 + 1).map(|i| {
+                let mut entry = Learnt::default();
+                entry.names[0] = datapath::names::word(1, if i == 5 { 10 } else { 1000 });
+                (LearntKey { firewall: FIREWALL, ip: Ip::v4(i.to_be_bytes()) }, entry)
+            });
+            let mut lab = Lab::new(learnt.collect(), false);
+            assert_eq!(
+                lab.told.recv().await,
+                Some(Told::Credit(vec![(1, Ip::v4([0, 0, 0, 5]), Credit::FORGET)]))
+            );
+        });
+        work.await;
+    }
+}
