@@ -57,8 +57,8 @@ struct TestRun {
 #[repr(C)]
 #[derive(Default)]
 struct Batch {
-    in_batch: u64,
-    out_batch: u64,
+    from: u64,
+    to: u64,
     keys: u64,
     values: u64,
     count: u32,
@@ -177,8 +177,8 @@ impl Door for Names {
         let mut first = true;
         loop {
             let mut batch = Batch {
-                in_batch: if first { 0 } else { (&raw const from) as u64 },
-                out_batch: (&raw mut to) as u64,
+                from: if first { 0 } else { (&raw const from) as u64 },
+                to: (&raw mut to) as u64,
                 keys: keys.as_mut_ptr() as u64,
                 values: values.as_mut_ptr() as u64,
                 count: keys.len() as u32,

@@ -108,11 +108,14 @@ fn try_read(message: &[u8]) -> Result<Option<Answer>, DecodeError> {
             }
             continue;
         }
-        let data = match kind {
-            RecordType::A => <[u8; 4]>::try_from(data).ok().map(|octets| Data::Address(Ip::v4(octets))),
-            RecordType::AAAA => <[u8; 16]>::try_from(data).ok().map(|octets| Data::Address(Ip { octets })),
-            RecordType::CNAME => Name::read(&mut inside).ok().map(|name| Data::Alias(Wire::of(&name))),
-            _ => None,
+        let data = if kind == RecordType::A {
+            <[u8; 4]>::try_from(data).ok().map(|octets| Data::Address(Ip::v4(octets)))
+        } else if kind == RecordType::AAAA {
+            <[u8; 16]>::try_from(data).ok().map(|octets| Data::Address(Ip { octets }))
+        } else if kind == RecordType::CNAME {
+            Name::read(&mut inside).ok().map(|name| Data::Alias(Wire::of(&name)))
+        } else {
+            None
         };
         answer.records.extend(data.map(|data| Record { owner: Wire::of(&owner), ttl, data }));
     }

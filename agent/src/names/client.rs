@@ -61,7 +61,9 @@ impl Client {
         for _ in 0..ALIASES {
             match self.ask(&name, question.family.kind()).await {
                 Ok(Said::Outcome(Outcome::Found(mut addresses))) => {
-                    addresses.iter_mut().for_each(|(_, ttl)| *ttl = (*ttl).min(least));
+                    for (_, ttl) in &mut addresses {
+                        *ttl = (*ttl).min(least);
+                    }
                     return Outcome::Found(addresses);
                 }
                 Ok(Said::Outcome(outcome)) => return outcome,
@@ -113,10 +115,11 @@ impl Client {
 
 /// What an answer says; an error, that another server should be asked.
 fn said(answer: &Answer) -> Result<Said, String> {
-    match answer.code {
-        ResponseCode::NXDomain => return Ok(Said::Outcome(Outcome::NoName)),
-        ResponseCode::NoError => {}
-        code => return Err(code.to_str().to_owned()),
+    if answer.code == ResponseCode::NXDomain {
+        return Ok(Said::Outcome(Outcome::NoName));
+    }
+    if answer.code != ResponseCode::NoError {
+        return Err(answer.code.to_str().to_owned());
     }
     let chain = answer.chain();
     Ok(if !chain.addresses.is_empty() {
@@ -357,9 +360,10 @@ mod tests {
     async fn ipv6() {
         let answers: Answers = |query, _| {
             let data = RData::AAAA(AAAA(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)));
-            match query.queries[0].query_type {
-                RecordType::AAAA => no_error(query, vec![Record::from_rdata(name("www.example"), 5, data)]),
-                _ => vec![],
+            if query.queries[0].query_type == RecordType::AAAA {
+                no_error(query, vec![Record::from_rdata(name("www.example"), 5, data)])
+            } else {
+                vec![]
             }
         };
         let (outcome, _) = outcome(Duration::from_mins(1), &[answers], Family::V6).await;

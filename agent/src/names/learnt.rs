@@ -22,7 +22,7 @@ pub struct Ledger {
     /// Words that had been entered at the last look, and those of them that took another's place.
     entered: (i64, i64),
     /// Words that were forgotten on purpose since then.
-    forgotten: i64,
+    forgotten: usize,
     /// Words that should be there and are not, since the first look. Less than that by those that were entered between
     /// the reading of counters and of words.
     missing: i64,
@@ -64,7 +64,7 @@ impl Ledger {
                 action: Credit::FORGET,
             }));
         }
-        self.forgotten = forget.len() as i64;
+        self.forgotten = forget.len();
         self.numbers.trimmed += forget.len() as u64;
         self.numbers.addresses -= forget.len();
         self.last = Some(words);
@@ -91,13 +91,18 @@ impl Ledger {
             let is_there = |word: &Word| words.binary_search_by_key(word, |(word, _)| *word).is_ok();
             let over =
                 last.iter().filter(|(word, until)| older_than(now, *until, 0) && !is_there(word)).count();
-            let should = last.len() as i64 + new - self.forgotten - over as i64;
-            self.missing += should - words.len() as i64;
+            let there = count(last.len()) + new;
+            self.missing += there - count(self.forgotten) - count(over) - count(words.len());
             self.numbers.evicted = self.numbers.evicted.max(u64::try_from(self.missing).unwrap_or(0));
         }
         self.entered = entered;
         self.numbers.addresses = 0;
     }
+}
+
+/// A number of words: far fewer than that.
+fn count(words: usize) -> i64 {
+    i64::try_from(words).unwrap_or(i64::MAX)
 }
 
 /// How many words have been entered where there was room, and how many in another's place.

@@ -228,7 +228,9 @@ impl Lookups {
                 state.trouble = None;
                 state.known = addresses.iter().map(|(ip, _)| *ip).collect();
                 let ttl = addresses.iter().map(|(_, ttl)| *ttl).min().unwrap_or(0);
-                addresses.into_iter().for_each(|(ip, ttl)| credit(ip, ttl));
+                for (ip, ttl) in addresses {
+                    credit(ip, ttl);
+                }
                 spread_over(interval(Some(ttl), ONCE), spread)
             }
             Outcome::NoAddress(ttl) => {

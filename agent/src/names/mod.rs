@@ -27,17 +27,15 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tracing::{debug, warn};
 
 use crate::image::MapImage;
-use crate::model;
 use crate::watch::Problem;
 use answer::Answer;
 use client::Client;
 use learnt::{Events, Ledger};
 use lookups::{Lookups, Outcome, Place, Question};
-use resolv_conf::ResolvConf;
 use stream::Streams;
 use wire::Wire;
 
-/// How often what is learnt, and resolv.conf, are looked at.
+/// How often what is learnt is looked at.
 const TICK: Duration = Duration::from_secs(5);
 /// What is learnt is looked at without a reason after so many of them: time passes.
 const TICKS: u32 = 12;
@@ -88,6 +86,7 @@ pub struct Numbers {
 /// The work on names, for as long as this lives.
 #[derive(Debug)]
 pub struct Names {
+    seed: u64,
     wanted: watch::Sender<Wanted>,
     said: Rc<RefCell<Said>>,
     task: JoinHandle<()>,
@@ -100,15 +99,14 @@ struct Wanted {
     names: Rc<BTreeMap<NameKey, NameId>>,
     /// Pods with a firewall.
     pods: BTreeSet<PodId>,
-    /// Resolvers that pods have.
-    resolvers: BTreeSet<IpAddr>,
+    /// Whom to ask.
+    servers: Vec<SocketAddr>,
 }
 
 /// What it says.
 #[derive(Debug, Default)]
 struct Said {
     numbers: Numbers,
-    nameservers: Vec<IpAddr>,
     troubles: BTreeMap<String, String>,
     news: bool,
 }
@@ -116,14 +114,11 @@ struct Said {
 impl Names {
     /// Begins the work. Call it in a `LocalSet`. The seed makes this node's look-ups differ from others'.
     #[must_use]
-    pub fn start(door: impl Door + 'static, conf: ResolvConf, seed: u64) -> Self {
+    pub fn start(door: impl Door + 'static, seed: u64) -> Self {
         let (wanted, receiver) = watch::channel(Wanted::default());
-        let said =
-            Rc::new(RefCell::new(Said { nameservers: conf.nameservers().to_vec(), ..Said::default() }));
+        let said = Rc::default();
         let work = Work {
             door,
-            conf,
-            seed,
             wanted: receiver,
             said: Rc::clone(&said),
             names: Rc::default(),
@@ -136,31 +131,25 @@ impl Names {
             ticks: 0,
             failed: false,
         };
-        Self { wanted, said, task: tokio::task::spawn_local(work.run()) }
+        Self { seed, wanted, said, task: tokio::task::spawn_local(work.run()) }
     }
 
-    /// Takes up an image that is in force, and the resolvers that pods have.
-    pub fn update(&self, image: &MapImage, config: &model::Config) {
+    /// Takes up an image that is in force, the resolvers that pods have, and the nameservers of the node.
+    pub fn update(&self, image: &MapImage, resolvers: &BTreeSet<IpAddr>, nameservers: &[IpAddr]) {
         let pods = image.pods.values().filter(|pod| pod.firewall != 0).map(|pod| pod.id).collect();
+        let servers = servers(resolvers, nameservers, self.seed);
         self.wanted.send_if_modified(|wanted| {
-            let same =
-                *wanted.names == image.names && wanted.pods == pods && wanted.resolvers == config.resolvers;
-            if *wanted.names != image.names {
+            let other_names = *wanted.names != image.names;
+            if other_names {
                 wanted.names = Rc::new(image.names.clone());
             }
-            wanted.pods = pods;
-            wanted.resolvers.clone_from(&config.resolvers);
-            !same
+            let other = wanted.pods != pods || wanted.servers != servers;
+            (wanted.pods, wanted.servers) = (pods, servers);
+            other_names || other
         });
     }
 
-    /// The nameservers of the node's resolv.conf, as last read.
-    #[must_use]
-    pub fn nameservers(&self) -> Vec<IpAddr> {
-        self.said.borrow().nameservers.clone()
-    }
-
-    /// Whether nameservers or problems may have changed since this was last asked.
+    /// Whether problems may have changed since this was last asked.
     pub fn take_news(&self) -> bool {
         std::mem::take(&mut self.said.borrow_mut().news)
     }
@@ -203,8 +192,6 @@ impl Drop for Names {
 /// The task.
 struct Work<D> {
     door: D,
-    conf: ResolvConf,
-    seed: u64,
     wanted: watch::Receiver<Wanted>,
     said: Rc<RefCell<Said>>,
     names: Rc<BTreeMap<NameKey, NameId>>,
@@ -261,17 +248,12 @@ impl<D: Door> Work<D> {
             self.names = wanted.names;
         }
         self.pods = wanted.pods;
-        self.choose_servers(&wanted.resolvers, now);
-        self.report();
-    }
-
-    fn choose_servers(&mut self, resolvers: &BTreeSet<IpAddr>, now: Instant) {
-        let servers = servers(resolvers, self.conf.nameservers(), self.seed);
-        if servers != self.client.servers() {
-            debug!("names are asked of {servers:?}");
-            self.client = Rc::new(Client::new(servers));
+        if wanted.servers != self.client.servers() {
+            debug!("names are asked of {:?}", wanted.servers);
+            self.client = Rc::new(Client::new(wanted.servers));
             self.lookups.ask_anew(now);
         }
+        self.report();
     }
 
     fn ask(&mut self) {
@@ -316,14 +298,6 @@ impl<D: Door> Work<D> {
     }
 
     fn tick(&mut self) {
-        if self.conf.reread() {
-            let mut said = self.said.borrow_mut();
-            said.nameservers = self.conf.nameservers().to_vec();
-            said.news = true;
-            drop(said);
-            let resolvers = self.wanted.borrow().resolvers.clone();
-            self.choose_servers(&resolvers, Instant::now());
-        }
         let pods = &self.pods;
         self.streams.forget(Instant::now(), |pod| pods.contains(&pod));
         let result = self.look();
@@ -619,14 +593,13 @@ mod tests {
             let (segments, receiver) = mpsc::unbounded_channel();
             let (sender, told) = mpsc::unbounded_channel();
             let door = FakeDoor { segments: receiver, told: sender, learnt, broken };
-            let conf = ResolvConf::open(std::path::Path::new("/nonexistent/resolv.conf"));
-            Self { names: Names::start(door, conf, 1), segments, told }
+            Self { names: Names::start(door, 1), segments, told }
         }
 
         fn update(&self) {
             let pod = Pod { id: POD, firewall: FIREWALL, ..Pod::default() };
             let image = MapImage { names: names(), pods: [(v4(100), pod)].into(), ..MapImage::default() };
-            self.names.update(&image, &model::Config::default());
+            self.names.update(&image, &BTreeSet::new(), &[]);
         }
 
         fn segment(&self, seq: u32, bytes: &[u8]) -> HeldKey {
@@ -719,7 +692,7 @@ mod tests {
             assert_eq!(lab.names.trouble("example.com").as_deref(), Some(why));
             assert!(lab.names.numbers().failed >= 8);
             // Unwanted names are no trouble.
-            lab.names.update(&MapImage::default(), &model::Config::default());
+            lab.names.update(&MapImage::default(), &BTreeSet::new(), &[]);
             while !lab.names.take_news() {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
@@ -733,7 +706,7 @@ mod tests {
     async fn what_is_too_much_is_forgotten() {
         let work = LocalSet::new();
         let work = work.run_until(async {
-            let learnt = (0..datapath::limits::NAME_ADDRESSES as u32 + 1).map(|i| {
+            let learnt = (0..=datapath::limits::NAME_ADDRESSES as u32).map(|i| {
                 let mut entry = Learnt::default();
                 entry.names[0] = datapath::names::word(1, if i == 5 { 10 } else { 1000 });
                 (LearntKey { firewall: FIREWALL, ip: Ip::v4(i.to_be_bytes()) }, entry)

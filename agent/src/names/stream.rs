@@ -57,7 +57,7 @@ type Connection = (PodId, Ip, u16, u16);
 /// All streams.
 #[derive(Debug, Default)]
 pub struct Streams {
-    streams: BTreeMap<Connection, Stream>,
+    by_connection: BTreeMap<Connection, Stream>,
     partial: BTreeMap<HeldKey, Partial>,
     counts: Counts,
 }
@@ -97,7 +97,7 @@ impl Streams {
         let Some(bytes) = self.put_together(segment, bytes, now) else { return Taken::default() };
         let connection = connection(&held);
         let others = self.bytes_of(held.pod);
-        let Some(stream) = self.streams.get_mut(&connection) else {
+        let Some(stream) = self.by_connection.get_mut(&connection) else {
             self.counts.unread += 1;
             return Taken { read: Some((held, segment.payload)), ..Taken::default() };
         };
@@ -108,7 +108,7 @@ impl Streams {
         let mut read_to = Some(stream.expected());
         if !sound || others - before + stream.bytes() > POD_BYTES {
             read_to = None;
-            self.streams.remove(&connection);
+            self.by_connection.remove(&connection);
             self.counts.given_up += 1;
         }
         self.counts.messages += messages.len() as u64;
@@ -118,16 +118,16 @@ impl Streams {
     /// A connection begins. Its first packet may come again; on the same ports a new one may begin.
     fn begin(&mut self, held: &HeldKey, now: Instant) {
         let connection = connection(held);
-        if self.streams.get(&connection).is_some_and(|stream| stream.start == held.seq) {
+        if self.by_connection.get(&connection).is_some_and(|stream| stream.start == held.seq) {
             return;
         }
         let of_pod =
             (held.pod, Ip::UNSPECIFIED, 0, 0)..=(held.pod, Ip { octets: [0xff; 16] }, u16::MAX, u16::MAX);
-        if self.streams.range(of_pod.clone()).count() >= POD_STREAMS
-            && let Some((oldest, _)) = self.streams.range(of_pod).min_by_key(|(_, stream)| stream.used)
+        if self.by_connection.range(of_pod.clone()).count() >= POD_STREAMS
+            && let Some((oldest, _)) = self.by_connection.range(of_pod).min_by_key(|(_, stream)| stream.used)
         {
             let oldest = *oldest;
-            self.streams.remove(&oldest);
+            self.by_connection.remove(&oldest);
             self.counts.given_up += 1;
         }
         let stream = Stream {
@@ -138,7 +138,7 @@ impl Streams {
             used: now,
             waiting: None,
         };
-        self.streams.insert(connection, stream);
+        self.by_connection.insert(connection, stream);
     }
 
     /// The whole segment, if this record is its last one.
@@ -177,7 +177,7 @@ impl Streams {
     pub fn forget(&mut self, now: Instant, is_there: impl Fn(PodId) -> bool) {
         let since = |then: Instant| now.saturating_duration_since(then);
         let given_up = &mut self.counts.given_up;
-        self.streams.retain(|connection, stream| {
+        self.by_connection.retain(|connection, stream| {
             let waits_too_long = stream.waiting.is_some_and(|then| since(then) >= WAITING);
             *given_up += u64::from(waits_too_long);
             is_there(connection.0) && since(stream.used) < IDLE && !waits_too_long
@@ -193,7 +193,7 @@ impl Streams {
 
     fn bytes_of(&self, pod: PodId) -> usize {
         let of_pod = (pod, Ip::UNSPECIFIED, 0, 0)..=(pod, Ip { octets: [0xff; 16] }, u16::MAX, u16::MAX);
-        self.streams.range(of_pod).map(|(_, stream)| stream.bytes()).sum()
+        self.by_connection.range(of_pod).map(|(_, stream)| stream.bytes()).sum()
     }
 }
 
@@ -470,7 +470,7 @@ mod tests {
             lab.put_at(port, 0, &stream[..50_000]);
             assert!(lab.streams.bytes_of(POD) <= POD_BYTES);
         }
-        assert!(lab.streams.streams.len() <= POD_STREAMS);
+        assert!(lab.streams.by_connection.len() <= POD_STREAMS);
         // Another pod's are not touched by it, and what comes far ahead is given up.
         let mut lab = Lab::new();
         assert!(lab.put_at(1, START.wrapping_add(AHEAD as u32), &stream).is_empty());
@@ -491,19 +491,19 @@ mod tests {
         let mut lab = Lab::new();
         lab.put(&stream, 0, 20);
         lab.streams.forget(lab.now + WAITING.checked_sub(Duration::from_secs(1)).unwrap(), |_| true);
-        assert_eq!(lab.streams.streams.len(), 1);
+        assert_eq!(lab.streams.by_connection.len(), 1);
         lab.streams.forget(lab.now + WAITING, |_| true);
-        assert_eq!((lab.streams.streams.len(), lab.streams.counts().given_up), (0, 1));
+        assert_eq!((lab.streams.by_connection.len(), lab.streams.counts().given_up), (0, 1));
         // One with nothing that waits lives longer, but not its pod's end.
         let mut lab = Lab::new();
         lab.put(&stream, 0, stream.len());
         lab.streams.forget(lab.now + WAITING * 2, |_| true);
-        assert_eq!(lab.streams.streams.len(), 1);
+        assert_eq!(lab.streams.by_connection.len(), 1);
         lab.streams.forget(lab.now + WAITING * 2, |pod| pod != POD);
-        assert_eq!(lab.streams.streams.len(), 0);
+        assert_eq!(lab.streams.by_connection.len(), 0);
         lab.begin(1, 0);
         lab.streams.forget(lab.now + IDLE, |_| true);
-        assert_eq!(lab.streams.streams.len(), 0);
+        assert_eq!(lab.streams.by_connection.len(), 0);
     }
 
     #[test]
@@ -515,8 +515,8 @@ mod tests {
             lab.now += Duration::from_millis(1);
             lab.begin(port, START);
         }
-        assert_eq!(lab.streams.streams.len(), POD_STREAMS + 1);
-        assert!(lab.streams.streams.contains_key(&connection(&other.held)));
-        assert!(!lab.streams.streams.contains_key(&connection(&held(1, 0))));
+        assert_eq!(lab.streams.by_connection.len(), POD_STREAMS + 1);
+        assert!(lab.streams.by_connection.contains_key(&connection(&other.held)));
+        assert!(!lab.streams.by_connection.contains_key(&connection(&held(1, 0))));
     }
 }
