@@ -393,6 +393,7 @@ fn credits(answer: &Answer, firewall: FirewallId, names: &BTreeMap<NameKey, Name
 mod tests {
     use datapath::addr::Ip;
     use datapath::keys::{NameEvent, Pod};
+    use datapath::packet::SYN;
     use hickory_proto::op::{Message, MessageType, OpCode, Query};
     use hickory_proto::rr::rdata::{A, CNAME};
     use hickory_proto::rr::{Name, RData, Record, RecordType};
@@ -610,6 +611,12 @@ mod tests {
             held
         }
 
+        fn begin(&self, seq: u32) {
+            let held = HeldKey { pod: POD, resolver: v4(53), port: 4000, resolver_port: 53, seq };
+            let segment = Segment { held, firewall: FIREWALL, flags: SYN.into(), ..Segment::default() };
+            self.segments.send((segment, vec![])).unwrap();
+        }
+
         /// A segment of a stream whose beginning was not seen.
         fn unknown_stream(&self) -> HeldKey {
             let held = HeldKey { pod: POD, resolver: v4(53), port: UNKNOWN, resolver_port: 53, seq: 1 };
@@ -631,7 +638,7 @@ mod tests {
             }
             let message = answer_to(RecordType::A, "www.example.com", &[("www.example.com", a(1))]);
             let stream = [&(message.len() as u16).to_be_bytes()[..], &message].concat();
-            lab.segment(1000, &[]);
+            lab.begin(1000);
             let first = lab.segment(1000, &stream[..20]);
             let last = lab.segment(1020, &stream[20..]);
             let unknown = lab.unknown_stream();
@@ -662,7 +669,7 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             let message = answer_to(RecordType::A, "www.example.com", &[("www.example.com", a(1))]);
-            lab.segment(1000, &[]);
+            lab.begin(1000);
             lab.segment(1000, &[&(message.len() as u16).to_be_bytes()[..], &message].concat());
             lab.unknown_stream();
             // The work goes on; nothing was told of the answer.

@@ -10,10 +10,11 @@ use std::time::Duration;
 use datapath::addr::Ip;
 use datapath::keys::{HeldKey, PodId, Segment};
 use datapath::limits;
+use datapath::packet::SYN;
 use tokio::time::Instant;
 
-/// How far a segment may be ahead of what has been read, in bytes: two of the longest messages.
-const AHEAD: u64 = 1 << 17;
+/// How far a segment may begin from where the next is expected, in bytes: two of the longest messages.
+const AHEAD: i64 = 1 << 17;
 /// Bytes of one pod's streams that wait for others. Where it has more, the stream is not read on.
 const POD_BYTES: usize = 1 << 18;
 /// Streams of one pod. Beyond, the one idle longest is not read on.
@@ -90,8 +91,10 @@ impl Streams {
     /// Takes a record from `SEGMENTS`.
     pub fn take(&mut self, segment: &Segment, bytes: &[u8], now: Instant) -> Taken {
         let held = segment.held;
-        if segment.payload == 0 {
+        if segment.flags & u32::from(SYN) != 0 {
             self.begin(&held, now);
+        }
+        if segment.payload == 0 {
             return Taken::default();
         }
         let Some(bytes) = self.put_together(segment, bytes, now) else { return Taken::default() };
@@ -212,10 +215,13 @@ impl Stream {
     fn put(&mut self, seq: u32, bytes: &[u8], now: Instant) -> (Vec<Vec<u8>>, bool) {
         // Sequence numbers wrap; places in the stream do not (RFC 9293, 3.4).
         let away = i64::from(seq.wrapping_sub(self.expected()).cast_signed());
-        let Some(place) = self.whole.checked_add_signed(away) else { return (Vec::new(), false) };
-        if place + bytes.len() as u64 > self.whole + AHEAD || place + AHEAD < self.whole {
+        if !(-AHEAD..=AHEAD).contains(&away) {
             return (Vec::new(), false); // another connection's, or too much is missing
         }
+        // A probe whether the connection lives stands before its first byte (RFC 9293, 3.8.4).
+        let before = away.saturating_add_unsigned(self.whole).min(0).unsigned_abs();
+        let bytes = bytes.get(before as usize..).unwrap_or_default();
+        let place = self.whole.saturating_add_signed(away);
         let there = self.ahead.entry(place).or_default();
         if there.len() < bytes.len() {
             *there = bytes.to_vec();
@@ -269,6 +275,10 @@ mod tests {
 
     fn held(port: u16, seq: u32) -> HeldKey {
         HeldKey { pod: POD, resolver: Ip::v4([10, 96, 0, 10]), port, resolver_port: 53, seq }
+    }
+
+    fn syn(held: HeldKey) -> Segment {
+        Segment { held, flags: SYN.into(), ..Segment::default() }
     }
 
     fn message(length: usize, fill: u8) -> Vec<u8> {
@@ -359,6 +369,24 @@ mod tests {
         assert_eq!(lab.put(&stream, 80, 125), messages, "the gap is filled by what overlaps both sides");
         assert!(lab.put(&stream, 0, stream.len()).is_empty(), "read already");
         assert_eq!(lab.streams.bytes_of(POD), 0);
+    }
+
+    #[test]
+    fn what_stands_before_the_first_byte_is_not_read() {
+        let stream = framed(&[message(12, 1)]);
+        let mut lab = Lab::new();
+        assert!(lab.put_at(1, START.wrapping_sub(1), &[0]).is_empty());
+        assert_eq!(lab.put_at(1, START.wrapping_sub(1), &[&[0], &stream[..]].concat()).len(), 1);
+        assert_eq!(lab.streams.counts(), Counts { messages: 1, unread: 0, given_up: 0 });
+    }
+
+    #[test]
+    fn a_connection_may_begin_with_data() {
+        let stream = framed(&[message(12, 1)]);
+        let mut lab = Lab::new();
+        let payload = stream.len() as u32;
+        let segment = Segment { payload, len: payload, ..syn(held(2, 77)) };
+        assert_eq!(lab.streams.take(&segment, &stream, lab.now).messages, [message(12, 1)]);
     }
 
     #[test]
@@ -473,7 +501,7 @@ mod tests {
         assert!(lab.streams.by_connection.len() <= POD_STREAMS);
         // Another pod's are not touched by it, and what comes far ahead is given up.
         let mut lab = Lab::new();
-        assert!(lab.put_at(1, START.wrapping_add(AHEAD as u32), &stream).is_empty());
+        assert!(lab.put_at(1, START.wrapping_add(AHEAD as u32 + 1), &stream).is_empty());
         assert_eq!(lab.streams.counts().given_up, 1);
         // Records of segments that do not come whole.
         for seq in 0..1000 {
@@ -509,7 +537,7 @@ mod tests {
     #[test]
     fn a_pod_with_many_streams_loses_its_own_oldest() {
         let mut lab = Lab::new();
-        let other = Segment { held: HeldKey { pod: 8, ..held(1, 0) }, ..Segment::default() };
+        let other = syn(HeldKey { pod: 8, ..held(1, 0) });
         lab.streams.take(&other, &[], lab.now);
         for port in 1..=POD_STREAMS as u16 + 1 {
             lab.now += Duration::from_millis(1);
