@@ -501,12 +501,16 @@ pub struct Settings {
     pub icmp: u32,
     /// How long a port rests after its connection was closed, in seconds.
     pub rest: u32,
-    /// The next pod id to give; read by a restarted agent, as the two below, so that no id is given twice.
+    /// The next pod id to give; read by a restarted agent, as those below, so that no id is given twice.
     pub next_pod: PodId,
     /// The next policy id to give.
     pub next_policy: PolicyId,
     /// The next egress id to give.
     pub next_egress: EgressId,
+    /// The next number of a firewall's version to give.
+    pub next_ruleset: RulesetId,
+    /// The next number of a firewall's name to give.
+    pub next_name: NameId,
     /// The largest IP packet that the tunnel takes, in bytes; 0: any, for the outer packet is fragmented. Over IPv6
     /// it is not (`ip6_fragment` wants `ignore_df`, which no tunnel sets).
     pub tunnel_max: u16,
@@ -897,7 +901,7 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 96,
+    Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 104,
     Ruleset = 32, RulePlace = 24, RuleKey = 28, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
     PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
     HeldKey = 28, Held = 8, Segment = 64, Credit = 32, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,

@@ -59,6 +59,17 @@ pub const FIREWALL_RULES: usize = 8000;
 /// Entries of `RULES`: 100,000 rules of a node twice over, for the old version stands beside the new, and room for
 /// rules that stand for several prefixes or classes. Full: the object is refused, its version in force stays.
 pub const RULES: u32 = 524_288;
+/// Entries of `RULES` that one object may need: a quarter, so that one namespace leaves room for others even while its
+/// old version stands beside the new. It is refused whole beyond.
+pub const FIREWALL_ENTRIES: usize = RULES as usize / 4;
+/// Destinations of an object's rules, each address of a selected node counted for each rule: every node of a large
+/// cluster, of both families, for a hundred rules. It is refused whole beyond.
+pub const FIREWALL_TARGETS: usize = 1 << 20;
+/// Destinations and entries that are gone through while an object's ports are compiled: it bounds how long the agent
+/// is busy with one object. It is refused whole beyond.
+pub const FIREWALL_STEPS: usize = 1 << 21;
+/// Port classes of one object: what [`crate::keys::PortTable`] has bits for. It is refused whole beyond.
+pub const FIREWALL_CLASSES: usize = 0x7fff;
 /// Versions of firewalls at once: two of each.
 pub const RULESETS: u32 = 2 * FIREWALLS;
 /// Tables of port classes: one a protocol and version. Memory follows use, 2 KiB each.
@@ -71,6 +82,8 @@ pub const FIREWALL_NAMES: usize = 1024;
 pub const NAMES: u32 = 16_384;
 /// Rules for names, by class.
 pub const NAME_RULES: u32 = 131_072;
+/// Of these, what one object may need. It is refused whole beyond.
+pub const FIREWALL_NAME_ENTRIES: usize = NAME_RULES as usize / 4;
 /// Names of one firewall that one address is known for. Beyond, the one that is to be forgotten first goes, counted
 /// as [`crate::keys::NameEvent::Displaced`].
 pub const NAMES_PER_ADDRESS: usize = 16;

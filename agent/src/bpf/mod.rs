@@ -1,11 +1,14 @@
 //! The kernel side: programs, maps, links and their pins. The only module that makes `bpf` system calls.
 
 pub mod attach;
+mod batch;
+mod firewalls;
 pub mod guard;
 pub mod maps;
 pub mod names;
 mod object;
 pub mod sweep;
+mod words;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -213,6 +216,11 @@ impl Datapath {
     pub fn names(&mut self) -> Result<names::Names, Error> {
         let dir = self.maps.dir().to_path_buf();
         names::Names::open(self.programs.object(), &dir)
+    }
+
+    /// Removes versions of firewalls that were in force a while ago. Called now and then.
+    pub fn retire(&mut self) -> Result<(), Error> {
+        self.maps.retire()
     }
 
     /// Removes flows that are past their time or whose pod, policy or address is gone.
