@@ -21,6 +21,7 @@ use crate::image::MapImage;
 use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
+use crate::names::resolv_conf::ResolvConf;
 use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
 use crate::status::rfc3339;
 use crate::watch::{Problem, Source, Write};
@@ -54,6 +55,19 @@ pub trait Kernel {
     /// through to it. An error is a text, and is tried again.
     fn settle(&mut self, image: &MapImage, facts: &Facts) -> impl Future<Output = Result<(), String>>;
 
+    /// Learns the names of an image that is in force: from these resolvers of pods, and these nameservers of the node.
+    fn learn(&mut self, _image: &MapImage, _resolvers: &BTreeSet<IpAddr>, _nameservers: &[IpAddr]) {}
+
+    /// Whether what names say may have changed since this was last asked.
+    fn has_news(&mut self) -> bool {
+        false
+    }
+
+    /// What names say: those that do not exist, or cannot be looked up.
+    fn problems(&self) -> BTreeSet<Problem> {
+        BTreeSet::new()
+    }
+
     /// Removes what firewalls had in force before, once nobody can be using it any more. Called at every tick.
     fn retire(&mut self) -> Result<(), Self::Error>;
 
@@ -76,6 +90,8 @@ pub struct Agent<S, K> {
     source: S,
     kernel: K,
     facts: Receiver<Facts>,
+    /// The node's resolv.conf, which pods may have been given.
+    resolv_conf: ResolvConf,
     state: Rc<RefCell<metrics::State>>,
     ids: Ids,
     /// What was last applied, and with which facts.
@@ -114,6 +130,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         source: S,
         kernel: K,
         facts: Receiver<Facts>,
+        resolv_conf: ResolvConf,
         state: Rc<RefCell<metrics::State>>,
     ) -> Self {
         let ids = Ids::recover(kernel.recovered());
@@ -124,6 +141,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             source,
             kernel,
             facts,
+            resolv_conf,
             state,
             ids,
             applied: None,
@@ -161,9 +179,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 }
                 _ = tick.tick() => {
                     self.retire();
-                    self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now())
+                    self.lead() || self.kernel.has_news() || self.retry_at.is_some_and(|at| at <= Instant::now())
                 }
-                _ = sweep.tick() => { self.sweep(); false }
+                _ = sweep.tick() => { self.sweep(); self.resolv_conf.reread() }
             };
             if work {
                 self.reconcile().await;
@@ -203,6 +221,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut desired = self.desired();
         // Objects and interfaces are told of apart: a new pod must not be found behind what was an earlier one's.
         facts.forget_gone(|index| self.kernel.has_interface(index));
+        facts.nameservers = self.resolv_conf.nameservers().to_vec();
         if self.publish(&desired, &facts).await {
             desired = self.desired();
         }
@@ -218,7 +237,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         self.apply(&desired, &compiled, &facts).await;
         // The holder confirms what its kernel has; other nodes wait for it.
         self.publish(&desired, &facts).await;
-        if !self.failures.is_empty() {
+        if !self.failures.is_empty() || compiled.waits {
             self.retry_at = Some(Instant::now() + RETRY);
         }
         self.report(&desired, &compiled);
@@ -292,6 +311,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         match self.kernel.apply(&compiled.image, facts) {
             Ok(unattached) => {
                 self.applied = Some((compiled.image.clone(), facts.clone()));
+                self.kernel.learn(&compiled.image, &desired.config.resolvers, &facts.nameservers);
                 if let Err(message) = self.kernel.settle(&compiled.image, facts).await {
                     self.applied = None;
                     self.failures.insert(Problem::new("this node's proxy neighbours", message));
@@ -354,6 +374,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .iter()
             .chain(&desired.problems)
             .chain(&compiled.problems)
+            .chain(&self.kernel.problems())
             .chain(&self.failures)
             .chain(&self.notes)
             .chain(&self.lead_error)
@@ -438,7 +459,8 @@ fn still_loaded(
 }
 
 /// 64 random bits.
-fn random() -> u64 {
+#[must_use]
+pub fn random() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
     // The standard library takes its keys from the kernel's random numbers, once a thread, and counts on.
     RandomState::new().hash_one(SystemTime::now())
@@ -697,7 +719,9 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             let state = Rc::default();
             let identity = Identity { node: name.into(), boot_id: "boot".into() };
             let source = DirSource::open(&self.dir).unwrap();
-            let mut agent = Agent::new(identity, source, kernel.clone(), facts, Rc::clone(&state));
+            let resolv_conf = ResolvConf::open(&self.dir.join("resolv.conf"));
+            let mut agent =
+                Agent::new(identity, source, kernel.clone(), facts, resolv_conf, Rc::clone(&state));
             let task = spawn_local(async move { agent.run().await.unwrap() });
             self.nodes.push(Node { name, kernel, state, facts: sender, task });
         }

@@ -85,6 +85,10 @@ pub struct AgentArgs {
     /// runs [default: kubepods.slice or kubepods, if there is one]
     #[arg(long, env = "OUTGATE_POD_CGROUP", value_name = "PATH")]
     pub pod_cgroup: Option<PathBuf>,
+    /// The resolv.conf that the node's pods may have been given: names of egress firewalls are learnt from answers of
+    /// its nameservers too
+    #[arg(long, env = "OUTGATE_RESOLV_CONF", value_name = "FILE", default_value = "/etc/resolv.conf")]
+    pub resolv_conf: PathBuf,
     /// Serve /metrics, /healthz and /readyz on this address
     #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,
