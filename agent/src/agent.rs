@@ -55,6 +55,19 @@ pub trait Kernel {
     /// through to it. An error is a text, and is tried again.
     fn settle(&mut self, image: &MapImage, facts: &Facts) -> impl Future<Output = Result<(), String>>;
 
+    /// Learns the names of an image that is in force: from these resolvers of pods, and these nameservers of the node.
+    fn learn(&mut self, _image: &MapImage, _resolvers: &BTreeSet<IpAddr>, _nameservers: &[IpAddr]) {}
+
+    /// Whether what names say may have changed since this was last asked.
+    fn has_news(&mut self) -> bool {
+        false
+    }
+
+    /// What names say: those that do not exist, or cannot be looked up.
+    fn problems(&self) -> BTreeSet<Problem> {
+        BTreeSet::new()
+    }
+
     /// Removes what firewalls had in force before, once nobody can be using it any more. Called at every tick.
     fn retire(&mut self) -> Result<(), Self::Error>;
 
@@ -166,7 +179,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 }
                 _ = tick.tick() => {
                     self.retire();
-                    self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now())
+                    self.lead() || self.kernel.has_news() || self.retry_at.is_some_and(|at| at <= Instant::now())
                 }
                 _ = sweep.tick() => { self.sweep(); self.resolv_conf.reread() }
             };
@@ -298,6 +311,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         match self.kernel.apply(&compiled.image, facts) {
             Ok(unattached) => {
                 self.applied = Some((compiled.image.clone(), facts.clone()));
+                self.kernel.learn(&compiled.image, &desired.config.resolvers, &facts.nameservers);
                 if let Err(message) = self.kernel.settle(&compiled.image, facts).await {
                     self.applied = None;
                     self.failures.insert(Problem::new("this node's proxy neighbours", message));
@@ -360,6 +374,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .iter()
             .chain(&desired.problems)
             .chain(&compiled.problems)
+            .chain(&self.kernel.problems())
             .chain(&self.failures)
             .chain(&self.notes)
             .chain(&self.lead_error)
@@ -444,7 +459,8 @@ fn still_loaded(
 }
 
 /// 64 random bits.
-fn random() -> u64 {
+#[must_use]
+pub fn random() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
     // The standard library takes its keys from the kernel's random numbers, once a thread, and counts on.
     RandomState::new().hash_one(SystemTime::now())

@@ -6,12 +6,12 @@ use crate::departure::{Departure, Route, depart};
 use crate::dns::Reader;
 use crate::dns_build::{A, Message, QUESTION, labels, name};
 use crate::from_pod::flow_key;
-use crate::keys::{Asked, AskedKey, FlowPath, Held, NameKey, Offload, Pod, RESOLVER, Settings};
+use crate::keys::{Asked, AskedKey, FlowPath, Held, NameKey, Offload, Pod, RESOLVER, Ruleset, Settings};
 use crate::limits::HELD_SECONDS;
 use crate::memory::Memory;
 use crate::names::{Holding, Learning, asks, hold, learn};
 use crate::packet::{Kind, Packet};
-use crate::verdict::{FromPod, ToUplink};
+use crate::verdict::{HostStack, FromPod, ToUplink};
 use crate::walk_tests::{POD, POD_IF, SERVER, UPLINK, from_pod, node, packet, to_uplink};
 
 const RESOLVER_OUTSIDE: Ip = SERVER;
@@ -21,6 +21,8 @@ fn with_resolver() -> Memory {
     let mut t = node(1, 1);
     t.pods.insert(POD, Pod { firewall: FIREWALL, ..t.pods[&POD] });
     t.resolvers.insert(RESOLVER_OUTSIDE, RESOLVER);
+    t.firewalls.insert(FIREWALL, 1);
+    t.rulesets.insert(1, Ruleset { firewall: FIREWALL, ..Ruleset::default() });
     t
 }
 
@@ -30,7 +32,7 @@ fn question() -> Packet {
 
 /// Walks up and out; the path of the flow that is made.
 fn path(t: &Memory, packet: &Packet) -> u8 {
-    let FromPod::Identify(token) = from_pod(t, POD_IF, packet) else { panic!("it is not identified") };
+    let FromPod::Identify(token, _) = from_pod(t, POD_IF, packet) else { panic!("it is not identified") };
     let ToUplink::Translate(_) = to_uplink(t, UPLINK, POD_IF, token, packet) else {
         panic!("it is not let out")
     };
@@ -61,7 +63,7 @@ fn a_flow_that_was_offloaded_before_the_pod_had_a_firewall_is_no_longer() {
     assert_eq!(path(&t, &question()), FlowPath::Offloaded as u8);
     assert!(matches!(from_pod(&t, POD_IF, &question()), FromPod::Translate(_)));
     t.pods.insert(POD, firewalled);
-    let FromPod::Identify(token) = from_pod(&t, POD_IF, &question()) else { panic!("it stays offloaded") };
+    let FromPod::Identify(token, _) = from_pod(&t, POD_IF, &question()) else { panic!("it stays offloaded") };
     let _ = to_uplink(&t, UPLINK, POD_IF, token, &question());
     assert!(t.flows.borrow().contains_key(&flow_key(firewalled.id, &question().tuple, FlowPath::Host)));
 }
@@ -70,9 +72,9 @@ fn a_flow_that_was_offloaded_before_the_pod_had_a_firewall_is_no_longer() {
 fn a_question_does_not_depart_past_the_hosts_stack() {
     let t = with_resolver();
     let always = Settings { offload: Offload::Always as u8, uplink: UPLINK, ..t.settings };
-    assert_eq!(depart(&t, &always, &question(), Route::By(UPLINK)), Departure::Up);
+    assert_eq!(depart(&t, &always, &question(), HostStack::Preferred, Route::By(UPLINK)), Departure::Up);
     let other = packet(Kind::Udp, (POD, 40000), (RESOLVER_OUTSIDE, 54), 0);
-    assert_eq!(depart(&t, &always, &other, Route::By(UPLINK)), Departure::Direct(UPLINK));
+    assert_eq!(depart(&t, &always, &other, HostStack::Usual, Route::By(UPLINK)), Departure::Direct(UPLINK));
 }
 
 #[test]

@@ -486,7 +486,9 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
     program.try_into().expect("a classifier")
 }
 
-fn object_path() -> PathBuf {
+/// The eBPF object under test.
+#[must_use]
+pub fn object_path() -> PathBuf {
     std::env::var_os("OUTGATE_BPF_OBJECT").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/outgate.o"),
         PathBuf::from,

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -12,7 +13,7 @@ use datapath::keys::{IfIndex, PodId};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use crate::agent::{Agent, Identity, Kernel};
+use crate::agent::{Agent, Identity, Kernel, random};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
@@ -21,9 +22,11 @@ use crate::conflict::Conflicts;
 use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
 use crate::image::MapImage;
+use crate::names::Names;
 use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;
 use crate::notrack::Notrack;
+use crate::watch::Problem;
 use crate::watch::dir::DirSource;
 use crate::{metrics, watch};
 
@@ -47,6 +50,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let door = datapath.names()?;
     let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
     let guarded = cgroup.as_ref().map_or(Ok(()), |cgroup| datapath.guard(cgroup));
     if args.pod_cgroup.is_some() {
@@ -78,6 +82,10 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let names = bpf::maps::LearntNames::open(&bpf::pin_dir(&args.bpffs.bpffs))?;
     let conntrack = Conntrack::new(datapath.recovered(), Box::new(names));
     let ruled = conntrack::ruled(datapath.recovered());
+    let resolv_conf = ResolvConf::open(&args.resolv_conf);
+    // What is in force is learnt from the first moment on, not from the first change.
+    let lookups = Names::start(door, random());
+    lookups.update(datapath.recovered(), &BTreeSet::new(), resolv_conf.nameservers());
     let kernel = NodeKernel {
         datapath,
         announcer: Announcer::default(),
@@ -85,8 +93,8 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         ruled,
         notrack: Notrack::default(),
         conflicts,
+        lookups,
     };
-    let resolv_conf = ResolvConf::open(&args.resolv_conf);
     let identity = Identity { node: args.node, boot_id: boot_id()? };
     let mut agent = Agent::new(identity, source, kernel, facts, resolv_conf, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
@@ -115,6 +123,7 @@ struct NodeKernel {
     ruled: conntrack::Ruled,
     notrack: Notrack,
     conflicts: Conflicts,
+    lookups: Names,
 }
 
 impl Kernel for NodeKernel {
@@ -160,6 +169,18 @@ impl Kernel for NodeKernel {
         self.announcer.announce(image, facts);
         self.conflicts.update(image);
         Ok(unattached)
+    }
+
+    fn learn(&mut self, image: &MapImage, resolvers: &BTreeSet<IpAddr>, nameservers: &[IpAddr]) {
+        self.lookups.update(image, resolvers, nameservers);
+    }
+
+    fn has_news(&mut self) -> bool {
+        self.lookups.take_news()
+    }
+
+    fn problems(&self) -> BTreeSet<Problem> {
+        self.lookups.problems()
     }
 
     async fn settle(&mut self, image: &MapImage, facts: &Facts) -> Result<(), String> {
