@@ -23,7 +23,7 @@ use crate::image::MapImage;
 /// A type of `datapath` as it is copied to and from the kernel.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
-struct Plain<T>(T);
+pub(super) struct Plain<T>(pub(super) T);
 
 // SAFETY: `keys::MapData` promises plain bytes without unnamed padding, of which every pattern is a value.
 #[expect(unsafe_code, reason = "aya's marker for types that may be copied to and from the kernel")]

@@ -1,6 +1,7 @@
 //! The kernel side: programs, maps, links and their pins. The only module that makes `bpf` system calls.
 
 pub mod attach;
+pub mod firewall_counts;
 pub mod guard;
 pub mod maps;
 mod object;

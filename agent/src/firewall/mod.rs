@@ -1,6 +1,8 @@
 //! Egress firewalls: rules as they are written, checked, and compiled to what the programs look up.
 
+pub mod audit;
 pub mod check;
+pub mod show;
 
 use std::collections::BTreeMap;
 use std::fmt;
