@@ -211,7 +211,6 @@ struct Place {
 }
 
 /// Some entries, and whether there may be more.
-#[expect(clippy::type_complexity, reason = "keys, values and a flag")]
 fn some<K: keys::MapData, V: keys::MapData>(
     map: BorrowedFd<'_>,
     place: &mut Place,
@@ -219,8 +218,8 @@ fn some<K: keys::MapData, V: keys::MapData>(
     /// `bpf_attr.batch` (include/uapi/linux/bpf.h).
     #[repr(C)]
     struct Batch {
-        in_batch: u64,
-        out_batch: u64,
+        from: u64,
+        to: u64,
         keys: u64,
         values: u64,
         count: u32,
@@ -233,12 +232,12 @@ fn some<K: keys::MapData, V: keys::MapData>(
     let mut values: Vec<V> = Vec::with_capacity(AT_ONCE);
     let bucket = place.bucket.as_mut_ptr();
     let mut batch = Batch {
-        in_batch: if place.begun { bucket.expose_provenance() as u64 } else { 0 },
-        out_batch: bucket.expose_provenance() as u64,
+        from: if place.begun { bucket.expose_provenance() as u64 } else { 0 },
+        to: bucket.expose_provenance() as u64,
         keys: keys.as_mut_ptr().expose_provenance() as u64,
         values: values.as_mut_ptr().expose_provenance() as u64,
         count: AT_ONCE as u32,
-        map: map.as_raw_fd() as u32,
+        map: map.as_raw_fd().cast_unsigned(),
         element_flags: 0,
         flags: 0,
     };

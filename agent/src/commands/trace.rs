@@ -113,37 +113,8 @@ fn walk(
         .find(|(ip, p)| ids.contains(&p.id) && ip.is_v4() == to.is_v4())
         .map(|(ip, _)| *ip)
         .with_context(|| format!("pod {pod} has no address of the family of {}", destination.ip()))?;
-    let (kind, number, ports) = match protocol {
-        Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, destination.port())),
-        Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, destination.port())),
-        Protocol::Sctp => (Kind::Sctp, packet::SCTP, (SOURCE_PORT, destination.port())),
-        Protocol::Icmp => {
-            let number = if to.is_v4() { packet::ICMP } else { packet::ICMPV6 };
-            (Kind::EchoRequest, number, (SOURCE_PORT, 0))
-        }
-    };
-    let tuple = Tuple {
-        source: ip,
-        destination: to,
-        source_port: ports.0,
-        destination_port: ports.1,
-        protocol: number,
-        pad: [0; 3],
-    };
-    let tcp_flags = if matches!(kind, Kind::Tcp | Kind::Sctp) { packet::SYN } else { 0 };
-    let packet = Packet {
-        tuple,
-        len: 60,
-        wire_len: 60,
-        fragment_id: 0,
-        kind,
-        tcp_flags,
-        ttl: 64,
-        part: Part::Whole,
-        options: false,
-        dont_fragment: true,
-        by_router: false,
-    };
+    let packet = first_packet(ip, &destination, protocol);
+    let tuple = packet.tuple;
     let mut walk = Walk {
         pod: pod.to_owned(),
         source: IpAddr::from(ip).to_string(),
@@ -225,6 +196,42 @@ fn walk(
         }
     }
     Ok(walk)
+}
+
+/// The first packet of a connection, at its smallest.
+fn first_packet(source: Ip, to: &SocketAddr, protocol: Protocol) -> Packet {
+    let destination = Ip::from(to.ip());
+    let (kind, number, ports) = match protocol {
+        Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, to.port())),
+        Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, to.port())),
+        Protocol::Sctp => (Kind::Sctp, packet::SCTP, (SOURCE_PORT, to.port())),
+        Protocol::Icmp => {
+            let number = if destination.is_v4() { packet::ICMP } else { packet::ICMPV6 };
+            (Kind::EchoRequest, number, (SOURCE_PORT, 0))
+        }
+    };
+    let tuple = Tuple {
+        source,
+        destination,
+        source_port: ports.0,
+        destination_port: ports.1,
+        protocol: number,
+        pad: [0; 3],
+    };
+    let tcp_flags = if matches!(kind, Kind::Tcp | Kind::Sctp) { packet::SYN } else { 0 };
+    Packet {
+        tuple,
+        len: 60,
+        wire_len: 60,
+        fragment_id: 0,
+        kind,
+        tcp_flags,
+        ttl: 64,
+        part: Part::Whole,
+        options: false,
+        dont_fragment: true,
+        by_router: false,
+    }
 }
 
 /// Any port from the range that clients use.
