@@ -2,7 +2,12 @@
 
 pub mod audit;
 pub mod check;
+pub mod compile;
+pub mod naive;
+mod places;
+mod ports;
 pub mod show;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,6 +15,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+
+pub use compile::TooMuch;
 
 use crate::objects::AppliedFirewall;
 
@@ -36,6 +43,17 @@ pub struct Rule {
     pub to: Destination,
     /// Protocols and ports; empty: all of every protocol.
     pub ports: Vec<Ports>,
+}
+
+impl Rule {
+    /// The name that it is for.
+    #[must_use]
+    pub const fn name(&self) -> Option<&Name> {
+        match &self.to {
+            Destination::Name(name) => Some(name),
+            Destination::Network(_) | Destination::Nodes(_) => None,
+        }
+    }
 }
 
 /// What a rule is for.
