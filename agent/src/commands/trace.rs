@@ -10,7 +10,7 @@ use datapath::conntrack::Ticks;
 use datapath::firewall::{is_dns_port, is_for};
 use datapath::from_pod::from_pod;
 use datapath::keys::{
-    FirewallId, InterfaceKind, Learnt, LearntKey, NameKey, NetworkKind, Pod, RESOLVER_ON_NODE, Tuple,
+    FirewallId, InterfaceKind, Learnt, LearntKey, NetworkKind, Pod, RESOLVER_ON_NODE, Tuple,
 };
 use datapath::limits::{FLOWS, NODE_PORTS};
 use datapath::memory::Memory;
@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use crate::bpf::{self, firewall_counts, maps};
 use crate::cli::{Protocol, TraceArgs};
-use crate::firewall::show;
+use crate::firewall::{Name, show};
 use crate::image::MapImage;
 use crate::print;
 
@@ -306,7 +306,7 @@ fn decision(
     }
     let judgement = tables.judge(tables.ruleset_of(firewall), tuple);
     let name = image.names.iter().find(|(_, id)| judgement.name != 0 && **id == judgement.name);
-    let name = name.map(|(key, _)| name_of(key));
+    let name = name.map(|(key, _)| Name::of_key(key).to_string());
     let rule = show::place(judgement.rule);
     let to_resolver = tables.resolver(&tuple.destination) & RESOLVER_ON_NODE != 0;
     let says = match (&rule, judgement.allows()) {
@@ -323,19 +323,6 @@ fn decision(
         (None, true) => format!("EgressFirewall {namespace}/default has no rule for it: allowed"),
     };
     Some(Decision { namespace: namespace.to_owned(), allowed: judgement.allows(), rule, name, says })
-}
-
-/// A name, from its form on the wire (RFC 1035, 3.1).
-fn name_of(key: &NameKey) -> String {
-    let mut labels = if key.wildcard == 0 { Vec::new() } else { vec!["*".to_owned()] };
-    let mut rest = key.name.as_slice();
-    while let Some((length @ 1.., after)) = rest.split_first()
-        && let Some((label, after)) = after.split_at_checked(usize::from(*length))
-    {
-        labels.push(String::from_utf8_lossy(label).into_owned());
-        rest = after;
-    }
-    labels.join(".")
 }
 
 /// What an address inside the cluster is.
@@ -520,9 +507,8 @@ mod tests {
         };
         image.firewalls.insert(4, 7);
         image.rulesets.insert(7, Arc::new(rules));
-        let mut name = [0; 256];
-        name[..13].copy_from_slice(b"\x07example\x04test");
-        image.names.insert(NameKey { firewall: 4, wildcard: 1, name }, 9);
+        let name = Name { wildcard: true, name: "example.test".into() };
+        image.names.insert(name.key(4), 9);
         image.resolvers.insert(Ip::v4([192, 0, 2, 11]), RESOLVER_ON_NODE);
         let own = NetworkKey { prefix_len: 128, ip: Ip::v4([192, 0, 2, 11]) };
         image.networks.insert(own, Network { kind: NetworkKind::OwnNode as u32 });

@@ -122,6 +122,21 @@ pub fn report(states: &BTreeMap<String, FirewallState>) -> Vec<AppliedFirewall> 
     states.iter().map(of).collect()
 }
 
+/// What a node has said about its firewalls: [`report`], the other way round.
+#[must_use]
+pub fn reported(firewalls: &[AppliedFirewall]) -> BTreeMap<String, FirewallState> {
+    let of = |f: &AppliedFirewall| {
+        let state = FirewallState {
+            uid: f.uid.clone(),
+            version: u64::from_str_radix(&f.version, 16).unwrap_or(0),
+            error: Some(f.message.clone()).filter(|message| !message.is_empty()),
+            kept: f.kept,
+        };
+        (f.namespace.clone(), state)
+    };
+    firewalls.iter().map(of).collect()
+}
+
 /// [`Firewall::version`] as objects have it: text, for not every reader of JSON has 64-bit numbers.
 #[must_use]
 pub fn version_text(version: u64) -> String {
