@@ -15,7 +15,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::compile::{Compiled, compile};
 use crate::facts::Facts;
-use crate::firewall::{self, FirewallState};
+use crate::firewall::{self, FirewallState, audit};
 use crate::ids::Ids;
 use crate::image::MapImage;
 use crate::leader::{Surroundings, plan};
@@ -135,6 +135,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
     ) -> Self {
         let ids = Ids::recover(kernel.recovered());
         let loaded = still_loaded(&identity, source.objects(), kernel.recovered());
+        let firewalls = still_in_force(&identity, source.objects(), kernel.recovered());
         state.borrow_mut().not_ready = Some("nothing is applied yet".to_owned());
         Self {
             identity,
@@ -146,7 +147,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             ids,
             applied: None,
             loaded,
-            firewalls: BTreeMap::new(),
+            firewalls,
             leading: false,
             tunnel_port: None,
             retry_at: None,
@@ -306,6 +307,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             }
         }
         if self.applied.as_ref().is_some_and(|(i, f)| *i == compiled.image && f == facts) {
+            // An object that was refused, or whose rules come to the same, changes no map; what is said of it does.
+            self.firewalls.clone_from(&compiled.firewalls);
             return;
         }
         match self.kernel.apply(&compiled.image, facts) {
@@ -430,6 +433,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         state.pods = pods.len();
         state.pods_selected = pods.values().flatten().count();
         state.nodes = image.nodes.len();
+        state.rules = audit::rules_in_force(image, desired, &self.firewalls);
         state.ports_leased =
             image.leases.values().map(|l| u64::from(l.granules) * u64::from(GRANULE_PORTS)).sum();
         self.said = Said { problems, pods, held, waiting: self.said.waiting };
@@ -456,6 +460,21 @@ fn still_loaded(
             id.is_some_and(|id| kernel.granules.contains_key(id))
         })
         .collect()
+}
+
+/// What the agent before this one said of firewalls, if the kernel still has any: until this one has looked at
+/// them, no status is to change for a restart.
+fn still_in_force(
+    identity: &Identity,
+    objects: &crate::objects::Objects,
+    kernel: &MapImage,
+) -> BTreeMap<String, FirewallState> {
+    match objects.egress_nodes.get(&identity.node) {
+        Some(own) if own.status.boot_id == identity.boot_id && !kernel.firewalls.is_empty() => {
+            firewall::reported(&own.status.firewalls)
+        }
+        _ => BTreeMap::new(),
+    }
 }
 
 /// 64 random bits.
@@ -866,6 +885,56 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             w.start(gone.name, kernel);
             w.eventually("a restart", |w| w.get(gone.name).state.borrow().not_ready.is_none()).await;
             assert_eq!(*w.get(gone.name).kernel.history.borrow(), [before], "one image, the same");
+        });
+    }
+
+    #[test]
+    fn a_firewalls_status_follows_its_object_and_not_only_the_maps() {
+        in_a_world(async || {
+            let mut w = World::usual("firewall");
+            let firewall = |w: &World, rules: &str| {
+                let head = "apiVersion: k8s.ovn.org/v1\nkind: EgressFirewall\nmetadata: {name: default, namespace: shop}";
+                w.put("firewall.yaml", &format!("{head}\nspec: {{egress: [{rules}]}}\n"));
+            };
+            firewall(&w, "{type: Deny, to: {cidrSelector: 0.0.0.0/0}}");
+            w.start("a", Memory::default());
+            let status = |w: &World| {
+                fs::read_to_string(w.dir.join(".outgate/status/egressfirewalls/shop.yaml"))
+                    .unwrap_or_default()
+            };
+            let applied = |w: &World| status(w).contains("status: EgressFirewall Rules applied");
+            w.eventually("a firewall", applied).await;
+            let rules = |w: &World| {
+                w.get("a").state.borrow().rules.values().map(|r| r[0].to_string()).collect::<Vec<_>>()
+            };
+            assert_eq!(rules(&w), ["Deny 0.0.0.0/0"], "for the audit log");
+            let image = w.get("a").image();
+            // A slip changes no map.
+            firewall(&w, "{type: Deny, to: {cidrSelector: 10.0.0.1}}");
+            w.eventually("a refusal", |w| {
+                status(w).contains("stays in force")
+                    && status(w).contains("not correctly applied: spec.egress[0].to")
+            })
+            .await;
+            assert_eq!(w.get("a").image(), image);
+            assert_eq!(rules(&w), Vec::<String>::new(), "those in force are not the object's");
+            // Nor do host bits, which are cut off.
+            firewall(&w, "{type: Deny, to: {cidrSelector: 10.0.0.1/0}}");
+            w.eventually("a version with the same rules", applied).await;
+            assert_eq!(w.get("a").image(), image);
+            // Nor does a restart.
+            let before = status(&w);
+            let mut gone = w.nodes.pop().unwrap();
+            gone.task.abort();
+            assert!((&mut gone.task).await.is_err(), "cancelled");
+            w.start("a", Memory { image, ..Memory::default() });
+            w.eventually("a restart", |w| {
+                assert_eq!(status(w), before);
+                w.get("a").state.borrow().not_ready.is_none()
+            })
+            .await;
+            fs::remove_file(w.dir.join("firewall.yaml")).unwrap();
+            w.eventually("its end", |w| status(w).is_empty()).await;
         });
     }
 

@@ -2,6 +2,7 @@
 
 pub mod attach;
 mod batch;
+pub mod firewall_counts;
 mod firewalls;
 pub mod guard;
 pub mod maps;

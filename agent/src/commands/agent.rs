@@ -21,6 +21,7 @@ use crate::compile::proxies;
 use crate::conflict::Conflicts;
 use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
+use crate::firewall::audit;
 use crate::image::MapImage;
 use crate::names::Names;
 use crate::names::resolv_conf::ResolvConf;
@@ -64,9 +65,18 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     if let Some(address) = args.metrics {
         let listener = metrics::listen(address).await.map_err(anyhow::Error::msg)?;
         let dir = bpf::pin_dir(&args.bpffs.bpffs);
-        let drops = Rc::new(move || bpf::maps::drops(&dir).map_err(|e| e.to_string()));
-        tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), drops));
+        let firewalls = bpf::firewall_counts::Reader::new(&dir);
+        let read = move || {
+            Ok(metrics::Counters {
+                drops: bpf::maps::drops(&dir)?,
+                firewalls: firewalls.read()?,
+                names: bpf::firewall_counts::name_events(&dir)?,
+            })
+        };
+        let read = Rc::new(move || read().map_err(|e: bpf::Error| e.to_string()));
+        tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), read));
     }
+    tokio::task::spawn_local(audit::run(bpf::pin_dir(&args.bpffs.bpffs), Rc::clone(&state)));
     info!(
         "outgate {} on node {}, objects from {}",
         env!("CARGO_PKG_VERSION"),
