@@ -62,11 +62,11 @@ pub const RULES: u32 = 524_288;
 /// Entries of `RULES` that one object may need: a quarter, so that one namespace leaves room for others even while its
 /// old version stands beside the new. It is refused whole beyond.
 pub const FIREWALL_ENTRIES: usize = RULES as usize / 4;
-/// Destinations of an object's rules, each address of a selected node counted for each rule: every node of a large
-/// cluster, of both families, for a hundred rules. It is refused whole beyond.
-pub const FIREWALL_TARGETS: usize = 1 << 20;
+/// Destinations of an object's rules, each address of a selected node counted for each rule: 5,000 nodes, Kubernetes'
+/// own limit, with an address of each family, for 26 rules. It is refused whole beyond.
+pub const FIREWALL_TARGETS: usize = 1 << 18;
 /// Destinations and entries that are gone through while an object's ports are compiled: it bounds how long the agent
-/// is busy with one object. It is refused whole beyond.
+/// is busy with one object, to some 30 ms. It is refused whole beyond.
 pub const FIREWALL_STEPS: usize = 1 << 21;
 /// Port classes of one object: what [`crate::keys::PortTable`] has bits for. It is refused whole beyond.
 pub const FIREWALL_CLASSES: usize = 0x7fff;

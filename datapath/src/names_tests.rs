@@ -11,7 +11,7 @@ use crate::limits::HELD_SECONDS;
 use crate::memory::Memory;
 use crate::names::{Holding, Learning, asks, hold, learn};
 use crate::packet::{Kind, Packet};
-use crate::verdict::{HostStack, FromPod, ToUplink};
+use crate::verdict::{FromPod, HostStack, ToUplink};
 use crate::walk_tests::{POD, POD_IF, SERVER, UPLINK, from_pod, node, packet, to_uplink};
 
 const RESOLVER_OUTSIDE: Ip = SERVER;

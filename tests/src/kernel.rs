@@ -31,6 +31,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use rustix::time::{ClockId, clock_gettime};
 
 mod bench;
+mod firewall;
 mod names;
 mod routes;
 mod table;
