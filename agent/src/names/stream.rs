@@ -301,8 +301,7 @@ mod tests {
         }
 
         fn begin(&mut self, port: u16, seq: u32) {
-            let taken =
-                self.streams.take(&Segment { held: held(port, seq), ..Segment::default() }, &[], self.now);
+            let taken = self.streams.take(&syn(held(port, seq)), &[], self.now);
             assert_eq!(taken, Taken::default());
         }
 
