@@ -259,7 +259,7 @@ impl Tables for Memory {
     fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
         let mut learnt = self.learnt.borrow_mut();
         let learnt = learnt.entry(*key).or_default();
-        match place_of(learnt, name, self.now.get()) {
+        match place_of(self, learnt, name, self.now.get()) {
             Place::There(i) if !lives_longer(learnt.names[i], until) => {}
             Place::There(i) | Place::Free(i) | Place::Others(i) => learnt.names[i] = word(name, until),
         }

@@ -6,7 +6,7 @@ use crate::firewall::is_dns_port;
 use crate::keys::{
     Asked, AskedKey, FirewallId, Held, IfIndex, Learnt, LearntKey, NameId, Pod, Ruleset, Tuple,
 };
-use crate::limits::{ASKED_SECONDS, HELD_SECONDS, NAME_GRACE_SECONDS, NAME_TTL_SECONDS};
+use crate::limits::{ASKED_SECONDS, HELD_SECONDS, NAME_GRACE_SECONDS, NAME_TTL_SECONDS, NAMES_PER_ADDRESS};
 use crate::packet::{Kind, Packet, Part};
 use crate::tables::Tables;
 
@@ -43,32 +43,35 @@ pub enum Place {
     Others(usize),
 }
 
-/// Chooses.
+/// Chooses. The best place is the one whose rank is the least: the name's own, one that is free, then others' by the time
+/// that they have left.
 #[inline(always)]
 #[must_use]
-pub fn place_of(learnt: &Learnt, name: NameId, now: Ticks) -> Place {
-    let mut free = None;
-    let (mut oldest, mut least) = (0, u32::MAX);
-    let mut i = 0;
-    while i < learnt.names.len() {
+pub fn place_of<T: Tables>(t: &T, learnt: &Learnt, name: NameId, now: Ticks) -> Place {
+    const THERE: u64 = 0;
+    const FREE: u64 = 1;
+    let (mut place, mut least) = (0, u64::MAX);
+    t.repeat(NAMES_PER_ADDRESS as u32, |i| {
+        // The mask is for the verifier, which does not know what `repeat` counts to.
+        let i = i as usize & (NAMES_PER_ADDRESS - 1);
         let word = learnt.names[i];
         let (held, until) = ((word >> 32) as NameId, word as Ticks);
-        if held == name {
-            return Place::There(i);
+        let rank = if held == name {
+            THERE
+        } else if held == 0 || older_than(now, until, 0) {
+            FREE
+        } else {
+            u64::from(until.wrapping_sub(now)) + 2
+        };
+        if rank < least {
+            (place, least) = (i, rank);
         }
-        let left = until.wrapping_sub(now);
-        if held == 0 || older_than(now, until, 0) {
-            if free.is_none() {
-                free = Some(i);
-            }
-        } else if left < least {
-            (oldest, least) = (i, left);
-        }
-        i += 1;
-    }
-    match free {
-        Some(i) => Place::Free(i),
-        None => Place::Others(oldest),
+        false
+    });
+    match least {
+        THERE => Place::There(place),
+        FREE => Place::Free(place),
+        _ => Place::Others(place),
     }
 }
 

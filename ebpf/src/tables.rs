@@ -153,9 +153,19 @@ fn remove_flow(key: &FlowKey) {
     }
 }
 
-/// Enters an address for a name. A function of its own: it stands in several places.
+/// Enters an address for a name; exported as the functions above.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn credit(key: &LearntKey, name: NameId, until: Ticks) {
+extern "C" fn enter_address(key: *const LearntKey, name: NameId, until: Ticks) -> u32 {
+    // SAFETY: the verifier checks that it is null or points to a key.
+    if let Some(key) = unsafe { key.as_ref() } {
+        enter(key, name, until);
+    }
+    0
+}
+
+#[inline(always)]
+fn enter(key: &LearntKey, name: NameId, until: Ticks) {
     let now = Maps.now();
     let entry = match maps::LEARNT.get_ptr_mut(key) {
         Some(entry) => entry,
@@ -168,30 +178,27 @@ fn credit(key: &LearntKey, name: NameId, until: Ticks) {
         }
     };
     // Other CPUs may change it: the word is exchanged only if it is still what was decided on.
-    Maps.repeat(CREDIT_TRIES, |_| {
+    for _ in 0..CREDIT_TRIES {
         // SAFETY: valid until the end of the RCU section; words are read one by one.
-        let (i, event) = match place_of(unsafe { &*entry }, name, now) {
+        let (i, event) = match place_of(&Maps, unsafe { &*entry }, name, now) {
             Place::There(i) => (i, NameEvent::Renewed),
             Place::Free(i) => (i, NameEvent::Learnt),
             Place::Others(i) => (i, NameEvent::Displaced),
         };
-        if i >= NAMES_PER_ADDRESS {
-            return true;
-        }
-        // SAFETY: as above, and within the array.
-        let slot = unsafe { (&raw mut (*entry).names).cast::<u64>().add(i) };
+        // SAFETY: as above, and within the array, which the mask tells the verifier.
+        let slot = unsafe { (&raw mut (*entry).names).cast::<u64>().add(i & (NAMES_PER_ADDRESS - 1)) };
         // SAFETY: as above.
         let old = unsafe { slot.read_volatile() };
         if event as u32 == NameEvent::Renewed as u32 && !lives_longer(old, until) {
-            return true;
+            return;
         }
         // SAFETY: as above.
         let done = unsafe { exchange(slot, old, word(name, until)) };
         if done {
             count_name(event);
+            return;
         }
-        done
-    });
+    }
 }
 
 /// Stores a word where still the old one is; says whether it was.
@@ -453,7 +460,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
-        credit(key, name, until);
+        enter_address(key, name, until);
     }
 
     #[inline(always)]
