@@ -8,14 +8,15 @@ use crate::firewall::{Judgement, ask, ask_again, has_ports};
 use crate::fragments::{self, Fate, Place};
 use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
-    EgressId, EgressIp, FlowKey, FlowPath, Guard, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId,
-    RulesetId, Settings, Token, Tuple,
+    EgressIp, FlowKey, FlowPath, Guard, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, RulesetId,
+    Settings, Token, Tuple,
 };
 use crate::limits::{NODE_PORTS, WALK_AGAIN_SECONDS};
 use crate::names;
 use crate::packet::{Kind, Packet, Part, UDP};
 use crate::snat::way_out;
 use crate::tables::{InsertError, Tables};
+use crate::to_uplink::Known;
 use crate::verdict::{Act, DropReason, FromPod, HostStack, Snat, Way};
 
 /// Tries to find an unused token number before the packet is dropped: with a full table of 65,536 tokens one
@@ -103,13 +104,11 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     let too_big =
         translates && (packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max)));
     let in_flows = untranslatable.is_none() && !matches!(packet.kind, Kind::IcmpError | Kind::Malformed);
-    if !too_big
-        && in_flows
-        && let Some((egress, source_port, judged)) =
-            offloaded_flow(t, settings, now, &pod, ruleset, &key, packet)
-        // A flow to a resolver may be offloaded from before the pod had a firewall.
-        && (judged || !translates || !names::by_host(t, pod.firewall, tuple))
-    {
+    let known =
+        if !too_big && in_flows { t.offloaded_flow(&pod, ruleset, &key, packet) } else { Known::NONE };
+    let judged = known.is_current();
+    // A flow to a resolver may be offloaded from before the pod had a firewall.
+    if known.is_some() && (judged || !translates || !names::by_host(t, pod.firewall, tuple)) {
         if !judged {
             let judgement = ask_again(t, ruleset, &key, packet);
             if !judgement.allows() {
@@ -121,7 +120,8 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
             return to.act(FromPod::Pass);
         }
         // An address that left the object makes the flow void, too.
-        if let Some(egress) = t.egress_ip(egress).filter(|e| e.policy == pod.policy) {
+        if let Some(egress) = t.egress_ip(known.egress()).filter(|e| e.policy == pod.policy) {
+            let source_port = known.port();
             match way_out(t, settings, egress, 0) {
                 // The host's stack fragments, or says so to the pod.
                 Ok(Way::Uplink(_)) if packet.larger_than(egress.uplink_mtu) => {}
@@ -220,20 +220,18 @@ fn refuse<A: Act<FromPod>>(settings: &Settings, judgement: Judgement, to: &A) ->
     })
 }
 
-/// The translation of the offloaded flow that a packet belongs to, address and port (0: the firewall has let it go as
-/// it is), and whether the firewall's present version has judged it; `None` if there is none in force, or if it has to
-/// walk the host's stack again.
+/// The offloaded flow that a packet belongs to, if there is one in force and it need not walk the host's stack again.
 #[inline(always)]
-fn offloaded_flow<T: Tables>(
+pub fn offloaded_flow<T: Tables>(
     t: &T,
-    settings: &Settings,
-    now: Ticks,
     pod: &Pod,
     ruleset: RulesetId,
     key: &FlowKey,
     packet: &Packet,
-) -> Option<(EgressId, u16, bool)> {
-    t.flow(key, |flow| {
+) -> Known {
+    let Some(settings) = t.settings() else { return Known::NONE };
+    let now = t.now();
+    let found = t.flow(key, |flow| {
         // A SYN may open a connection anew: the node's netfilter must see it (invariant 4).
         let opens = has_states(key.protocol) && packet.opens();
         let walks = !has_states(key.protocol) && older_than(now, flow.walked, seconds(WALK_AGAIN_SECONDS));
@@ -247,10 +245,11 @@ fn offloaded_flow<T: Tables>(
             || untranslated
             || !pod_speaks(settings, now, flow, pod.policy, packet)
         {
-            return None;
+            return Known::NONE;
         }
-        Some((flow.egress, flow.egress_port, flow.ruleset == ruleset))
-    })?
+        Known::new(flow.egress, flow.egress_port, flow.ruleset == ruleset)
+    });
+    found.unwrap_or(Known::NONE)
 }
 
 /// The translation of the flow that a pod's ICMP error is about, if that is offloaded and the firewall lets it go;

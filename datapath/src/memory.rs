@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
 use crate::firewall::{self, ByAddress, Judgement};
+use crate::from_pod::offloaded_flow;
 use crate::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey,
@@ -16,6 +17,7 @@ use crate::keys::{
 use crate::names::{Place, lives_longer, place_of, word};
 use crate::packet::Packet;
 use crate::tables::{InsertError, Tables};
+use crate::to_uplink::{Known, known_flow};
 
 /// Every table as a `BTreeMap`. Policy tables are plain fields, flow tables change under `&self`.
 #[derive(Clone, Debug, Default)]
@@ -223,6 +225,14 @@ impl Tables for Memory {
 
     fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
         firewall::settle(self, id, key, judgement);
+    }
+
+    fn offloaded_flow(&self, pod: &Pod, ruleset: RulesetId, key: &FlowKey, packet: &Packet) -> Known {
+        offloaded_flow(self, pod, ruleset, key, packet)
+    }
+
+    fn known_flow(&self, token: &Token, key: &FlowKey, packet: &Packet, translates: bool) -> Known {
+        known_flow(self, token, key, packet, translates)
     }
 
     fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {

@@ -10,6 +10,7 @@ use crate::keys::{
     Ruleset, RulesetId, Settings, Token, Tuple,
 };
 use crate::packet::Packet;
+use crate::to_uplink::Known;
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -72,6 +73,10 @@ pub trait Tables {
     fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32);
     /// [`crate::firewall::settle`], for the same reason.
     fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement);
+    /// [`crate::from_pod::offloaded_flow`], likewise.
+    fn offloaded_flow(&self, pod: &Pod, ruleset: RulesetId, key: &FlowKey, packet: &Packet) -> Known;
+    /// [`crate::to_uplink::known_flow`], likewise.
+    fn known_flow(&self, token: &Token, key: &FlowKey, packet: &Packet, translates: bool) -> Known;
     /// [`crate::firewall::let_go`], for the same reason.
     fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement);
     /// Counts what a rule has decided; `rule` as [`crate::keys::Winner::order`].

@@ -135,15 +135,14 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     };
     // An error is judged by the packet that it is about, and is no part of its flow.
     let kept = packet.kind != Kind::IcmpError;
-    let known = if kept { known_flow(t, settings, token, &key, packet, translates) } else { None };
+    let known = if kept { t.known_flow(token, &key, packet, translates) } else { Known::NONE };
     let ruleset = t.ruleset_of(token.firewall);
-    let current = known.is_some_and(|(_, _, judged_by)| judged_by == ruleset);
-    let judgement = if current || (known.is_none() && !ruled) {
+    let judgement = if known.is_current() || (!known.is_some() && !ruled) {
         Judgement::NONE
     } else {
         firewall::ask(t, ruleset, token.pod, packet, kept)
     };
-    if known.is_some() && !current {
+    if known.is_some() && !known.is_current() {
         t.settle(ruleset, &key, judgement);
     }
     if !judgement.allows() {
@@ -156,16 +155,16 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         });
     }
     if !translates {
-        if kept && known.is_none() {
+        if kept && !known.is_some() {
             t.let_go(ruleset, &key, token.policy, packet.len, judgement);
         }
         return to.act(ToUplink::Pass);
     }
-    let found = match known {
-        Some((egress, port, _)) => {
-            t.egress_ip(egress).map(|egress| (egress, port)).ok_or(New::Refused(DropReason::NoFlow))
-        }
-        None => first_packet(t, settings, token, &key, packet, (ruleset, judgement)),
+    let found = if known.is_some() {
+        let egress = t.egress_ip(known.egress()).filter(|egress| egress.policy == token.policy);
+        egress.map(|egress| (egress, known.port())).ok_or(New::Refused(DropReason::NoFlow))
+    } else {
+        first_packet(t, settings, token, &key, packet, (ruleset, judgement))
     };
     let way = match found {
         Ok((egress, port)) => {
@@ -242,36 +241,81 @@ fn first_packet<'t, T: Tables>(
     }
 }
 
-/// The flow this packet belongs to, if there is one and it is in force: its egress address (0: not translated), its
-/// port, and the version that has let it go. These are flows on the host's path and untranslated ones, and packets of
-/// an offloaded flow that were under way when it was made. A dead one is removed, as is a translated one to where
-/// nothing is translated any more, and the reverse.
+/// A flow as [`known_flow`] finds it, in one word: a function of the kernel programs returns nothing larger.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Known(pub u64);
+
+impl Known {
+    /// There is none.
+    pub const NONE: Self = Self(0);
+    const SOME: u64 = 1 << 48;
+    const CURRENT: u64 = 1 << 49;
+
+    #[inline(always)]
+    pub(crate) const fn new(egress: EgressId, port: u16, current: bool) -> Self {
+        let current = if current { Self::CURRENT } else { 0 };
+        Self(egress as u64 | (port as u64) << 32 | Self::SOME | current)
+    }
+
+    /// Whether there is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_some(self) -> bool {
+        self.0 & Self::SOME != 0
+    }
+
+    /// Whether the version of the rules that is in force has let it go.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_current(self) -> bool {
+        self.0 & Self::CURRENT != 0
+    }
+
+    /// Its egress address; 0: it is not translated.
+    #[inline(always)]
+    #[must_use]
+    pub const fn egress(self) -> EgressId {
+        self.0 as u32
+    }
+
+    /// Its port there.
+    #[inline(always)]
+    #[must_use]
+    pub const fn port(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+}
+
+/// The flow this packet belongs to, if there is one and it is in force. These are flows on the host's path and
+/// untranslated ones, and packets of an offloaded flow that were under way when it was made. A dead one is removed, as is a
+/// translated one to where nothing is translated any more, and the reverse.
 #[inline(always)]
-fn known_flow<T: Tables>(
+pub fn known_flow<T: Tables>(
     t: &T,
-    settings: &Settings,
     token: &Token,
     key: &FlowKey,
     packet: &Packet,
     translates: bool,
-) -> Option<(EgressId, u16, RulesetId)> {
+) -> Known {
+    let Some(settings) = t.settings() else { return Known::NONE };
     let now = t.now();
-    let (id, egress_port, ruleset, alive) = t.flow(key, |flow| {
+    let found = t.flow(key, |flow| {
         let alive = (flow.egress != 0) == translates && pod_speaks(settings, now, flow, token.policy, packet);
         if alive {
             flow.walked = now;
         }
         (flow.egress, flow.egress_port, flow.ruleset, alive)
-    })?;
+    });
+    let Some((id, egress_port, ruleset, alive)) = found else { return Known::NONE };
     if alive && (id == 0 || t.egress_ip(id).is_some_and(|egress| egress.policy == token.policy)) {
-        return Some((id, egress_port, ruleset));
+        return Known::new(id, egress_port, ruleset == t.ruleset_of(token.firewall));
     }
     // Forward entry first: while it is there, its reply entry counts as alive.
     t.remove_flow(key);
     if id != 0 {
         t.remove_reply(&reply_key(id, egress_port, key));
     }
-    None
+    Known::NONE
 }
 
 /// Makes a flow: the reply entry, which claims the port, then the forward entry; undone if that fails.

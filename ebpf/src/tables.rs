@@ -18,6 +18,7 @@ use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
 use datapath::names::{Place, lives_longer, place_of, word};
 use datapath::packet::Packet;
 use datapath::tables::{InsertError, Tables};
+use datapath::to_uplink::Known;
 
 use crate::maps;
 
@@ -119,6 +120,40 @@ extern "C" fn let_go(id: RulesetId, key: *const FlowKey, policy: PolicyId, len: 
     let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
     datapath::firewall::let_go(&Maps, id, key, policy, len, Judgement::from_word(judgement));
     0
+}
+
+/// [`datapath::from_pod::offloaded_flow`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn offloaded_flow(
+    pod: *const Pod,
+    id: RulesetId,
+    key: *const FlowKey,
+    packet: *const Packet,
+) -> u64 {
+    // SAFETY: the verifier checks that each is null or points to what it says.
+    let (Some(pod), Some(key), Some(packet)) = (unsafe { (pod.as_ref(), key.as_ref(), packet.as_ref()) })
+    else {
+        return Known::NONE.0;
+    };
+    datapath::from_pod::offloaded_flow(&Maps, pod, id, key, packet).0
+}
+
+/// [`datapath::to_uplink::known_flow`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn known_flow(
+    token: *const Token,
+    key: *const FlowKey,
+    packet: *const Packet,
+    translates: u32,
+) -> u64 {
+    // SAFETY: the verifier checks that each is null or points to what it says.
+    let (Some(token), Some(key), Some(packet)) = (unsafe { (token.as_ref(), key.as_ref(), packet.as_ref()) })
+    else {
+        return Known::NONE.0;
+    };
+    datapath::to_uplink::known_flow(&Maps, token, key, packet, translates != 0).0
 }
 
 /// [`Tables::count_rule`], likewise.
@@ -413,6 +448,16 @@ impl Tables for Maps {
     #[inline(always)]
     fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
         settle(id, &raw const *key, judgement.to_word());
+    }
+
+    #[inline(always)]
+    fn offloaded_flow(&self, pod: &Pod, ruleset: RulesetId, key: &FlowKey, packet: &Packet) -> Known {
+        Known(offloaded_flow(pod, ruleset, key, packet))
+    }
+
+    #[inline(always)]
+    fn known_flow(&self, token: &Token, key: &FlowKey, packet: &Packet, translates: bool) -> Known {
+        Known(known_flow(token, key, packet, u32::from(translates)))
     }
 
     #[inline(always)]

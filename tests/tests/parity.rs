@@ -331,6 +331,24 @@ impl Tables for Replay<'_> {
     fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
         self.memory.settle(id, key, judgement);
     }
+    fn offloaded_flow(
+        &self,
+        pod: &Pod,
+        ruleset: RulesetId,
+        key: &FlowKey,
+        packet: &Packet,
+    ) -> datapath::to_uplink::Known {
+        datapath::from_pod::offloaded_flow(self, pod, ruleset, key, packet)
+    }
+    fn known_flow(
+        &self,
+        token: &Token,
+        key: &FlowKey,
+        packet: &Packet,
+        translates: bool,
+    ) -> datapath::to_uplink::Known {
+        datapath::to_uplink::known_flow(self, token, key, packet, translates)
+    }
     fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
         self.memory.let_go(id, key, policy, len, judgement);
     }
