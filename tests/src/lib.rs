@@ -34,6 +34,7 @@ pub mod firewall;
 pub mod hostile;
 pub mod kernel;
 pub mod lab;
+pub mod lookups;
 pub mod netns;
 pub mod objects;
 pub mod packet;

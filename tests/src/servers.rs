@@ -95,13 +95,20 @@ impl Lab {
         process
     }
 
-    /// The lab's own resolver on port 53 of an address, with what `dns serve --help` calls entries.
+    /// The lab's own resolver on an address and port, with what `dns serve --help` calls entries.
     #[track_caller]
     #[must_use]
-    pub fn resolver_on(&self, netns: &Netns, address: &str, entries: &[&str]) -> Process {
+    pub fn resolver_on<T: AsRef<str>>(
+        &self,
+        netns: &Netns,
+        address: &str,
+        port: u16,
+        entries: &[T],
+    ) -> Process {
         let helper = helper_path("dns");
-        let address = endpoint(address, 53);
-        let words = [&[utf8(&helper), "serve", &address], entries].concat();
+        let address = endpoint(address, port);
+        let entries: Vec<_> = entries.iter().map(AsRef::as_ref).collect();
+        let words = [&[utf8(&helper), "serve", &address], &entries[..]].concat();
         let mut process = netns.spawn("dns", &words, &[]);
         process.wait_stdout("ready", Duration::from_secs(10));
         process

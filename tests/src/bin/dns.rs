@@ -24,7 +24,8 @@ struct Arguments {
 enum Mode {
     /// Answer questions over UDP and TCP. Entries are `NAME TTL KIND VALUE…`:
     /// `A address…` (of either family), `CNAME name`, `SPIN address` (two higher with every answer),
-    /// `MANY address count`, `STRAY name address` (a record that nobody asked for), `SILENT`.
+    /// `MANY address count`, `STRAY name address` (a record that nobody asked for), `SILENT`. Over TCP answers for
+    /// names that begin with `split` come in two segments.
     Serve { address: SocketAddr, entries: Vec<String> },
     /// Ask once; say what came.
     Ask {
@@ -312,7 +313,15 @@ fn serve_stream(zone: &Zone, mut stream: TcpStream) -> io::Result<()> {
     while let Ok(message) = read_framed(&mut stream) {
         let Some(question) = Question::parse(&message) else { break };
         if let Some(answer) = look(zone, &question) {
-            stream.write_all(&framed(&answer.to_bytes(&question, usize::from(u16::MAX))))?;
+            let message = framed(&answer.to_bytes(&question, usize::from(u16::MAX)));
+            let split = question.name.to_ascii_lowercase().starts_with("split");
+            let (first, second) = message.split_at(if split { message.len() / 2 } else { message.len() });
+            stream.write_all(first)?;
+            if split {
+                // Long enough for the first to be on its way alone.
+                thread::sleep(Duration::from_millis(20));
+                stream.write_all(second)?;
+            }
         }
     }
     Ok(())
