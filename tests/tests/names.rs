@@ -2,15 +2,16 @@
 //! cluster says which addresses a name has.
 
 use std::fs;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use datapath::limits::NAME_GRACE_SECONDS;
 use datapath::packet::ACK;
 use lab::dns::{A, Answer, Data, Question, Record};
 use lab::firewall::{Rule, allow, deny};
-use lab::hostile::octets;
+use lab::hostile::{ip_packet, octets};
 use lab::lookups::answered;
-use lab::packet::{tcp, udp};
+use lab::packet::{Built, raw, tcp, udp};
 use lab::servers::ECHO;
 use lab::service::{Front, Masquerade};
 use lab::{Agent, Lab, LabSpec, Netns, Pod, PodSpec, Process, endpoint, eventually_ok};
@@ -71,7 +72,8 @@ impl Cluster {
     /// Rules and, at the end, that nothing else is allowed. They are in force when this returns: while they are not, the
     /// pods are asked to connect to an address that each call denies or allows in turn.
     fn firewall(&self, pods: &[&Pod], rules: &[Rule]) {
-        let marker = format!("198.19.255.{}", self.next_marker());
+        static MARKER: AtomicUsize = AtomicUsize::new(1);
+        let marker = format!("198.19.255.{}", MARKER.fetch_add(1, Ordering::Relaxed));
         let mut all = vec![allow(&format!("{marker}/32"))];
         all.extend(rules.iter().cloned());
         all.extend([deny("0.0.0.0/0"), deny("::/0")]);
@@ -80,12 +82,6 @@ impl Cluster {
             reaches(&pod.netns, &marker, true);
             reaches(&pod.netns, "198.19.254.1", false);
         }
-    }
-
-    fn next_marker(&self) -> usize {
-        use std::sync::atomic::{AtomicUsize, Ordering};
-        static NEXT: AtomicUsize = AtomicUsize::new(1);
-        NEXT.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The cluster's DNS: a pod on `node-b`, behind a service.
@@ -161,7 +157,7 @@ fn never_reaches(pod: &Netns, address: &str) {
     assert_ne!(pod.reach(&[&format!("tcp/{}", endpoint(address, ECHO))]), ["open"], "{address}");
 }
 
-/// The example of OpenShift's documentation, with a real resolver and clients that use it as containers do.
+/// The example of `OpenShift`'s documentation, with a real resolver and clients that use it as containers do.
 #[test]
 fn the_documentations_example_does_what_it_says() {
     let cluster = Cluster::new(LabSpec::default(), "", "");
@@ -367,6 +363,14 @@ fn forged(question: &Question, address: &str) -> Vec<u8> {
     Answer::of(vec![Record { owner: question.name.clone(), ttl: 300, data }]).to_bytes(question, 512)
 }
 
+/// A UDP packet in two fragments, the first of which has no data.
+fn in_two(whole: &Built) -> [Built; 2] {
+    const MORE_FRAGMENTS: u16 = 0x2000;
+    let bytes = ip_packet(whole).split_off(20);
+    let piece = |bytes: &[u8], fragment| raw(whole.source, whole.destination, 17, bytes).fragment(fragment);
+    [piece(&bytes[..8], MORE_FRAGMENTS), piece(&bytes[8..], 1)]
+}
+
 /// Pods of every kind send answers to questions that are under way, with the right number, to the right port.
 #[test]
 fn forged_answers_gain_nothing() {
@@ -427,15 +431,20 @@ fn forged_answers_gain_nothing() {
             let asking = pod.asking(resolver, &question.name, &options);
             let framed = [&u16::try_from(answer.len()).expect("short").to_be_bytes()[..], &answer].concat();
             let as_resolver = (octets(resolver), 53);
+            let whole = udp(as_resolver, victim_end).payload(&answer);
+            let [first, second] = in_two(&whole);
             attacker.send_packets(&[
-                udp(as_resolver, victim_end).payload(&answer),
+                whole.clone(),
+                whole.ip_options(&[1, 1, 1, 0]),
+                first,
+                second,
                 udp((octets(own), 53), victim_end).payload(&answer),
                 tcp(as_resolver, victim_end, ACK).payload(&framed),
                 udp((octets(resolver), 5353), victim_end).payload(&answer),
             ]);
             let came = answered(&asking.wait(Duration::from_secs(5)));
             assert!(came.is_err(), "{resolver}'s answer forged by {}: {came:?}", attacker.name());
-            assert!(spoofed(node) >= before + 3, "of {before}: {:?}", lab.drops(node));
+            assert!(spoofed(node) >= before + 5, "of {before}: {:?}", lab.drops(node));
             never_reaches(pod, &address);
         }
     }

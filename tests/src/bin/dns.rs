@@ -274,8 +274,8 @@ fn look(zone: &Zone, question: &Question) -> Option<Answer> {
             Does::Stray(name, address) => add(name, *address),
             Does::Silent => return None,
             Does::Alias(target) => {
-                records.push(Record { owner, ttl, data: Data::Name(target.clone()) });
-                owner = target.clone();
+                records.push(Record { owner: owner.clone(), ttl, data: Data::Name(target.clone()) });
+                owner.clone_from(target);
                 continue;
             }
         }

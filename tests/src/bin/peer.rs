@@ -331,6 +331,7 @@ fn reach(targets: &[Target], limit: Duration) {
 }
 
 /// `open`, `silent`, `refused`, `unreachable`, `prohibited`; or the error.
+#[expect(clippy::wildcard_enum_match_arm, reason = "any other error shows as it is")]
 fn outcome(target: &Target, limit: Duration) -> String {
     let result = if target.tcp {
         open(target.address, limit).and_then(|(mut reader, _)| exchange(&mut reader))
