@@ -144,6 +144,29 @@ fn order_decides(cni: Cni) {
         assert_eq!(pod.netns.ping("1.2.3.4", 2, "0.01"), 0);
     }
     assert!(lab.drops("node-a").contains_key("FirewallDenied"), "{:?}", lab.drops("node-a"));
+    // Pods that speak from their first moment.
+    nothing_arrives(&lab.other.netns, &[NODE_A, NODE_B], || {
+        let server = endpoint(OTHER, ECHO);
+        let early = (0..6).map(|number| {
+            let spec = PodSpec::new("prod", &format!("early{number}"));
+            lab.run_pod(&lab.nodes[number % 2].name, &spec.early(&["bulk", "spray", &server, "--syn", "9"]))
+        });
+        let early: Vec<_> = early.collect();
+        for pod in &early {
+            expect(&pod.netns, &[(WEB, SILENT)]);
+        }
+    });
+    // A pod of the host's network is the node, which has no firewall.
+    let text = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{namespace: prod, name: host, uid: host}}\n\
+         spec: {{nodeName: node-a, hostNetwork: true}}\n\
+         status: {{phase: Running, podIP: {NODE_A}, podIPs: [{{ip: {NODE_A}}}]}}\n"
+    );
+    lab.objects.write("host.yaml", &text);
+    let late = lab.run_pod("node-a", &PodSpec::new("prod", "late"));
+    expect(&late.netns, &[(WEB, SILENT)]);
+    lab.node("node-a").netns.tcp(&endpoint(WEB, ECHO), 2, 1).expect_all_from(2, NODE_A);
+
     lab.objects.remove_firewall("prod");
     for pod in &pods {
         expect(&pod.netns, &[(WEB, OPEN), (OTHER, OPEN)]);
