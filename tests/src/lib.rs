@@ -38,6 +38,7 @@ pub mod lookups;
 pub mod netns;
 pub mod objects;
 pub mod packet;
+pub mod reach;
 pub mod record;
 pub mod servers;
 pub mod service;
