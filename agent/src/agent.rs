@@ -15,6 +15,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::compile::{Compiled, compile};
 use crate::facts::Facts;
+use crate::firewall::{self, FirewallState};
 use crate::ids::Ids;
 use crate::image::MapImage;
 use crate::leader::{Surroundings, plan};
@@ -53,6 +54,9 @@ pub trait Kernel {
     /// through to it. An error is a text, and is tried again.
     fn settle(&mut self, image: &MapImage, facts: &Facts) -> impl Future<Output = Result<(), String>>;
 
+    /// Removes what firewalls had in force before, once nobody can be using it any more. Called at every tick.
+    fn retire(&mut self) -> Result<(), Self::Error>;
+
     /// Removes dead flows; how many were removed, and how many are left.
     fn sweep(&mut self) -> Result<(usize, usize), Self::Error>;
 }
@@ -78,6 +82,8 @@ pub struct Agent<S, K> {
     applied: Option<(MapImage, Facts)>,
     /// Allocations whose port tables are applied.
     loaded: BTreeMap<IpAddr, (String, u64)>,
+    /// What has come of firewalls in the kernel, by namespace.
+    firewalls: BTreeMap<String, FirewallState>,
     leading: bool,
     tunnel_port: Option<u16>,
     retry_at: Option<Instant>,
@@ -122,6 +128,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             ids,
             applied: None,
             loaded,
+            firewalls: BTreeMap::new(),
             leading: false,
             tunnel_port: None,
             retry_at: None,
@@ -152,7 +159,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                     }
                     true
                 }
-                _ = tick.tick() => self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now()),
+                _ = tick.tick() => {
+                    self.retire();
+                    self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now())
+                }
                 _ = sweep.tick() => { self.sweep(); false }
             };
             if work {
@@ -226,7 +236,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
     /// Writes this node's EgressNode, if it has changed.
     async fn publish(&mut self, desired: &Desired, facts: &Facts) -> bool {
-        let own = egress_node(&self.identity, desired, facts, &self.loaded);
+        let own = egress_node(&self.identity, desired, facts, &self.loaded, &self.firewalls);
         let name = &self.identity.node;
         if self.source.objects().egress_nodes.get(name) == Some(&own) {
             return false;
@@ -243,6 +253,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let now = rfc3339(SystemTime::now());
         let around = Surroundings {
             statuses: self.source.statuses(),
+            firewall_statuses: self.source.firewall_statuses(),
             unreadable: self.source.unreadable_allocations(),
             complete: self.source.complete(),
             now: &now,
@@ -286,6 +297,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                     self.failures.insert(Problem::new("this node's proxy neighbours", message));
                 }
                 self.loaded.clone_from(&compiled.loaded);
+                self.firewalls.clone_from(&compiled.firewalls);
                 self.state.borrow_mut().applies += 1;
                 if let Some(message) = unattached {
                     // The port tables are there all the same: other nodes need not wait.
@@ -315,6 +327,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             self.said.waiting = Some(why);
         }
         self.state.borrow_mut().not_ready = Some(why.to_owned());
+    }
+
+    fn retire(&mut self) {
+        if let Err(error) = self.kernel.retire() {
+            warn!("cannot remove rules of firewalls that are not in force any more: {error}");
+        }
     }
 
     fn sweep(&mut self) {
@@ -433,6 +451,7 @@ pub fn egress_node(
     desired: &Desired,
     facts: &Facts,
     loaded: &BTreeMap<IpAddr, (String, u64)>,
+    firewalls: &BTreeMap<String, FirewallState>,
 ) -> EgressNode {
     let node = desired.nodes.get(&identity.node);
     // An egress IP that somebody has put on an interface is the node's own: the model then refuses it, and
@@ -472,6 +491,7 @@ pub fn egress_node(
                     generation: *generation,
                 })
                 .collect(),
+            firewalls: firewall::report(firewalls),
         },
         ..EgressNode::default()
     }
@@ -544,6 +564,9 @@ mod tests {
             assert_eq!(*image, self.image, "after it is applied");
             *self.settles.borrow_mut() += 1;
             self.unsettled.borrow().clone().map_or(Ok(()), Err)
+        }
+        fn retire(&mut self) -> Result<(), std::io::Error> {
+            Ok(())
         }
         fn sweep(&mut self) -> Result<(usize, usize), std::io::Error> {
             Ok((0, 0))

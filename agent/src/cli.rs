@@ -34,7 +34,7 @@ pub enum Command {
     /// equal to what the objects ask for. When it ends, everything stays in the kernel and traffic goes on:
     /// `outgate cleanup` removes it.
     Agent(AgentArgs),
-    /// Show egress IPs with their owners and ports, and nodes
+    /// Show egress IPs with their owners and ports, egress firewalls with their state, and nodes
     Status(StatusArgs),
     /// Show this node's flows
     Flows(FlowsArgs),

@@ -5,18 +5,22 @@
 //! may hold, and all nodes and networks of the cluster. What exceeds a map's capacity is left out and named,
 //! in a way that drops packets rather than lets them out.
 
+mod firewalls;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::addr::Ip;
 use datapath::keys::{
-    Delivery, DeliveryMode, EgressIp, GranuleTable, Guard, IfIndex, Interface, InterfaceKind, Lease, Network,
-    NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
+    Delivery, DeliveryMode, EgressIp, FirewallId, GranuleTable, Guard, IfIndex, Interface, InterfaceKind,
+    Lease, Network, NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, RESOLVER,
+    RESOLVER_ON_NODE, Settings,
 };
 use datapath::limits;
 use ipnet::IpNet;
 
 use crate::facts::Facts;
+use crate::firewall::FirewallState;
 use crate::ids::{Ids, identity};
 use crate::image::MapImage;
 use crate::model::{self, Desired};
@@ -31,6 +35,8 @@ pub struct Compiled {
     /// Allocations whose whole port table is in it, for the node's EgressNode to confirm once it is applied:
     /// address to the allocation's UID and generation.
     pub loaded: BTreeMap<IpAddr, (String, u64)>,
+    /// What it makes of the firewalls of namespaces that have pods on this node, by namespace.
+    pub firewalls: BTreeMap<String, FirewallState>,
     /// What is left out of it, and why.
     pub problems: BTreeSet<Problem>,
 }
@@ -45,10 +51,13 @@ pub fn compile(desired: &Desired, facts: &Facts, ids: &mut Ids) -> Compiled {
         out: Compiled::default(),
         node_ids: BTreeMap::new(),
         policies: BTreeMap::new(),
+        firewalls: BTreeMap::new(),
     };
     c.nodes();
     c.networks();
+    c.resolvers();
     c.egress_ips();
+    c.firewalls();
     c.pods();
     c.check_pod_networks();
     c.interfaces();
@@ -103,6 +112,8 @@ struct Compiler<'a> {
     node_ids: BTreeMap<String, NodeId>,
     /// EgressIP objects that are in `POLICIES`, by name.
     policies: BTreeMap<String, PolicyId>,
+    /// Places of firewalls, by namespace; none: there was no room for one.
+    firewalls: BTreeMap<String, Option<FirewallId>>,
 }
 
 impl Compiler<'_> {
@@ -175,17 +186,16 @@ impl Compiler<'_> {
         // An egress IP is never taken for a node, or its answers would be. The model refuses such addresses;
         // this is the second lock.
         let egress = self.desired.addresses();
-        let own = self.facts.addresses.iter().copied();
-        let addresses = nodes
-            .flat_map(model::Node::addresses)
-            .chain(own)
-            .filter(|a| !egress.contains_key(a))
-            .map(IpNet::from);
+        let outside = |a: &IpAddr| !egress.contains_key(a);
+        let addresses = nodes.flat_map(model::Node::addresses).filter(outside).map(IpNet::from);
+        // What is on one of its interfaces; an address that the Node has elsewhere is reached by an uplink.
+        let own = self.facts.addresses.iter().copied().filter(outside).map(IpNet::from);
         let all: Vec<_> = pods
             .copied()
             .map(|n| (n, NetworkKind::Pods))
             .chain(config.service_networks.iter().copied().map(|n| (n, NetworkKind::Services)))
             .chain(addresses.map(|n| (n, NetworkKind::Node)))
+            .chain(own.map(|n| (n, NetworkKind::OwnNode)))
             .collect();
         for (network, kind) in all {
             let networks = &mut self.out.image.networks;
@@ -195,6 +205,19 @@ impl Compiler<'_> {
             } else {
                 networks.insert(key, Network { kind: kind as u32 });
             }
+        }
+    }
+
+    /// `RESOLVERS`.
+    fn resolvers(&mut self) {
+        let nodes = self.desired.nodes.values().flat_map(model::Node::addresses);
+        let nodes = nodes.chain(self.facts.addresses.iter().copied());
+        let all: Vec<_> = nodes
+            .map(|ip| (Ip::from(ip), RESOLVER | RESOLVER_ON_NODE))
+            .chain(self.desired.config.resolvers.iter().map(|ip| (Ip::from(*ip), RESOLVER)))
+            .collect();
+        for (ip, what) in all {
+            *self.out.image.resolvers.entry(ip).or_default() |= what;
         }
     }
 
@@ -320,10 +343,17 @@ impl Compiler<'_> {
 
     /// `PODS`, `DELIVERY` and `POD_NAMES`.
     fn pods(&mut self) {
-        // Selected pods first, should there be too many.
+        // Those first that are our business, should there be too many.
         let mut pods: Vec<_> = self.desired.pods.iter().collect();
-        pods.sort_by_key(|(_, p)| p.egress_ip.is_none());
+        pods.sort_by_key(|((n, _), p)| (p.egress_ip.is_none(), !self.firewalls.contains_key(n)));
         for ((namespace, name), pod) in pods {
+            let Some(firewall) = self.firewalls.get(namespace).map_or(Some(0), |place| *place) else {
+                self.problem(
+                    format_args!("Pod {namespace}/{name}"),
+                    "held: its namespace's EgressFirewall is not in force on this node",
+                );
+                continue;
+            };
             let mut policy = 0;
             if let Some(e) = &pod.egress_ip {
                 let Some(id) = self.policies.get(e) else {
@@ -371,10 +401,11 @@ impl Compiler<'_> {
                 }
                 let mtu = self.mtu_of(ifindex);
                 let image = &mut self.out.image;
-                // A selected pod that is held stays with the interface that it had: whatever comes by another is
+                // A pod of ours that is held stays with the interface that it had: whatever comes by another is
                 // taken for spoofed. Others' packets are not looked at so closely: they become unknown again.
-                if policy != 0 || !matches!(place, Place::Held(_)) {
-                    image.pods.insert(key, Pod { id, policy, ifindex, firewall: 0 });
+                let entry = Pod { id, policy, ifindex, firewall };
+                if entry.is_ours() || !matches!(place, Place::Held(_)) {
+                    image.pods.insert(key, entry);
                 }
                 // Also while its interface is not known, for the identity in it.
                 image.delivery.insert(id, Delivery { ip: key, ifindex: device, mode, pad: 0, mtu, identity });
@@ -443,10 +474,10 @@ impl Compiler<'_> {
     /// `INTERFACES`.
     fn interfaces(&mut self) {
         let f = self.facts;
-        // Interfaces and bridges that selected pods speak through.
+        // Interfaces and bridges that pods of ours speak through.
         let mut guarded: BTreeSet<IfIndex> = BTreeSet::new();
         let mut own: BTreeSet<IfIndex> = BTreeSet::new();
-        for (ip, pod) in self.out.image.pods.iter().filter(|(_, p)| p.policy != 0) {
+        for (ip, pod) in self.out.image.pods.iter().filter(|(_, p)| p.is_ours()) {
             guarded.insert(pod.ifindex);
             own.insert(pod.ifindex);
             let ip = IpAddr::from(*ip);
@@ -545,6 +576,9 @@ impl Compiler<'_> {
             next_pod: next.pod,
             next_policy: next.policy,
             next_egress: next.egress,
+            next_ruleset: next.ruleset,
+            next_name: next.name,
+            reject: u8::from(config.reject),
             router_v4: self.router_address(false),
             router_v6: self.router_address(true),
             // The pass token is apply's: it lives as long as the maps do.
@@ -795,9 +829,10 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
         assert_eq!(kind("fd00::/48"), Some(NetworkKind::Pods as u32));
         assert_eq!(kind("10.1.0.0/16"), Some(NetworkKind::Pods as u32));
         assert_eq!(kind("10.96.0.0/12"), Some(NetworkKind::Services as u32));
-        for node in ["192.0.2.5/32", "192.0.2.6/32", "10.2.0.1/32"] {
+        for node in ["192.0.2.6/32", "10.2.0.1/32"] {
             assert_eq!(kind(node), Some(NetworkKind::Node as u32), "{node}");
         }
+        assert_eq!(kind("192.0.2.5/32"), Some(NetworkKind::OwnNode as u32));
         assert_eq!(kind("192.0.2.100/32"), None);
         assert_eq!(network_key(&"10.0.0.0/8".parse().unwrap()).prefix_len, 104);
     }

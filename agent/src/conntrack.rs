@@ -3,17 +3,26 @@
 //!
 //! From then on the programs drop the pod's packets of such a connection, or give them an egress IP; what still
 //! comes back to the node's address finds no translation, so that the node answers it with a reset.
+//!
+//! The same for connections that a firewall's new version denies: what comes back for them finds no way to the pod.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use datapath::addr::Ip;
-use datapath::keys::{Network, NetworkKey, PodId};
+use datapath::conntrack::Ticks;
+use datapath::firewall::{is_for, judge};
+use datapath::keys::{Learnt, LearntKey, Network, NetworkKey, NetworkKind, PodId, Ruleset, RulesetId, Tuple};
+use datapath::limits::NODE_PORTS;
+use datapath::memory::Memory;
+use datapath::packet::{SCTP, TCP, UDP};
+use datapath::tables::Tables as _;
 use tracing::{debug, warn};
 
-use crate::image::MapImage;
+use crate::image::{MapImage, Rules};
 use crate::nfnetlink::{Request, Socket, attribute, put, put_nested};
 
 /// There in each network namespace when conntrack is loaded. Without it there are no entries, and asking for
@@ -37,48 +46,85 @@ const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// `CTA_FILTER_F_CTA_IP_SRC` (`net/netfilter/nf_conntrack_netlink.c`).
 const FILTER_SOURCE: u32 = 1;
 const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
 const CTA_IP_V6_SRC: u16 = 3;
 
 type Networks = BTreeMap<NetworkKey, Network>;
 
-/// What a thread of its own is asked to do: a table of a million entries takes a second to read.
-struct Job {
-    pods: BTreeSet<Ip>,
-    networks: Networks,
+/// What the kernel has learnt of an address' names, and its clock.
+pub trait Names: Send {
+    /// The names of an address.
+    fn learnt(&self, key: &LearntKey) -> Option<Learnt>;
+    /// Time since boot.
+    fn now(&self) -> Ticks;
 }
 
-/// Watches which pods become selected.
+/// What a thread of its own is asked to do: a table of a million entries takes a second to read.
+#[derive(Default)]
+struct Job {
+    networks: Networks,
+    /// Pods that became selected.
+    selected: BTreeSet<Ip>,
+    /// Pods that have come under another version, which it is.
+    ruled: BTreeMap<Ip, RulesetId>,
+    rulesets: BTreeMap<RulesetId, Arc<Rules>>,
+    resolvers: BTreeMap<Ip, u32>,
+}
+
+/// Watches which pods become selected, and which versions of firewalls they come under.
 pub struct Conntrack {
     /// Selected pods whose old entries are gone, or are being removed.
-    done: BTreeMap<Ip, PodId>,
+    selected: BTreeMap<Ip, PodId>,
+    /// The same of pods with a firewall, with its version.
+    ruled: Ruled,
+    names: Option<Box<dyn Names>>,
     jobs: Option<Sender<Job>>,
 }
 
+/// Pods with a firewall, and the version that they are under.
+pub type Ruled = BTreeMap<Ip, (PodId, RulesetId)>;
+
 impl Conntrack {
-    /// Begins with the maps as the agent before this one left them: its selected pods are done.
+    /// Begins with the maps as the agent before this one left them: what is in them is done.
     #[must_use]
-    pub fn new(recovered: &MapImage) -> Self {
-        Self { done: selected(recovered), jobs: None }
+    pub fn new(recovered: &MapImage, names: Box<dyn Names>) -> Self {
+        let (selected, ruled) = (selected(recovered), ruled(recovered));
+        Self { selected, ruled, names: Some(names), jobs: None }
     }
 
-    /// Removes the old entries of pods that the image newly selects. Call it after the image is applied, or new
-    /// packets would make new ones.
+    /// Removes old entries of pods that the image newly selects, and those that it newly denies. Call it after the
+    /// image is applied, or new packets would make new ones.
     pub fn update(&mut self, image: &MapImage) {
-        let selected = selected(image);
-        let pods: BTreeSet<Ip> = newly(&self.done, &selected);
-        self.done = selected;
-        if pods.is_empty() {
+        let (selected, ruled) = (selected(image), ruled(image));
+        let newly_selected = newly(&self.selected, &selected);
+        let newly_ruled = newly(&self.ruled, &ruled);
+        (self.selected, self.ruled) = (selected, ruled);
+        if newly_selected.is_empty() && newly_ruled.is_empty() {
             return;
         }
-        let job = Job { pods, networks: image.networks.clone() };
-        let jobs = self.jobs.get_or_insert_with(|| {
+        let ruled: BTreeMap<_, _> =
+            newly_ruled.iter().filter_map(|ip| Some((*ip, self.ruled.get(ip)?.1))).collect();
+        let ids: BTreeSet<_> = ruled.values().copied().collect();
+        let rulesets = image.rulesets.iter().filter(|(id, _)| ids.contains(id));
+        let job = Job {
+            networks: image.networks.clone(),
+            selected: newly_selected,
+            rulesets: rulesets.map(|(id, rules)| (*id, Arc::clone(rules))).collect(),
+            ruled,
+            resolvers: image.resolvers.clone(),
+        };
+        if let Some(names) = self.names.take() {
             let (sender, receiver) = channel();
-            std::thread::spawn(move || work(&receiver));
-            sender
-        });
-        // The thread ends with its sender only.
-        let _ = jobs.send(job);
+            std::thread::spawn(move || work(&receiver, names.as_ref()));
+            self.jobs = Some(sender);
+        }
+        if let Some(jobs) = &self.jobs {
+            // The thread ends with its sender only.
+            let _ = jobs.send(job);
+        }
     }
 }
 
@@ -86,36 +132,50 @@ fn selected(image: &MapImage) -> BTreeMap<Ip, PodId> {
     image.pods.iter().filter(|(_, pod)| pod.policy != 0).map(|(ip, pod)| (*ip, pod.id)).collect()
 }
 
-/// An id is never given again: the same address with another id is another pod.
-fn newly(done: &BTreeMap<Ip, PodId>, selected: &BTreeMap<Ip, PodId>) -> BTreeSet<Ip> {
-    selected.iter().filter(|(ip, id)| done.get(ip) != Some(id)).map(|(ip, _)| *ip).collect()
+/// The version that each pod with a firewall is under.
+#[must_use]
+pub fn ruled(image: &MapImage) -> Ruled {
+    let of =
+        |(ip, pod): (&Ip, &datapath::keys::Pod)| Some((*ip, (pod.id, *image.firewalls.get(&pod.firewall)?)));
+    image.pods.iter().filter_map(of).collect()
 }
 
-fn work(jobs: &Receiver<Job>) {
+/// An id is never given again: the same address with another id is another pod, or another version.
+fn newly<T: PartialEq>(done: &BTreeMap<Ip, T>, now: &BTreeMap<Ip, T>) -> BTreeSet<Ip> {
+    now.iter().filter(|(ip, id)| done.get(ip) != Some(id)).map(|(ip, _)| *ip).collect()
+}
+
+fn work(jobs: &Receiver<Job>, names: &dyn Names) {
     while let Ok(mut job) = jobs.recv() {
         while let Ok(next) = jobs.try_recv() {
-            job.pods.extend(next.pods);
             job.networks = next.networks;
+            job.selected.extend(next.selected);
+            job.ruled.extend(next.ruled);
+            job.rulesets.extend(next.rulesets);
+            job.resolvers = next.resolvers;
         }
         if !Path::new(LOADED).exists() {
             continue;
         }
+        let judge = Judge::new(&job, names);
         for (family, v4) in [(NFPROTO_IPV4, true), (NFPROTO_IPV6, false)] {
-            let pods: BTreeSet<Ip> = job.pods.iter().filter(|ip| ip.is_v4() == v4).copied().collect();
-            match remove(family, &pods, &job.networks) {
+            let pods: BTreeSet<Ip> =
+                job.selected.iter().chain(job.ruled.keys()).filter(|ip| ip.is_v4() == v4).copied().collect();
+            let is_old = |entry: &[u8]| is_old(entry, &job.selected, &job.networks) || judge.denies(entry);
+            match remove(family, &pods, is_old) {
                 Ok(0) => {}
                 Ok(removed) => debug!("removed {removed} conntrack entries of {} pods", pods.len()),
                 Err(error) => warn!(
-                    "cannot remove old conntrack entries of pods that became selected: {error}; \
-                     what answers their old connections still reaches them"
+                    "cannot remove old conntrack entries of pods that became selected, or that are denied what they \
+                     had opened: {error}; what answers their old connections still reaches them"
                 ),
             }
         }
     }
 }
 
-/// Removes the entries that these pods opened towards outside. How many.
-fn remove(family: u8, pods: &BTreeSet<Ip>, networks: &Networks) -> io::Result<usize> {
+/// Removes entries of connections that these pods opened. How many.
+fn remove(family: u8, pods: &BTreeSet<Ip>, is_old: impl Fn(&[u8]) -> bool) -> io::Result<usize> {
     // Of one pod, the kernel looks; of many, looking once is cheaper.
     let body = match pods.len() {
         0 => return Ok(0),
@@ -126,7 +186,7 @@ fn remove(family: u8, pods: &BTreeSet<Ip>, networks: &Networks) -> io::Result<us
     let mut socket = Socket::open()?;
     let mut old = Vec::new();
     socket.dump(&request(IPCTNL_MSG_CT_GET, body), |entry| {
-        if is_old(entry, pods, networks) {
+        if is_old(entry) {
             old.push(entry_key(entry));
         }
     })?;
@@ -140,6 +200,66 @@ fn remove(family: u8, pods: &BTreeSet<Ip>, networks: &Networks) -> io::Result<us
         }
     }
     Ok(removed)
+}
+
+/// Judges connections as the programs judge packets.
+struct Judge<'a> {
+    tables: Memory,
+    ruled: &'a BTreeMap<Ip, RulesetId>,
+    names: &'a dyn Names,
+}
+
+impl<'a> Judge<'a> {
+    fn new(job: &'a Job, names: &'a dyn Names) -> Self {
+        let mut tables = Memory {
+            networks: job.networks.iter().map(|(key, network)| (*key, network.kind)).collect(),
+            resolvers: job.resolvers.clone(),
+            ..Memory::new(1, 0)
+        };
+        tables.now.set(names.now());
+        for (id, rules) in &job.rulesets {
+            rules.fill(*id, &mut tables);
+        }
+        Self { tables, ruled: &job.ruled, names }
+    }
+
+    /// Whether an entry is a connection that one of the pods opened and that its firewall denies.
+    fn denies(&self, entry: &[u8]) -> bool {
+        let Some(tuple) = tuple(entry) else { return false };
+        let Some(id) = self.ruled.get(&tuple.source) else { return false };
+        let network = self.tables.network(&tuple.destination);
+        let ports = matches!(tuple.protocol, TCP | UDP | SCTP);
+        let own = network == NetworkKind::OwnNode as u32;
+        if !is_for(network, &tuple) || own && ports && NODE_PORTS.contains(&tuple.destination_port) {
+            return false;
+        }
+        if let Some(ruleset) = self.tables.ruleset(*id).filter(|r| r.parts & Ruleset::NAMES != 0) {
+            let key = LearntKey { firewall: ruleset.firewall, ip: tuple.destination };
+            if let Some(learnt) = self.names.learnt(&key) {
+                self.tables.learnt.borrow_mut().insert(key, learnt);
+            }
+        }
+        !judge(&self.tables, *id, &tuple).allows()
+    }
+}
+
+/// A connection as its opener's packets are after the host's DNAT: they go where the answers come from.
+fn tuple(entry: &[u8]) -> Option<Tuple> {
+    let (original, reply) = (attribute(entry, CTA_TUPLE_ORIG)?, attribute(entry, CTA_TUPLE_REPLY)?);
+    let proto = |tuple| attribute(tuple, CTA_TUPLE_PROTO);
+    // What has no ports has no such attribute. In network order.
+    let port = |tuple| {
+        let port = proto(tuple).and_then(|p| attribute(p, CTA_PROTO_SRC_PORT));
+        port.and_then(|p| p.try_into().ok()).map_or(0, u16::from_be_bytes)
+    };
+    Some(Tuple {
+        source: source(attribute(original, CTA_TUPLE_IP)?)?,
+        destination: source(attribute(reply, CTA_TUPLE_IP)?)?,
+        source_port: port(original),
+        destination_port: port(reply),
+        protocol: *attribute(proto(original)?, CTA_PROTO_NUM)?.first()?,
+        pad: [0; 3],
+    })
 }
 
 /// Has the kernel show entries with this original source only.

@@ -5,11 +5,14 @@
 //! pods over changes and restarts, their interfaces, is kept beside ([`Pins`]).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use datapath::addr::Ip;
-use datapath::keys::{EgressId, NodeId, PodId, PolicyId};
+use datapath::keys::{EgressId, FirewallId, NameId, NodeId, PodId, PolicyId, RulesetId};
+use datapath::limits;
 
-use crate::image::MapImage;
+use crate::firewall::{Name, Rule};
+use crate::image::{MapImage, Rules};
 use crate::pins::Pins;
 
 /// Numbers in use, by what they stand for, and the next ones to give.
@@ -22,8 +25,25 @@ pub struct Ids {
     egress: BTreeMap<(PolicyId, Ip), EgressId>,
     /// By tunnel address, of either family. Flows do not name nodes, so these are few and may be given again.
     nodes: BTreeMap<Ip, NodeId>,
+    /// By [`identity`] of the namespace.
+    firewalls: BTreeMap<u64, KnownFirewall>,
+    /// The place that was given last.
+    last_place: FirewallId,
     next: Next,
     pub(crate) pins: Pins,
+}
+
+/// What is known of a namespace's firewall from one change to the next.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct KnownFirewall {
+    /// Its place in `FIREWALLS`.
+    pub(crate) place: FirewallId,
+    /// The version that is to be in force.
+    pub(crate) version: Option<(RulesetId, Arc<Rules>)>,
+    /// What was compiled last, and what came of it: also what found no room and may do so later.
+    pub(crate) compiled: Option<(Arc<Vec<Rule>>, Result<Arc<Rules>, String>)>,
+    /// Numbers of its names.
+    pub(crate) names: BTreeMap<Name, NameId>,
 }
 
 /// The next numbers to give.
@@ -35,6 +55,10 @@ pub struct Next {
     pub policy: PolicyId,
     /// For one address of an EgressIP object.
     pub egress: EgressId,
+    /// For a version of a firewall.
+    pub ruleset: RulesetId,
+    /// For a name of a firewall.
+    pub name: NameId,
 }
 
 /// A stable hash of what identifies an object: FNV-1a, 64 bits. It has to be the same in every version of the
@@ -62,10 +86,14 @@ impl Ids {
             policies: image.policies.iter().map(|(id, p)| (p.identity, *id)).collect(),
             egress: image.egress_ips.iter().map(|(id, e)| ((e.policy, e.ip), *id)).collect(),
             nodes: image.node_addrs.clone(),
+            firewalls: recover_firewalls(image),
+            last_place: image.firewalls.keys().max().copied().unwrap_or(0),
             next: Next {
                 pod: after(image.delivery.keys().chain(image.pods.values().map(|p| &p.id)).max(), s.next_pod),
                 policy: after(image.policies.keys().max(), s.next_policy),
                 egress: after(image.egress_ips.keys().max(), s.next_egress),
+                ruleset: after(image.rulesets.keys().max(), s.next_ruleset),
+                name: after(image.names.values().max(), s.next_name),
             },
             pins: Pins::recover(image),
         }
@@ -112,8 +140,27 @@ impl Ids {
         ids
     }
 
+    /// What is known of the firewall of a namespace, by the namespace's [`identity`]; none if no place is free. A
+    /// place that is given up is free from the next change on, and is given again after all others.
+    pub(crate) fn firewall(&mut self, identity: u64) -> Option<(&mut KnownFirewall, &mut Next)> {
+        if !self.firewalls.contains_key(&identity) {
+            let taken: BTreeSet<_> = self.firewalls.values().map(|f| f.place).collect();
+            let (before, after) = (1..=self.last_place, self.last_place + 1..limits::FIREWALLS);
+            let place = after.chain(before).find(|place| !taken.contains(place))?;
+            self.last_place = place;
+            self.firewalls.insert(identity, KnownFirewall { place, ..KnownFirewall::default() });
+        }
+        Some((self.firewalls.get_mut(&identity)?, &mut self.next))
+    }
+
+    /// The firewalls that are known.
+    pub(crate) fn firewalls(&self) -> impl Iterator<Item = &KnownFirewall> {
+        self.firewalls.values()
+    }
+
     /// Forgets all that the image has not: should it come back, it is something new.
     pub(crate) fn forget_others(&mut self, image: &MapImage) {
+        self.firewalls.retain(|_, firewall| image.firewalls.contains_key(&firewall.place));
         self.pods.retain(|_, id| image.delivery.contains_key(id));
         self.policies.retain(|_, id| image.policies.contains_key(id));
         self.egress.retain(|_, id| image.egress_ips.contains_key(id));
@@ -121,8 +168,24 @@ impl Ids {
     }
 }
 
+fn recover_firewalls(image: &MapImage) -> BTreeMap<u64, KnownFirewall> {
+    let mut firewalls = BTreeMap::new();
+    for (place, id) in &image.firewalls {
+        let Some(rules) = image.rulesets.get(id) else { continue };
+        let names = image.names.iter().filter(|(key, _)| key.firewall == *place);
+        let firewall = KnownFirewall {
+            place: *place,
+            version: Some((*id, Arc::clone(rules))),
+            compiled: None,
+            names: names.map(|(key, name)| (Name::of_key(key), *name)).collect(),
+        };
+        firewalls.insert(rules.ruleset.identity, firewall);
+    }
+    firewalls
+}
+
 /// Numbers are 32 bits wide: a new pod every second for 136 years.
-fn give(next: &mut u32) -> u32 {
+pub(crate) fn give(next: &mut u32) -> u32 {
     let id = (*next).max(1);
     *next = id + 1;
     id

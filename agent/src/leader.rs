@@ -11,7 +11,8 @@ use crate::assign::{self, Assignment};
 use crate::lease;
 use crate::model::{Allocation, Desired, Lease, TUNNEL_PORT};
 use crate::objects::{
-    Cluster, EgressAllocation, EgressAllocationSpec, EgressIpReport, Granules, Meta, PortLease, Tunnel,
+    Cluster, EgressAllocation, EgressAllocationSpec, EgressFirewallReport, EgressIpReport, Granules, Meta,
+    PortLease, Tunnel,
 };
 use crate::status;
 use crate::watch::Write;
@@ -20,6 +21,8 @@ use crate::watch::Write;
 pub struct Surroundings<'a> {
     /// EgressIP statuses as they are.
     pub statuses: &'a BTreeMap<String, EgressIpReport>,
+    /// EgressFirewall statuses as they are, by namespace.
+    pub firewall_statuses: &'a BTreeMap<String, EgressFirewallReport>,
     /// Allocations that exist and cannot be read: left alone, their addresses with nobody.
     pub unreadable: &'a BTreeSet<String>,
     /// Whether all objects are known. While one may be missing, nothing is given up.
@@ -74,12 +77,46 @@ pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut
             }));
         }
     }
+    firewalls(desired, around, &mut plan);
     if around.complete {
         for name in around.statuses.keys().filter(|name| !desired.egress_ips.contains_key(*name)) {
             plan.writes.push(Write::RemoveStatus(name.clone()));
         }
     }
     plan
+}
+
+/// Statuses of firewalls.
+fn firewalls(desired: &Desired, around: &Surroundings<'_>, plan: &mut Plan) {
+    for (namespace, firewall) in &desired.firewalls {
+        let previous = around.firewall_statuses.get(namespace);
+        let nobody = BTreeSet::new();
+        let nodes = desired.firewall_nodes.get(namespace).unwrap_or(&nobody);
+        let conditions = previous.map(|p| p.status.conditions.as_slice()).unwrap_or_default();
+        let status =
+            status::firewall::status(namespace, firewall, nodes, &desired.nodes, conditions, around.now);
+        if previous.is_none_or(|p| p.status != status) {
+            let before = previous.map(|p| p.status.status.as_str()).unwrap_or_default();
+            if status.status != before && !status.status.is_empty() {
+                plan.log
+                    .push(format!("EgressFirewall {namespace}/default: {}", status.conditions[0].message));
+            }
+            plan.writes.push(Write::FirewallStatus(EgressFirewallReport {
+                api_version: crate::objects::OVN_API.to_owned(),
+                kind: "EgressFirewall".to_owned(),
+                metadata: Meta {
+                    name: "default".to_owned(),
+                    namespace: namespace.clone(),
+                    ..Meta::default()
+                },
+                status,
+            }));
+        }
+    }
+    if around.complete {
+        let gone = around.firewall_statuses.keys().filter(|n| !desired.firewalls.contains_key(*n));
+        plan.writes.extend(gone.cloned().map(Write::RemoveFirewallStatus));
+    }
 }
 
 /// Port and identifier are chosen once: nodes that differ in them cannot hear each other.
@@ -243,6 +280,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
     struct World {
         objects: Objects,
         statuses: BTreeMap<String, EgressIpReport>,
+        firewall_statuses: BTreeMap<String, EgressFirewallReport>,
         unreadable: BTreeSet<String>,
         complete: bool,
         seed: u64,
@@ -253,6 +291,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
             Self {
                 objects: objects(yaml),
                 statuses: BTreeMap::new(),
+                firewall_statuses: BTreeMap::new(),
                 unreadable: BTreeSet::new(),
                 complete: true,
                 seed: 41,
@@ -264,6 +303,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
             let d = desired(&self.objects, "a");
             let around = Surroundings {
                 statuses: &self.statuses,
+                firewall_statuses: &self.firewall_statuses,
                 unreadable: &self.unreadable,
                 complete: self.complete,
                 now: "2026-01-01T00:00:00Z",
@@ -283,6 +323,10 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
                     Write::RemoveAllocation(n) => drop(self.objects.egress_allocations.remove(&n)),
                     Write::Status(s) => drop(self.statuses.insert(s.metadata.name.clone(), s)),
                     Write::RemoveStatus(n) => drop(self.statuses.remove(&n)),
+                    Write::FirewallStatus(s) => {
+                        self.firewall_statuses.insert(s.metadata.namespace.clone(), s);
+                    }
+                    Write::RemoveFirewallStatus(n) => drop(self.firewall_statuses.remove(&n)),
                     Write::EgressNode(_) => panic!("not the leader's"),
                 }
             }
@@ -443,5 +487,43 @@ spec: {tunnel: {port: 5000}}",
         assert_eq!(w.objects.cluster.unwrap().tunnel, Tunnel { port: 5000, vni: 7 });
         w.objects.egress_configs.clear();
         assert_eq!(w.step(), Plan::default(), "chosen once");
+    }
+
+    #[test]
+    fn a_firewalls_status_is_of_the_nodes_that_have_its_pods() {
+        let mut w = World::new(&format!(
+            "{CLUSTER}
+---
+kind: EgressFirewall
+metadata: {{name: default, namespace: shop, uid: u}}
+spec: {{egress: [{{type: Deny, to: {{cidrSelector: 0.0.0.0/0}}}}]}}
+---
+kind: Pod
+metadata: {{name: p, namespace: shop}}
+spec: {{nodeName: b}}
+status: {{podIP: 10.1.0.1}}"
+        ));
+        w.step();
+        assert_eq!(w.firewall_statuses["shop"].status.status, "");
+        let version = crate::firewall::version_text(desired(&w.objects, "a").firewalls["shop"].version);
+        w.objects.egress_nodes.get_mut("b").unwrap().status.firewalls =
+            vec![crate::objects::AppliedFirewall {
+                namespace: "shop".into(),
+                uid: "u".into(),
+                version,
+                ..Default::default()
+            }];
+        let p = w.step();
+        let status = &w.firewall_statuses["shop"].status;
+        assert_eq!(status.status, "EgressFirewall Rules applied");
+        assert_eq!(status.messages, ["b: EgressFirewall Rules applied"]);
+        assert_eq!(p.log, ["EgressFirewall shop/default: 1 rule in force on 1 node"]);
+        assert_eq!(w.step(), Plan::default(), "nothing more to do");
+        w.objects.egress_firewalls.clear();
+        w.complete = false;
+        assert_eq!(w.step(), Plan::default());
+        w.complete = true;
+        w.step();
+        assert!(w.firewall_statuses.is_empty());
     }
 }

@@ -27,6 +27,7 @@ pub mod bpf;
 pub mod conflict;
 pub mod conntrack;
 pub mod metrics;
+pub mod names;
 pub mod netlink;
 mod nfnetlink;
 pub mod notrack;

@@ -16,8 +16,8 @@ use crate::addresses;
 use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
-    self, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects, TimeoutsSpec,
-    Tunnel,
+    self, AppliedFirewall, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects,
+    TimeoutsSpec, Tunnel,
 };
 use crate::selector::{Match, Selector};
 use crate::watch::Problem;
@@ -43,6 +43,8 @@ pub struct Desired {
     pub pods: BTreeMap<(String, String), Pod>,
     /// Egress firewalls, by namespace.
     pub firewalls: BTreeMap<String, Firewall>,
+    /// Nodes that have pods which firewalls cover, by the namespaces that have one. Only nodes that are known.
+    pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
     /// What is wrong with objects.
@@ -234,6 +236,8 @@ pub struct Node {
     pub exists: bool,
     /// UID of the Node object.
     pub uid: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
     /// Whether it is labelled to own egress IPs.
     pub assignable: bool,
     /// Whether it is ready.
@@ -287,6 +291,8 @@ pub struct NodeAgent {
     pub demand: BTreeSet<IpAddr>,
     /// Allocations whose whole port table its kernel has: address to UID and generation.
     pub loaded: BTreeMap<IpAddr, (String, u64)>,
+    /// What has come of firewalls, by namespace.
+    pub firewalls: BTreeMap<String, AppliedFirewall>,
 }
 
 /// Who holds an egress IP and who leases its ports.
@@ -372,12 +378,8 @@ pub fn desired(objects: &Objects, node: &str) -> Desired {
     let nodes = nodes(objects, &mut problems);
     let egress_ips = egress_ips(objects, &config, &nodes, &mut problems);
     let pods = pods(objects, node, &egress_ips, &mut problems);
-    for (namespace, name) in objects.egress_firewalls.keys() {
-        problems.insert(Problem::new(
-            format_args!("EgressFirewall {namespace}/{name}"),
-            "this version of outgate does not enforce egress firewalls: its rules have no effect",
-        ));
-    }
+    let firewalls = firewalls(objects, &nodes, &mut problems);
+    let firewall_nodes = firewall_nodes(objects, &nodes, &firewalls);
     let allocations = objects
         .egress_allocations
         .iter()
@@ -390,7 +392,6 @@ pub fn desired(objects: &Objects, node: &str) -> Desired {
         })
         .collect();
     let tunnel = objects.cluster.map(|c| c.tunnel);
-    let firewalls = BTreeMap::new();
     Desired {
         node: node.to_owned(),
         config,
@@ -399,6 +400,7 @@ pub fn desired(objects: &Objects, node: &str) -> Desired {
         egress_ips,
         pods,
         firewalls,
+        firewall_nodes,
         allocations,
         problems,
     }
@@ -411,7 +413,7 @@ fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
             "ignored: only the EgressConfig named default counts",
         ));
     }
-    let mut config = Config::default();
+    let mut config = Config { resolvers: cluster_resolvers(objects, problems), ..Config::default() };
     let Some(EgressConfig { spec, .. }) = objects.egress_configs.get("default") else { return config };
     let mut complain = |field: &str, message: String| {
         problems.insert(Problem::new("EgressConfig default", format_args!("spec.{field}: {message}")));
@@ -464,8 +466,123 @@ fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
             _ => complain("tunnel.vni", format!("{vni} is not a VNI (1 to 16777215); ignored")),
         }
     }
+    match spec.deny_action.as_deref() {
+        None | Some("Drop") => {}
+        Some("Reject") => config.reject = true,
+        Some(other) => complain("denyAction", format!("{other:?} is neither Drop nor Reject; Drop it is")),
+    }
+    for (index, text) in spec.resolvers.iter().enumerate() {
+        match addresses::address(text) {
+            Ok(ip) if can_answer(&ip) => drop(config.resolvers.insert(ip)),
+            Ok(_) => complain(
+                &format!("resolvers[{index}]"),
+                format!("{text:?} is no address that pods ask a resolver at; ignored"),
+            ),
+            Err(error) => complain(&format!("resolvers[{index}]"), format!("{text:?} {error}; ignored")),
+        }
+    }
     config.timeouts = timeouts(&spec.timeouts, complain);
     config
+}
+
+/// Whether a resolver may be at an address: not at a pod's own loopback, and not everywhere.
+fn can_answer(ip: &IpAddr) -> bool {
+    !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast())
+}
+
+/// Namespace, label and its value of the cluster's DNS pods: Kubernetes' and `OpenShift`'s.
+const DNS_PODS: [(&str, &str, &str); 2] = [
+    ("kube-system", "k8s-app", "kube-dns"),
+    ("openshift-dns", "dns.operator.openshift.io/daemonset-dns", "default"),
+];
+
+/// Addresses of the cluster's own DNS: its Service, and the pods behind it.
+fn cluster_resolvers(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeSet<IpAddr> {
+    let mut resolvers = BTreeSet::new();
+    for ((namespace, name), o) in &objects.services {
+        let labelled = o.metadata.labels.get("k8s-app").is_some_and(|app| app == "kube-dns");
+        let dns = match namespace.as_str() {
+            "kube-system" => labelled,
+            "openshift-dns" => name == "dns-default",
+            _ => false,
+        };
+        if !dns {
+            continue;
+        }
+        let texts: BTreeSet<_> = o.spec.cluster_ips.iter().chain([&o.spec.cluster_ip]).collect();
+        // `None`: a headless service, which is its pods.
+        for text in texts.into_iter().filter(|t| !t.is_empty() && *t != "None") {
+            match addresses::address(text) {
+                Ok(ip) => drop(resolvers.insert(ip)),
+                Err(error) => {
+                    problems.insert(Problem::new(
+                        format_args!("Service {namespace}/{name}"),
+                        format_args!("spec.clusterIPs: {text:?} {error}; ignored"),
+                    ));
+                }
+            }
+        }
+    }
+    for ((namespace, _), o) in &objects.pods {
+        let dns = DNS_PODS.iter().any(|(place, label, value)| {
+            namespace == place && o.metadata.labels.get(*label).is_some_and(|v| v == value)
+        });
+        if dns && has_network(o) {
+            // What is wrong with addresses of pods is said where the pods are read, on their own node.
+            let texts = o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]);
+            resolvers.extend(texts.filter_map(|text| addresses::address(text).ok()));
+        }
+    }
+    resolvers
+}
+
+fn firewalls(
+    objects: &Objects,
+    nodes: &BTreeMap<String, Node>,
+    problems: &mut BTreeSet<Problem>,
+) -> BTreeMap<String, Firewall> {
+    let mut firewalls = BTreeMap::new();
+    for ((namespace, name), o) in &objects.egress_firewalls {
+        let about = format!("EgressFirewall {namespace}/{name}");
+        if name != "default" {
+            problems.insert(Problem::new(
+                about,
+                "refused, its rules have no effect: the EgressFirewall of a namespace must be named default",
+            ));
+            continue;
+        }
+        let firewall = o.spec.firewall(&o.metadata, nodes);
+        match &firewall.rules {
+            Err(mistakes) => drop(problems.insert(Problem::new(
+                about,
+                format_args!(
+                    "{mistakes}; the object is refused: the version in force before stays, and where there is none all that rules could be for is denied"
+                ),
+            ))),
+            Ok(_) => problems.extend(firewall.notes.iter().map(|note| Problem::new(&about, note))),
+        }
+        firewalls.insert(namespace.clone(), firewall);
+    }
+    firewalls
+}
+
+fn firewall_nodes(
+    objects: &Objects,
+    nodes: &BTreeMap<String, Node>,
+    firewalls: &BTreeMap<String, Firewall>,
+) -> BTreeMap<String, BTreeSet<String>> {
+    let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for ((namespace, _), pod) in &objects.pods {
+        let has_address = !pod.status.pod_ip.is_empty() || !pod.status.pod_ips.is_empty();
+        if firewalls.contains_key(namespace)
+            && has_network(pod)
+            && has_address
+            && nodes.contains_key(&pod.spec.node_name)
+        {
+            found.entry(namespace.clone()).or_default().insert(pod.spec.node_name.clone());
+        }
+    }
+    found
 }
 
 fn timeouts(spec: &TimeoutsSpec, mut complain: impl FnMut(&str, String)) -> Timeouts {
@@ -499,6 +616,7 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
         let mut node = Node {
             exists: true,
             uid: o.metadata.uid.clone(),
+            labels: o.metadata.labels.clone(),
             assignable: o.metadata.labels.contains_key(EGRESS_ASSIGNABLE),
             // The kubelet always sets it; files written by hand may not.
             ready: o.status.conditions.iter().find(|c| c.kind == "Ready").is_none_or(|c| c.status == "True"),
@@ -568,6 +686,7 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
                 .iter()
                 .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.clone(), l.generation))))
                 .collect(),
+            firewalls: s.firewalls.iter().map(|f| (f.namespace.clone(), f.clone())).collect(),
         });
     }
     nodes
@@ -903,6 +1022,14 @@ pub(crate) mod tests {
                     let o: objects::Pod = read(text);
                     all.pods.insert((o.metadata.namespace.clone(), o.metadata.name.clone()), o);
                 }
+                "Service" => {
+                    let o: objects::Service = read(text);
+                    all.services.insert((o.metadata.namespace.clone(), o.metadata.name.clone()), o);
+                }
+                "EgressFirewall" => {
+                    let o: objects::EgressFirewall = read(text);
+                    all.egress_firewalls.insert((o.metadata.namespace.clone(), o.metadata.name.clone()), o);
+                }
                 "EgressIP" => insert!(egress_ips, objects::EgressIp),
                 "EgressConfig" => insert!(egress_configs, EgressConfig),
                 "EgressNode" => insert!(egress_nodes, objects::EgressNode),
@@ -1217,5 +1344,122 @@ spec: {{egressIP: 192.0.2.1, leases: [{{node: a, ranges: [{{first: 0, count: 10}
             assert!(d.allocations.is_empty(), "{bad}");
             said(&d, "EgressAllocation 192.0.2.1", "ignored");
         }
+    }
+
+    #[test]
+    fn the_firewall_of_a_namespace_is_named_default() {
+        let d = of("kind: EgressFirewall
+metadata: {name: default, namespace: shop, uid: u}
+spec: {egress: [{type: Deny, to: {cidrSelector: 0.0.0.0/0}}]}
+---
+kind: EgressFirewall
+metadata: {name: other, namespace: dev}
+spec: {egress: [{type: Deny, to: {cidrSelector: 0.0.0.0/0}}]}
+---
+kind: EgressFirewall
+metadata: {name: default, namespace: bad}
+spec: {egress: [{type: Deny, to: {cidrSelector: 10.0.0.1}}]}
+---
+kind: EgressFirewall
+metadata: {name: default, namespace: lost}
+spec: {egress: [{type: Allow, to: {nodeSelector: {matchLabels: {a: b}}}}]}");
+        assert_eq!(d.firewalls.keys().collect::<Vec<_>>(), ["bad", "lost", "shop"]);
+        assert_eq!(
+            (d.firewalls["shop"].uid.as_str(), d.firewalls["shop"].rules.as_ref().unwrap().len()),
+            ("u", 1)
+        );
+        assert!(d.firewalls["bad"].rules.is_err());
+        said(&d, "EgressFirewall dev/other", "must be named default");
+        said(&d, "EgressFirewall bad/default", "spec.egress[0].to.cidrSelector: \"10.0.0.1\" is an address");
+        said(&d, "EgressFirewall bad/default", "the object is refused");
+        said(&d, "EgressFirewall lost/default", "nodeSelector of spec.egress[0] matches no node");
+        assert_eq!(d.problems.len(), 3);
+    }
+
+    #[test]
+    fn nodes_with_pods_that_a_firewall_covers() {
+        let firewall = "kind: EgressFirewall\nmetadata: {name: default, namespace: shop}\nspec: {egress: []}";
+        let on = |name: &str, node: &str| pod(name, "").replace("nodeName: a", &format!("nodeName: {node}"));
+        let d = of(&[
+            firewall,
+            "kind: Node\nmetadata: {name: a}",
+            "kind: Node\nmetadata: {name: b}",
+            "kind: Node\nmetadata: {name: c}",
+            &on("p", "a"),
+            &on("pp", "b").replace("Running", "Succeeded"),
+            &on("ppp", "c"),
+            &on("pppp", "gone"),
+            &on("ppppp", "b").replace("nodeName: b", "nodeName: b, hostNetwork: true"),
+            &on("pppppp", "b").replace("10.1.0.6", "''"),
+            &on("ppppppp", "b").replace("namespace: shop", "namespace: dev"),
+        ]
+        .join("\n---\n"));
+        assert_eq!(
+            d.firewall_nodes,
+            BTreeMap::from([("shop".into(), BTreeSet::from(["a".into(), "c".into()]))])
+        );
+    }
+
+    #[test]
+    fn what_a_firewall_learns_names_from() {
+        let d = of("kind: EgressConfig
+metadata: {name: default}
+spec: {denyAction: Reject, resolvers: [192.0.2.53, '2001:db8::53', 169.254.20.10, 127.0.0.53, 192.0.2.x]}
+---
+kind: Service
+metadata: {name: kube-dns, namespace: kube-system, labels: {k8s-app: kube-dns}}
+spec: {clusterIP: 10.96.0.10, clusterIPs: [10.96.0.10, 'fd00:2::a']}
+---
+kind: Service
+metadata: {name: other, namespace: kube-system}
+spec: {clusterIP: 10.96.0.11}
+---
+kind: Service
+metadata: {name: kube-dns, namespace: mine, labels: {k8s-app: kube-dns}}
+spec: {clusterIP: 10.96.0.12}
+---
+kind: Service
+metadata: {name: dns-default, namespace: openshift-dns}
+spec: {clusterIP: None}
+---
+kind: Pod
+metadata: {name: coredns-a, namespace: kube-system, labels: {k8s-app: kube-dns}}
+spec: {nodeName: z}
+status: {phase: Running, podIP: 10.1.0.53}
+---
+kind: Pod
+metadata: {name: coredns-b, namespace: kube-system, labels: {k8s-app: kube-dns}}
+spec: {nodeName: z}
+status: {phase: Failed, podIP: 10.1.0.54}
+---
+kind: Pod
+metadata: {name: dns-default-a, namespace: openshift-dns, labels: {dns.operator.openshift.io/daemonset-dns: default}}
+spec: {nodeName: z}
+status: {podIPs: [{ip: 10.1.0.55}, {ip: 'fd00:1::55'}]}
+---
+kind: Pod
+metadata: {name: fake, namespace: mine, labels: {k8s-app: kube-dns}}
+spec: {nodeName: z}
+status: {podIP: 10.1.0.66}");
+        assert!(d.config.reject);
+        let resolvers: Vec<_> = d.config.resolvers.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            resolvers,
+            [
+                "10.1.0.53",
+                "10.1.0.55",
+                "10.96.0.10",
+                "169.254.20.10",
+                "192.0.2.53",
+                "2001:db8::53",
+                "fd00:1::55",
+                "fd00:2::a"
+            ]
+        );
+        said(&d, "EgressConfig default", "spec.resolvers[3]: \"127.0.0.53\" is no address that pods ask");
+        said(&d, "EgressConfig default", "spec.resolvers[4]: \"192.0.2.x\" is not an IP address");
+        let d = of("kind: EgressConfig\nmetadata: {name: default}\nspec: {denyAction: reject}");
+        assert!(!d.config.reject);
+        said(&d, "EgressConfig default", "spec.denyAction: \"reject\" is neither Drop nor Reject");
     }
 }

@@ -8,6 +8,8 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::firewall::check::Spec as FirewallSpec;
+
 /// The label key that lets a node own egress IPs; its value is ignored.
 pub const EGRESS_ASSIGNABLE: &str = "k8s.ovn.org/egress-assignable";
 /// The node annotation that says how many addresses the node may hold (clouds bound it).
@@ -188,6 +190,30 @@ pub struct PodStatus {
     pub phase: String,
 }
 
+/// `v1` Service: only that of the cluster's DNS is looked at.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Service {
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: ServiceSpec,
+}
+
+/// `spec` of a Service.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ServiceSpec {
+    /// Its first address; `None` if it has none.
+    #[serde(rename = "clusterIP", deserialize_with = "or_default")]
+    pub cluster_ip: String,
+    /// All its addresses.
+    #[serde(rename = "clusterIPs", deserialize_with = "or_default")]
+    pub cluster_ips: Vec<String>,
+}
+
 /// One of a Pod's addresses.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -290,13 +316,48 @@ pub struct EgressIpReport {
     pub status: EgressIpStatus,
 }
 
-/// `k8s.ovn.org/v1` EgressFirewall: known by name only, because this version does not enforce it.
+/// `k8s.ovn.org/v1` EgressFirewall.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct EgressFirewall {
     /// Metadata.
     #[serde(deserialize_with = "or_default")]
     pub metadata: Meta,
+    /// Spec, checked as it is read: an object is looked at far more often than it changes, and may have thousands
+    /// of rules. Whatever stands there is read; mistakes refuse the object, not its file.
+    pub spec: FirewallSpec,
+}
+
+/// `status` of an EgressFirewall; in a directory source it is a file of its own under `.outgate/status`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EgressFirewallStatus {
+    /// OVN-Kubernetes' word for the whole: [`crate::status::firewall::APPLIED`] or
+    /// [`crate::status::firewall::NOT_APPLIED`]; empty until all nodes that it concerns have said so.
+    #[serde(deserialize_with = "or_default")]
+    pub status: String,
+    /// The same of each node, after its name.
+    #[serde(deserialize_with = "or_default")]
+    pub messages: Vec<String>,
+    /// Why it is or is not in force.
+    #[serde(deserialize_with = "or_default")]
+    pub conditions: Vec<Condition>,
+}
+
+/// An EgressFirewall's status as a file.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressFirewallReport {
+    /// `k8s.ovn.org/v1`.
+    pub api_version: String,
+    /// `EgressFirewall`.
+    pub kind: String,
+    /// Metadata.
+    #[serde(deserialize_with = "or_default")]
+    pub metadata: Meta,
+    /// Status.
+    #[serde(deserialize_with = "or_default")]
+    pub status: EgressFirewallStatus,
 }
 
 /// `outgate.dev/v1alpha1` EgressConfig.
@@ -339,6 +400,11 @@ pub struct EgressConfigSpec {
     /// Idle times.
     #[serde(deserialize_with = "or_default")]
     pub timeouts: TimeoutsSpec,
+    /// `Drop` or `Reject`: whether what a firewall denies is answered.
+    pub deny_action: Option<String>,
+    /// Addresses of resolvers that pods ask, besides the cluster's DNS service and the nodes.
+    #[serde(deserialize_with = "or_default")]
+    pub resolvers: Vec<String>,
 }
 
 /// `tunnel` of an EgressConfig.
@@ -422,6 +488,30 @@ pub struct EgressNodeStatus {
     /// Allocations whose whole port table the node's kernel has.
     #[serde(deserialize_with = "or_default")]
     pub loaded: Vec<LoadedAllocation>,
+    /// What has come of each EgressFirewall whose namespace has pods on the node.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub firewalls: Vec<AppliedFirewall>,
+}
+
+/// What has come of one EgressFirewall in a node's kernel.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AppliedFirewall {
+    /// Its namespace.
+    #[serde(deserialize_with = "or_default")]
+    pub namespace: String,
+    /// [`Meta::uid`] of the object.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+    /// The version of it that was last taken up, [`crate::firewall::version_text`].
+    #[serde(deserialize_with = "or_default")]
+    pub version: String,
+    /// Why that is not in force; empty: it is.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// With a message: whether the version before is in force still.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
 }
 
 /// An uplink of an EgressNode.
@@ -571,7 +661,7 @@ impl fmt::Display for ObjectName {
     }
 }
 
-/// Every object that a source has, each kind by name (pods and firewalls by namespace and name).
+/// Every object that a source has, each kind by name (pods, services and firewalls by namespace and name).
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Objects {
     /// Nodes.
@@ -580,6 +670,8 @@ pub struct Objects {
     pub namespaces: BTreeMap<String, Namespace>,
     /// Pods.
     pub pods: BTreeMap<(String, String), Pod>,
+    /// Services.
+    pub services: BTreeMap<(String, String), Service>,
     /// EgressIPs.
     pub egress_ips: BTreeMap<String, EgressIp>,
     /// `EgressFirewall` objects.

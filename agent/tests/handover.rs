@@ -193,6 +193,7 @@ impl World {
         let desired = model::desired(&view, "");
         let around = Surroundings {
             statuses: &BTreeMap::new(),
+            firewall_statuses: &BTreeMap::new(),
             unreadable: &BTreeSet::new(),
             complete: true,
             now: "",
@@ -212,7 +213,10 @@ impl World {
                 Write::RemoveAllocation(name) => {
                     self.objects.egress_allocations.remove(&name);
                 }
-                Write::Status(_) | Write::RemoveStatus(_) => {}
+                Write::Status(_)
+                | Write::RemoveStatus(_)
+                | Write::FirewallStatus(_)
+                | Write::RemoveFirewallStatus(_) => {}
                 Write::EgressNode(_) => panic!("not the leader's"),
             }
         }
@@ -238,7 +242,7 @@ impl World {
         };
         let identity = Identity { node: name(n), boot_id: "b".into() };
         let mut desired = model::desired(&agent.view, &name(n));
-        let own = egress_node(&identity, &desired, &facts, &agent.loaded);
+        let own = egress_node(&identity, &desired, &facts, &agent.loaded, &BTreeMap::new());
         agent.view.egress_nodes.insert(name(n), own);
         desired = model::desired(&agent.view, &name(n));
         let compiled = compile(&desired, &facts, &mut agent.ids);
@@ -255,7 +259,7 @@ impl World {
                 agent.passed.insert(((ip, uid.clone(), granule), tunnel.to_string()));
             }
         }
-        let own = egress_node(&identity, &desired, &facts, &agent.loaded);
+        let own = egress_node(&identity, &desired, &facts, &agent.loaded, &BTreeMap::new());
         agent.view.egress_nodes.insert(name(n), own.clone());
         self.objects.egress_nodes.insert(name(n), own);
     }

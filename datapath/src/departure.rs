@@ -1,6 +1,7 @@
 //! How a new flow's packet to outside begins its way: by the host's stack, unless that leads to no uplink.
 
 use crate::keys::{IfIndex, InterfaceKind, Offload, Settings};
+use crate::names;
 use crate::packet::{Packet, Part};
 use crate::tables::Tables;
 use crate::verdict::DropReason;
@@ -38,7 +39,7 @@ pub fn asks<T: Tables>(t: &T, packet: &Packet) -> bool {
 #[inline(always)]
 pub fn depart<T: Tables>(t: &T, settings: &Settings, packet: &Packet, route: Route) -> Departure {
     let direct = match route {
-        _ if settings.offload == Offload::Always as u8 => true,
+        _ if settings.offload == Offload::Always as u8 => !is_question(t, packet),
         Route::None => true,
         Route::Host => false,
         Route::By(ifindex) => {
@@ -58,6 +59,13 @@ pub fn depart<T: Tables>(t: &T, settings: &Settings, packet: &Packet, route: Rou
         true => Departure::Direct(settings.uplink),
         false => Departure::Up,
     }
+}
+
+/// Whether it goes to a resolver whose answers are learnt: they come back by the host's stack, so it leaves by it.
+#[inline(always)]
+fn is_question<T: Tables>(t: &T, packet: &Packet) -> bool {
+    let firewall = t.pod(&packet.tuple.source).map_or(0, |pod| pod.firewall);
+    names::by_host(t, firewall, &packet.tuple)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use crate::keys::{
     Tuple,
 };
 use crate::limits::WALK_AGAIN_SECONDS;
+use crate::names;
 use crate::packet::{Kind, Packet, Part, UDP};
 use crate::snat::way_out;
 use crate::tables::{InsertError, Tables};
@@ -41,6 +42,9 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     // No pod speaks to a node's end of the tunnel, whoever it is.
     if is_for_a_tunnel(t, settings, packet) {
         return to.act(FromPod::Drop(DropReason::TunnelForged));
+    }
+    if names::is_forged(t, ifindex, packet) {
+        return to.act(FromPod::Drop(DropReason::SpoofedSource));
     }
     let Some(pod) = t.pod(&packet.tuple.source) else {
         return from_unknown(t, settings, ifindex, &packet.tuple, to);
@@ -89,7 +93,9 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     let now = t.now();
     let v6 = !tuple.source.is_v4();
     let too_big = packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max));
-    if !too_big && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
+    // A flow that was offloaded before the pod had a firewall, too.
+    let offloaded = !too_big && !names::by_host(t, pod.firewall, tuple);
+    if offloaded && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
         match way_out(t, settings, egress, 0) {
             // The host's stack fragments, or says so to the pod.
             Ok(Way::Uplink(_)) if packet.larger_than(egress.uplink_mtu) => {}

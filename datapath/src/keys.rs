@@ -501,12 +501,16 @@ pub struct Settings {
     pub icmp: u32,
     /// How long a port rests after its connection was closed, in seconds.
     pub rest: u32,
-    /// The next pod id to give; read by a restarted agent, as the two below, so that no id is given twice.
+    /// The next pod id to give; read by a restarted agent, as those below, so that no id is given twice.
     pub next_pod: PodId,
     /// The next policy id to give.
     pub next_policy: PolicyId,
     /// The next egress id to give.
     pub next_egress: EgressId,
+    /// The next number of a firewall's version to give.
+    pub next_ruleset: RulesetId,
+    /// The next number of a firewall's name to give.
+    pub next_name: NameId,
     /// The largest IP packet that the tunnel takes, in bytes; 0: any, for the outer packet is fragmented. Over IPv6
     /// it is not (`ip6_fragment` wants `ignore_df`, which no tunnel sets).
     pub tunnel_max: u16,
@@ -727,8 +731,14 @@ pub struct HeldKey {
     pub port: u16,
     /// The resolver's port.
     pub resolver_port: u16,
-    /// Its sequence number.
+    /// Its sequence number; [`HeldKey::CONNECTION`]: an entry for the connection.
     pub seq: u32,
+}
+
+impl HeldKey {
+    /// Of an entry whose [`Held::read`] is the sequence number up to which the agent has read all of the connection:
+    /// what is sent again is cut otherwise than it was. A new connection removes it.
+    pub const CONNECTION: u32 = 0;
 }
 
 /// `HELD`: value.
@@ -737,8 +747,54 @@ pub struct HeldKey {
 pub struct Held {
     /// When it came first, in [`crate::conntrack::Ticks`].
     pub since: u32,
-    /// 1: the agent has read it, and it may pass.
+    /// How many of its bytes the agent has read, and learnt from: a segment of no more passes. 0: not read.
     pub read: u32,
+}
+
+/// `SEGMENTS`: the head of a record. [`Segment::len`] bytes of the segment's payload follow it. A segment may come in
+/// several records, for a segment of the kernel's is up to 64 KiB long.
+///
+/// A record with [`Segment::payload`] 0 says that a connection begins: the resolver's SYN was let pass, and the first
+/// byte of its answers has the sequence number `held.seq`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Segment {
+    /// What it is held under. Its `seq` is that of the first byte of the payload.
+    pub held: HeldKey,
+    /// The pod's firewall.
+    pub firewall: FirewallId,
+    /// The pod's address.
+    pub pod_ip: Ip,
+    /// How long the payload is, in bytes.
+    pub payload: u32,
+    /// Where in the payload this record's bytes begin.
+    pub offset: u32,
+    /// How many there are.
+    pub len: u32,
+    /// Its TCP flags.
+    pub flags: u32,
+}
+
+/// What the program `credit` is told: its packet is an Ethernet header of zeros, then up to
+/// [`crate::limits::CREDITS`] of these.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Credit {
+    /// The address, and whose names.
+    pub key: LearntKey,
+    /// The name. 0: nothing is done.
+    pub name: NameId,
+    /// How long the address may be used, in seconds: [`crate::names::until`] is reckoned from it.
+    pub ttl: u32,
+    /// [`Credit::ENTER`] or [`Credit::FORGET`].
+    pub action: u32,
+}
+
+impl Credit {
+    /// The address is entered for the name, or lives longer.
+    pub const ENTER: u32 = 0;
+    /// The address is no longer the name's.
+    pub const FORGET: u32 = 1;
 }
 
 /// `RULE_COUNTS`: key.
@@ -845,10 +901,10 @@ macro_rules! map_data {
 map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
-    Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 96,
+    Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 104,
     Ruleset = 32, RulePlace = 24, RuleKey = 28, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
     PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
-    HeldKey = 28, Held = 8, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
+    HeldKey = 28, Held = 8, Segment = 64, Credit = 32, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
     u32 = 4, u64 = 8,
 }
 

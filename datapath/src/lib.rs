@@ -19,6 +19,9 @@ pub mod addr;
 pub mod conntrack;
 pub mod crc32c;
 pub mod departure;
+pub mod dns;
+#[cfg(any(test, feature = "memory"))]
+pub mod dns_build;
 pub mod firewall;
 pub mod fragments;
 pub mod from_pod;
@@ -39,5 +42,7 @@ pub mod to_pod;
 pub mod to_uplink;
 pub mod verdict;
 
+#[cfg(test)]
+mod dns_tests;
 #[cfg(test)]
 mod walk_tests;

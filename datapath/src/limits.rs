@@ -59,6 +59,17 @@ pub const FIREWALL_RULES: usize = 8000;
 /// Entries of `RULES`: 100,000 rules of a node twice over, for the old version stands beside the new, and room for
 /// rules that stand for several prefixes or classes. Full: the object is refused, its version in force stays.
 pub const RULES: u32 = 524_288;
+/// Entries of `RULES` that one object may need: a quarter, so that one namespace leaves room for others even while its
+/// old version stands beside the new. It is refused whole beyond.
+pub const FIREWALL_ENTRIES: usize = RULES as usize / 4;
+/// Destinations of an object's rules, each address of a selected node counted for each rule: every node of a large
+/// cluster, of both families, for a hundred rules. It is refused whole beyond.
+pub const FIREWALL_TARGETS: usize = 1 << 20;
+/// Destinations and entries that are gone through while an object's ports are compiled: it bounds how long the agent
+/// is busy with one object. It is refused whole beyond.
+pub const FIREWALL_STEPS: usize = 1 << 21;
+/// Port classes of one object: what [`crate::keys::PortTable`] has bits for. It is refused whole beyond.
+pub const FIREWALL_CLASSES: usize = 0x7fff;
 /// Versions of firewalls at once: two of each.
 pub const RULESETS: u32 = 2 * FIREWALLS;
 /// Tables of port classes: one a protocol and version. Memory follows use, 2 KiB each.
@@ -71,6 +82,8 @@ pub const FIREWALL_NAMES: usize = 1024;
 pub const NAMES: u32 = 16_384;
 /// Rules for names, by class.
 pub const NAME_RULES: u32 = 131_072;
+/// Of these, what one object may need. It is refused whole beyond.
+pub const FIREWALL_NAME_ENTRIES: usize = NAME_RULES as usize / 4;
 /// Names of one firewall that one address is known for. Beyond, the one that is to be forgotten first goes, counted
 /// as [`crate::keys::NameEvent::Displaced`].
 pub const NAMES_PER_ADDRESS: usize = 16;
@@ -94,6 +107,13 @@ pub const HELD: u32 = 4096;
 pub const HELD_SECONDS: u32 = 1;
 /// Bytes of the way to the agent for segments over TCP. Full: the segment passes late, unread.
 pub const SEGMENTS: u32 = 1 << 20;
+/// Bytes of a segment in one record of it: the longest message over UDP that is read, too. One that is longer is
+/// asked for again over TCP.
+pub const SEGMENT_BYTES: usize = 4096;
+/// Records of one segment, which is then 128 KiB at most; one that is longer passes late, unread.
+pub const SEGMENT_RECORDS: u32 = 32;
+/// Entries of `LEARNT` that one run of the program `credit` is told.
+pub const CREDITS: usize = 64;
 /// Rules with counts, on a node. Full: rules that have not decided anything yet are not counted.
 pub const RULE_COUNTS: u32 = 262_144;
 /// Connections that were denied lately. Least recently used goes first.

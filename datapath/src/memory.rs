@@ -13,7 +13,7 @@ use crate::keys::{
     PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, RulePlace, Ruleset, RulesetId,
     Settings, Token, Tuple, Winner,
 };
-use crate::names::{Place, place_of, word};
+use crate::names::{Place, lives_longer, place_of, word};
 use crate::tables::{InsertError, Tables};
 
 /// Every table as a `BTreeMap`. Policy tables are plain fields, flow tables change under `&self`.
@@ -184,8 +184,9 @@ impl Tables for Memory {
     }
 
     fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
-        // The longest prefix first: what the kernel's trie finds in one walk.
-        (0..=128u32)
+        // The longest prefix first: what the kernel's trie finds in one walk. IPv4's begin at 96.
+        let shortest = if ip.is_v4() { 96 } else { 0 };
+        (shortest..=128u32)
             .rev()
             .find_map(|len| self.rules.get(&rule_key(id, class, ip, len)))
             .map_or(Winner::NONE, |winner| winner.order)
@@ -237,8 +238,10 @@ impl Tables for Memory {
     fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
         let mut learnt = self.learnt.borrow_mut();
         let learnt = learnt.entry(*key).or_default();
-        let (Place::There(i) | Place::Free(i) | Place::Others(i)) = place_of(learnt, name, self.now.get());
-        learnt.names[i] = word(name, until);
+        match place_of(learnt, name, self.now.get()) {
+            Place::There(i) if !lives_longer(learnt.names[i], until) => {}
+            Place::There(i) | Place::Free(i) | Place::Others(i) => learnt.names[i] = word(name, until),
+        }
     }
 
     fn asked(&self, key: &AskedKey) -> Option<Asked> {

@@ -74,7 +74,7 @@ pub trait Tables {
     fn name(&self, key: &NameKey) -> Option<NameId>;
     /// The names that an address was learnt for.
     fn learnt(&self, key: &LearntKey) -> Option<&Learnt>;
-    /// Enters an address for a name, or lets it live longer.
+    /// Enters an address for a name, or lets it live longer; never shorter.
     fn credit(&self, key: &LearntKey, name: NameId, until: Ticks);
     /// A question that a pod has asked.
     fn asked(&self, key: &AskedKey) -> Option<Asked>;

@@ -10,6 +10,7 @@ use crate::keys::{
     Token, Tuple, Unassigned, Winner,
 };
 use crate::limits::POD_FLOWS;
+use crate::names;
 use crate::packet::{Kind, Packet, Part, RST, SCTP};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
@@ -92,7 +93,8 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     }
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;
-    let key = if undisturbed && settings.offload != Offload::Never as u8 {
+    let by_host = names::by_host(t, token.firewall, tuple);
+    let key = if undisturbed && !by_host && settings.offload != Offload::Never as u8 {
         flow_key(token.pod, &token.tuple, FlowPath::Offloaded)
     } else {
         flow_key(token.pod, tuple, FlowPath::Host)

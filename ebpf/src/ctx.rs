@@ -124,6 +124,26 @@ impl Skb {
         if done == 0 { Ok(()) } else { Err(Refused) }
     }
 
+    /// Copies `len` bytes out, from 1 to `N`.
+    #[inline(always)]
+    pub fn load_some<const N: usize>(
+        &self,
+        offset: usize,
+        to: &mut [u8; N],
+        len: usize,
+    ) -> Result<(), Refused> {
+        // The verifier has to see both bounds, though a caller may have seen to them.
+        let len = core::hint::black_box(len);
+        if len == 0 || len > N {
+            return Err(Refused);
+        }
+        // SAFETY: the helper writes `len` bytes, or zeros where it fails.
+        let done = unsafe {
+            bpf_skb_load_bytes(self.raw().cast(), offset as u32, to.as_mut_ptr().cast(), len as u32)
+        };
+        if done == 0 { Ok(()) } else { Err(Refused) }
+    }
+
     /// Copies bytes in, without touching checksums.
     #[inline(always)]
     pub fn store<T: Bytes>(&self, offset: usize, value: &T) -> Result<(), Refused> {

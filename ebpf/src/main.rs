@@ -11,7 +11,10 @@
 mod answer;
 mod arp;
 mod ctx;
+mod credit;
 mod guard;
+mod hold;
+mod learn;
 mod maps;
 mod nd;
 mod packet;
@@ -27,6 +30,7 @@ use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use datapath::fragments::{Place, recall};
+use datapath::names;
 use datapath::verdict::{Act, DropReason, FromOutside, FromPod, ToUplink};
 
 use crate::ctx::Skb;
@@ -43,6 +47,9 @@ pub fn from_pod(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let Parsed::Ip(parsed) = packet::parse_pods(&skb) else { return NEXT };
     recall(&Maps, Place::FromPod, &mut parsed.packet);
+    if names::may_ask(&parsed.packet) {
+        learn::note(&skb, parsed);
+    }
     let at = AfterPod { skb: &skb, headers: parsed };
     datapath::from_pod::from_pod(&Maps, skb.ifindex(), &parsed.packet, &at)
 }
@@ -83,6 +90,9 @@ pub fn to_pod(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     if let Parsed::Ip(parsed) = packet::parse_pods(&skb) {
         datapath::to_pod::to_pod(&Maps, &parsed.packet);
+        if names::may_answer(&parsed.packet) {
+            return learn::answer(&skb, parsed);
+        }
     }
     NEXT
 }
@@ -146,6 +156,12 @@ pub fn sweep(_ctx: TcContext) -> i32 {
 #[classifier]
 pub fn make_room(ctx: TcContext) -> i32 {
     sweep::come_again(&Skb::new(ctx))
+}
+
+/// Run by the agent, on what it has learnt itself. Gives the number of entries.
+#[classifier]
+pub fn credit(ctx: TcContext) -> i32 {
+    credit::run(&Skb::new(ctx))
 }
 
 /// TC ingress of an uplink.

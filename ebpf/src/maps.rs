@@ -14,6 +14,7 @@ use datapath::limits;
 use datapath::verdict::DropReason;
 
 use crate::ctx::Request;
+use crate::learn::Learning;
 use crate::packet::Headers;
 use crate::tables::Keys;
 
@@ -140,6 +141,10 @@ pub static DENIALS: LruHashMap<DenialKey, Denial, { limits::DENIALS as usize }> 
 /// Where a CPU puts keys together that the stack has no room for.
 #[btf_map]
 pub static KEYS: PerCpuArray<Keys, 1> = PerCpuArray::new();
+
+/// The answer of a resolver that a CPU reads.
+#[btf_map]
+pub static LEARNING: PerCpuArray<Learning, 1> = PerCpuArray::new();
 
 /// Packets between `from_pod` and `to_uplink`. Both run on the same CPU for one packet, unless it is queued.
 #[btf_map]

@@ -260,6 +260,13 @@ fn fix_error_checksum(skb: &Skb, l4: usize, before: [u8; 2], after: [u8; 2]) -> 
     skb.fix_l4_checksum(l4 + 2, word(before), word(after), 2)
 }
 
+/// Sets two bytes of a datagram's payload, at an even distance from its UDP header at `l4`, and corrects its checksum.
+#[inline(always)]
+pub fn udp_word(skb: &Skb, l4: usize, at: usize, from: [u8; 2], to: [u8; 2]) -> Result<(), Refused> {
+    skb.fix_l4_checksum(l4 + 6, word(from), word(to), UDP_FLAGS | 2)?;
+    skb.store(at, &to)
+}
+
 /// Two bytes as they lie in memory.
 #[inline(always)]
 const fn word(bytes: [u8; 2]) -> u32 {

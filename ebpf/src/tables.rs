@@ -15,7 +15,7 @@ use datapath::keys::{
     Token, Tuple, Winner,
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
-use datapath::names::{Place, place_of, word};
+use datapath::names::{Place, lives_longer, place_of, word};
 use datapath::tables::{InsertError, Tables};
 
 use crate::maps;
@@ -76,6 +76,57 @@ fn judge(id: RulesetId, tuple: &Tuple) -> u64 {
     datapath::firewall::judge(&Maps, id, tuple).to_word()
 }
 
+/// Enters an address for a name. A function of its own: it stands in several places.
+#[inline(never)]
+fn credit(key: &LearntKey, name: NameId, until: Ticks) {
+    let now = Maps.now();
+    let entry = match maps::LEARNT.get_ptr_mut(key) {
+        Some(entry) => entry,
+        None => {
+            let Some(keys) = keys() else { return };
+            keys.learnt = Learnt { names: [0; NAMES_PER_ADDRESS] };
+            let _ = maps::LEARNT.insert(key, &keys.learnt, NOEXIST); // another CPU may be quicker
+            let Some(entry) = maps::LEARNT.get_ptr_mut(key) else { return };
+            entry
+        }
+    };
+    // Other CPUs may change it: the word is exchanged only if it is still what was decided on.
+    Maps.repeat(CREDIT_TRIES, |_| {
+        // SAFETY: valid until the end of the RCU section; words are read one by one.
+        let (i, event) = match place_of(unsafe { &*entry }, name, now) {
+            Place::There(i) => (i, NameEvent::Renewed),
+            Place::Free(i) => (i, NameEvent::Learnt),
+            Place::Others(i) => (i, NameEvent::Displaced),
+        };
+        if i >= NAMES_PER_ADDRESS {
+            return true;
+        }
+        // SAFETY: as above, and within the array.
+        let slot = unsafe { (&raw mut (*entry).names).cast::<u64>().add(i) };
+        // SAFETY: as above.
+        let old = unsafe { slot.read_volatile() };
+        if event as u32 == NameEvent::Renewed as u32 && !lives_longer(old, until) {
+            return true;
+        }
+        // SAFETY: as above.
+        let done = unsafe { exchange(slot, old, word(name, until)) };
+        if done {
+            count_name(event);
+        }
+        done
+    });
+}
+
+/// Stores a word where still the old one is; says whether it was.
+///
+/// # Safety
+/// `slot` is an aligned word, and may be written.
+#[inline(always)]
+unsafe fn exchange(slot: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: the caller says so.
+    unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(slot, old, new) }.1
+}
+
 /// The hash that says "seen, let pass".
 #[inline(always)]
 pub fn pass_token() -> u32 {
@@ -112,6 +163,29 @@ impl Maps {
             // SAFETY: valid until the end of the RCU section, and nobody else's: its number is not out yet.
             unsafe { (*token).direct = 1 };
         }
+    }
+
+    /// Takes a name away from an address.
+    #[inline(always)]
+    pub fn forget(&self, key: &LearntKey, name: NameId) {
+        let Some(entry) = maps::LEARNT.get_ptr_mut(key) else { return };
+        // SAFETY: valid until the end of the RCU section.
+        let slots = unsafe { (&raw mut (*entry).names).cast::<u64>() };
+        self.repeat(NAMES_PER_ADDRESS as u32, |i| {
+            if i as usize >= NAMES_PER_ADDRESS {
+                return true;
+            }
+            // SAFETY: as above, and within the array.
+            unsafe {
+                let slot = slots.add(i as usize);
+                let old = slot.read_volatile();
+                if (old >> 32) as NameId == name {
+                    // Another CPU that learns it anew meanwhile is right.
+                    exchange(slot, old, 0);
+                }
+            }
+            false
+        });
     }
 
     /// Puts the token back that this CPU has taken last, under its number.
@@ -287,44 +361,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn credit(&self, key: &LearntKey, name: NameId, until: Ticks) {
-        let now = self.now();
-        let entry = match maps::LEARNT.get_ptr_mut(key) {
-            Some(entry) => entry,
-            None => {
-                let Some(keys) = keys() else { return };
-                keys.learnt = Learnt { names: [0; NAMES_PER_ADDRESS] };
-                let _ = maps::LEARNT.insert(key, &keys.learnt, NOEXIST); // another CPU may be quicker
-                let Some(entry) = maps::LEARNT.get_ptr_mut(key) else { return };
-                entry
-            }
-        };
-        // Other CPUs may change it: the word is exchanged only if it is still what was decided on.
-        self.repeat(CREDIT_TRIES, |_| {
-            // SAFETY: valid until the end of the RCU section; words are read one by one.
-            let (i, event) = match place_of(unsafe { &*entry }, name, now) {
-                Place::There(i) => (i, NameEvent::Renewed),
-                Place::Free(i) => (i, NameEvent::Learnt),
-                Place::Others(i) => (i, NameEvent::Displaced),
-            };
-            if i >= NAMES_PER_ADDRESS {
-                return true;
-            }
-            // SAFETY: as above, and within the array.
-            let done = unsafe {
-                let slot = (&raw mut (*entry).names).cast::<u64>().add(i);
-                let old = slot.read_volatile();
-                atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
-                    slot,
-                    old,
-                    word(name, until),
-                )
-                .1
-            };
-            if done {
-                count_name(event);
-            }
-            done
-        });
+        credit(key, name, until);
     }
 
     #[inline(always)]

@@ -1,10 +1,13 @@
 //! The maps seen from user space: their shapes, reading them, and making the policy maps equal to an image.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, MapType, PerCpuArray};
+use aya::maps::{
+    Array, HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, MapInfo, MapType, PerCpuArray,
+};
 use datapath::addr::Ip;
 use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
@@ -17,13 +20,14 @@ use datapath::keys::{
 use datapath::limits;
 use datapath::verdict::DropReason;
 
-use super::Error;
+use super::firewalls::Firewalls;
+use super::{Error, batch};
 use crate::image::MapImage;
 
 /// A type of `datapath` as it is copied to and from the kernel.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
-struct Plain<T>(T);
+pub(super) struct Plain<T>(pub(super) T);
 
 // SAFETY: `keys::MapData` promises plain bytes without unnamed padding, of which every pattern is a value.
 #[expect(unsafe_code, reason = "aya's marker for types that may be copied to and from the kernel")]
@@ -135,8 +139,23 @@ impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
             .map_err(|source| self.error(source))
     }
 
-    fn put(&mut self, key: K, value: V) -> Result<(), Error> {
+    pub(super) fn keys(&self) -> Result<Vec<K>, Error> {
+        let keys = self.map.keys().map(|key| key.map(|k| k.0));
+        keys.collect::<Result<_, _>>().map_err(|source| self.error(source))
+    }
+
+    pub(super) fn put(&mut self, key: K, value: V) -> Result<(), Error> {
         self.map.insert(Plain(key), Plain(value), 0).map_err(|source| self.error(source))
+    }
+
+    /// Puts many entries. After an error some of them may be there.
+    pub(super) fn put_all(&mut self, entries: impl Iterator<Item = (K, V)>) -> Result<(), Error> {
+        put_all(self.name, self.map.map(), entries)
+    }
+
+    /// Removes many entries, those that are there.
+    pub(super) fn remove_all(&mut self, keys: impl Iterator<Item = K>) -> Result<(), Error> {
+        remove_all(self.name, self.map.map(), keys)
     }
 
     pub(super) fn remove(&mut self, key: &K) -> Result<(), Error> {
@@ -152,12 +171,45 @@ impl<K: keys::MapData + Ord, V: keys::MapData> Table<K, V> {
     }
 }
 
-/// `E2BIG`: what a map without room answers.
-fn full_or(name: &'static str, source: MapError) -> Error {
-    const E2BIG: i32 = 7;
-    if let MapError::SyscallError(error) = &source
-        && error.io_error.raw_os_error() == Some(E2BIG)
-    {
+/// Entries of a call: as many as take a few hundred microseconds.
+const AT_ONCE: usize = 1024;
+
+/// Puts many entries into a map of these types.
+pub(super) fn put_all<K: keys::MapData, V: keys::MapData>(
+    name: &'static str,
+    map: &MapData,
+    entries: impl Iterator<Item = (K, V)>,
+) -> Result<(), Error> {
+    let mut entries = entries.peekable();
+    while entries.peek().is_some() {
+        let (keys, values): (Vec<K>, Vec<V>) = entries.by_ref().take(AT_ONCE).unzip();
+        batch::put(map.fd().as_fd(), &keys, &values).map_err(|error| full_or(name, error.into()))?;
+    }
+    Ok(())
+}
+
+/// Removes many entries of a map with such keys, those that are there.
+pub(super) fn remove_all<K: keys::MapData>(
+    name: &'static str,
+    map: &MapData,
+    keys: impl Iterator<Item = K>,
+) -> Result<(), Error> {
+    let mut keys = keys.peekable();
+    while keys.peek().is_some() {
+        let some: Vec<K> = keys.by_ref().take(AT_ONCE).collect();
+        batch::remove(map.fd().as_fd(), &some).map_err(|error| full_or(name, error.into()))?;
+    }
+    Ok(())
+}
+
+/// What a map without room answers: `E2BIG`; a trie, `ENOSPC` (`trie_check_add_elem`, kernel/bpf/lpm_trie.c).
+pub(super) fn full_or(name: &'static str, source: MapError) -> Error {
+    let error = match &source {
+        MapError::SyscallError(error) => error.io_error.raw_os_error(),
+        MapError::IoError(error) => error.raw_os_error(),
+        _ => None,
+    };
+    if matches!(error, Some(libc::E2BIG | libc::ENOSPC)) {
         let entries = SPECS.iter().find(|spec| spec.name == name).map_or(0, |spec| spec.entries);
         return Error::MapFull { name, entries };
     }
@@ -187,6 +239,29 @@ pub fn drops(dir: &Path) -> Result<Vec<(DropReason, DropCount)>, Error> {
         found.push((*reason, sum));
     }
     Ok(found)
+}
+
+/// What the kernel has learnt of names.
+pub struct LearntNames(HashMap<MapData, Plain<LearntKey>, Plain<Learnt>>);
+
+impl LearntNames {
+    /// Opens the map. `dir` as of [`super::pin_dir`].
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let name = "LEARNT";
+        let map = HashMap::try_from(open(dir, name)?).map_err(|source| Error::Map { name, source })?;
+        Ok(Self(map))
+    }
+}
+
+impl crate::conntrack::Names for LearntNames {
+    fn learnt(&self, key: &LearntKey) -> Option<Learnt> {
+        // What cannot be read is not known.
+        self.0.get(&Plain(*key), 0).ok().map(|learnt| learnt.0)
+    }
+
+    fn now(&self) -> Ticks {
+        now()
+    }
 }
 
 /// What the last sweep did.
@@ -222,6 +297,8 @@ pub(super) struct Maps {
     nodes: Table<u32, Node>,
     node_addrs: Table<Ip, u32>,
     interfaces: Table<u32, Interface>,
+    resolvers: Table<Ip, u32>,
+    firewalls: Firewalls,
 }
 
 impl Maps {
@@ -247,6 +324,8 @@ impl Maps {
             nodes: Table::open(dir, "NODES")?,
             node_addrs: Table::open(dir, "NODE_ADDRS")?,
             interfaces: Table::open(dir, "INTERFACES")?,
+            resolvers: Table::open(dir, "RESOLVERS")?,
+            firewalls: Firewalls::open(dir)?,
         };
         maps.image = maps.read()?;
         maps.pass_token = match maps.image.settings.pass_token {
@@ -275,7 +354,7 @@ impl Maps {
             let (key, value) = entry.map_err(of)?;
             networks.insert(NetworkKey { prefix_len: key.prefix_len(), ip: key.data().0 }, value.0);
         }
-        Ok(MapImage {
+        let mut image = MapImage {
             settings: self.settings.get(&0, 0).map_err(|source| Error::Map { name: "SETTINGS", source })?.0,
             pods: self.pods.read()?,
             delivery: self.delivery.read()?,
@@ -289,12 +368,16 @@ impl Maps {
             node_addrs: self.node_addrs.read()?.into_iter().map(|(k, v)| (k, v as NodeId)).collect(),
             interfaces: self.interfaces.read()?,
             networks,
+            resolvers: self.resolvers.read()?,
             ..MapImage::default()
-        })
+        };
+        self.firewalls.fill(&mut image)?;
+        Ok(image)
     }
 
     /// Writes the difference. Order: what is referred to before what refers to it, pods last; removals the
-    /// other way round. A lease is the right to send, so it goes before the tables that let it pass.
+    /// other way round. A lease is the right to send, so it goes before the tables that let it pass. Versions of
+    /// firewalls that are in force no more are removed later, by [`Maps::retire`].
     pub(super) fn apply(&mut self, image: &MapImage) -> Result<(), Error> {
         let mut image = image.clone();
         image.settings.pass_token = self.pass_token;
@@ -321,6 +404,8 @@ impl Maps {
         }
 
         self.write_networks(&old.networks, &new.networks)?;
+        put_changed(&mut self.resolvers, &old.resolvers, &new.resolvers)?;
+        self.firewalls.put(old, new)?;
         put_changed(&mut self.nodes, &old_nodes, &new_nodes)?;
         put_changed(&mut self.node_addrs, &old_addrs, &new_addrs)?;
         put_changed(&mut self.granules, &old.granules, &new.granules)?;
@@ -332,6 +417,8 @@ impl Maps {
         put_changed(&mut self.delivery, &old.delivery, &new.delivery)?;
         put_changed(&mut self.pods, &old.pods, &new.pods)?;
 
+        self.firewalls.leave(old, new)?;
+        remove_gone(&mut self.resolvers, &old.resolvers, &new.resolvers)?;
         remove_gone(&mut self.delivery, &old.delivery, &new.delivery)?;
         remove_gone(&mut self.pod_names, &old.pod_names, &new.pod_names)?;
         remove_gone(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
@@ -341,6 +428,11 @@ impl Maps {
         remove_gone(&mut self.granules, &old.granules, &new.granules)?;
         remove_gone(&mut self.node_addrs, &old_addrs, &new_addrs)?;
         remove_gone(&mut self.nodes, &old_nodes, &new_nodes)
+    }
+
+    /// Removes versions of firewalls that were in force a while ago.
+    pub(super) fn retire(&mut self) -> Result<(), Error> {
+        self.firewalls.retire()
     }
 
     fn write_networks(
@@ -362,7 +454,7 @@ impl Maps {
     }
 }
 
-fn put_changed<K: keys::MapData + Ord, V: keys::MapData + PartialEq>(
+pub(super) fn put_changed<K: keys::MapData + Ord, V: keys::MapData + PartialEq>(
     table: &mut Table<K, V>,
     old: &BTreeMap<K, V>,
     new: &BTreeMap<K, V>,
@@ -375,7 +467,7 @@ fn put_changed<K: keys::MapData + Ord, V: keys::MapData + PartialEq>(
     Ok(())
 }
 
-fn remove_gone<K: keys::MapData + Ord, V: keys::MapData>(
+pub(super) fn remove_gone<K: keys::MapData + Ord, V: keys::MapData>(
     table: &mut Table<K, V>,
     old: &BTreeMap<K, V>,
     new: &BTreeMap<K, V>,

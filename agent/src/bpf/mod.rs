@@ -1,10 +1,13 @@
 //! The kernel side: programs, maps, links and their pins. The only module that makes `bpf` system calls.
 
 pub mod attach;
+mod batch;
+mod firewalls;
 pub mod guard;
 pub mod maps;
 mod object;
 pub mod sweep;
+mod words;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -206,6 +209,11 @@ impl Datapath {
         // An interface that cannot be covered must not keep policy from the others.
         self.maps.apply(image)?;
         attached
+    }
+
+    /// Removes versions of firewalls that were in force a while ago. Called now and then.
+    pub fn retire(&mut self) -> Result<(), Error> {
+        self.maps.retire()
     }
 
     /// Removes flows that are past their time or whose pod, policy or address is gone.

@@ -1,12 +1,14 @@
 //! `outgate agent`.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use anyhow::Context as _;
-use datapath::keys::IfIndex;
+use datapath::addr::Ip;
+use datapath::keys::{IfIndex, PodId};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -16,7 +18,7 @@ use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
 use crate::compile::proxies;
 use crate::conflict::Conflicts;
-use crate::conntrack::Conntrack;
+use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
 use crate::image::MapImage;
 use crate::netlink;
@@ -72,11 +74,14 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         (_, Err(error)) => warn!("{error}; pods that start while no agent runs are held at the uplinks only"),
     }
     let conflicts = Conflicts::new(Rc::clone(&state));
-    let conntrack = Conntrack::new(datapath.recovered());
+    let names = bpf::maps::LearntNames::open(&bpf::pin_dir(&args.bpffs.bpffs))?;
+    let conntrack = Conntrack::new(datapath.recovered(), Box::new(names));
+    let ruled = conntrack::ruled(datapath.recovered());
     let kernel = NodeKernel {
         datapath,
         announcer: Announcer::default(),
         conntrack,
+        ruled,
         notrack: Notrack::default(),
         conflicts,
     };
@@ -104,6 +109,8 @@ struct NodeKernel {
     datapath: Datapath,
     announcer: Announcer,
     conntrack: Conntrack,
+    /// The version of its firewall that each pod is under.
+    ruled: conntrack::Ruled,
     notrack: Notrack,
     conflicts: Conflicts,
 }
@@ -126,6 +133,7 @@ impl Kernel for NodeKernel {
     }
 
     fn apply(&mut self, image: &MapImage, facts: &Facts) -> Result<Option<String>, bpf::Error> {
+        let known: BTreeSet<PodId> = self.datapath.recovered().pods.values().map(|pod| pod.id).collect();
         self.announcer.retract(image, facts);
         let unattached = match self.datapath.apply(image, facts) {
             Ok(()) => None,
@@ -135,6 +143,17 @@ impl Kernel for NodeKernel {
             // Maps are written even if an interface cannot be attached to.
             Err(error) => Some(error.to_string()),
         };
+        // What is denied now ends now, and not with its next packet. Pods that are new have no flows.
+        let ruled = conntrack::ruled(image);
+        let other = |(ip, now): (&Ip, &(PodId, _))| known.contains(&now.0) && self.ruled.get(ip) != Some(now);
+        if ruled.iter().any(other)
+            && let Err(error) = self.datapath.sweep()
+        {
+            warn!(
+                "cannot end flows that firewalls deny now: {error}; their packets are dropped all the same"
+            );
+        }
+        self.ruled = ruled;
         self.conntrack.update(image);
         self.announcer.announce(image, facts);
         self.conflicts.update(image);
@@ -144,6 +163,10 @@ impl Kernel for NodeKernel {
     async fn settle(&mut self, image: &MapImage, facts: &Facts) -> Result<(), String> {
         let wanted = proxies(image, facts, netlink::proxies::are_answered);
         netlink::proxies::set(&wanted, &facts.proxies).await.map_err(|e| e.to_string())
+    }
+
+    fn retire(&mut self) -> Result<(), bpf::Error> {
+        self.datapath.retire()
     }
 
     fn sweep(&mut self) -> Result<(usize, usize), bpf::Error> {

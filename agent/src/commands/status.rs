@@ -12,7 +12,7 @@ use crate::lease;
 use crate::model::{self, Desired};
 use crate::objects::{Condition, EgressIpItem, EgressIpStatus, Tunnel};
 use crate::print::{self, Table};
-use crate::status::{ADDRESS_ASSIGNED, ASSIGNED};
+use crate::status::{ADDRESS_ASSIGNED, ASSIGNED, firewall};
 use crate::watch::Source as _;
 use crate::watch::dir::DirSource;
 
@@ -21,6 +21,7 @@ use crate::watch::dir::DirSource;
 struct Status {
     #[serde(rename = "egressIPs")]
     egress_ips: Vec<EgressIp>,
+    egress_firewalls: Vec<EgressFirewall>,
     nodes: Vec<Node>,
     tunnel: Option<Tunnel>,
     problems: Vec<Problem>,
@@ -44,6 +45,20 @@ struct Address {
     state: String,
     ports_leased: usize,
     leases: Vec<Lease>,
+}
+
+#[derive(Serialize)]
+struct EgressFirewall {
+    namespace: String,
+    /// None if the object is refused.
+    rules: Option<usize>,
+    /// As OVN-Kubernetes has it.
+    status: String,
+    messages: Vec<String>,
+    conditions: Vec<Condition>,
+    /// Nodes that have pods of the namespace.
+    nodes: Vec<String>,
+    state: String,
 }
 
 #[derive(Serialize)]
@@ -146,7 +161,37 @@ fn status(source: &DirSource) -> Status {
             message: p.message.clone(),
         })
         .collect();
-    Status { egress_ips, nodes, tunnel: desired.tunnel, problems }
+    let egress_firewalls =
+        desired.firewalls.keys().map(|namespace| egress_firewall(source, &desired, namespace)).collect();
+    Status { egress_ips, egress_firewalls, nodes, tunnel: desired.tunnel, problems }
+}
+
+fn egress_firewall(source: &DirSource, desired: &Desired, namespace: &str) -> EgressFirewall {
+    let firewall = &desired.firewalls[namespace];
+    let nodes = desired.firewall_nodes.get(namespace).cloned().unwrap_or_default();
+    // What the nodes say is here; who leads has the same from them, and only the times are its own.
+    let reported = source.firewall_statuses().get(namespace);
+    let previous = reported.map(|r| r.status.conditions.as_slice()).unwrap_or_default();
+    let status = firewall::status(namespace, firewall, &nodes, &desired.nodes, previous, "");
+    let state = status.conditions.iter().map(|c| {
+        let word = match (c.kind.as_str(), c.status.as_str(), c.reason.as_str()) {
+            (firewall::CONDITION, "True", _) => return format!("applied: {}", c.message),
+            (firewall::CONDITION, _, "Refused") => "refused",
+            (firewall::CONDITION, _, "NotApplied") => "not applied",
+            (firewall::CONDITION, ..) => "waiting",
+            _ => "note",
+        };
+        format!("{word}: {}", c.message)
+    });
+    EgressFirewall {
+        namespace: namespace.to_owned(),
+        rules: firewall.rules.as_ref().ok().map(|rules| rules.len()),
+        state: state.collect::<Vec<_>>().join("; "),
+        status: status.status,
+        messages: status.messages,
+        conditions: status.conditions,
+        nodes: nodes.into_iter().collect(),
+    }
 }
 
 fn address(desired: &Desired, reported: &EgressIpStatus, ip: IpAddr) -> Address {
@@ -200,6 +245,16 @@ impl Status {
         }
         table.print_into(out)?;
         writeln!(out)?;
+        if !self.egress_firewalls.is_empty() {
+            let mut table = Table::new(&["EGRESS FIREWALL", "RULES", "NODES", "STATE"]);
+            for f in &self.egress_firewalls {
+                let rules = f.rules.map(|n| n.to_string()).unwrap_or_default();
+                let name = format!("{}/default", f.namespace);
+                table.row([name, rules, f.nodes.len().to_string(), f.state.clone()]);
+            }
+            table.print_into(out)?;
+            writeln!(out)?;
+        }
         let yes = |b: bool| if b { "yes" } else { "no" }.to_owned();
         let list = |items: Vec<String>| items.join(",");
         let mut table = Table::new(&[
@@ -352,6 +407,64 @@ status:
         assert_eq!(json["nodes"][0]["name"], "a");
         let yaml: serde_json::Value = serde_saphyr::from_str(&shown(&dir, "-o yaml")).unwrap();
         assert_eq!(yaml, json);
+    }
+
+    #[test]
+    fn firewalls_and_what_has_come_of_them() {
+        let dir = cluster("firewalls");
+        fs::write(
+            dir.0.join("firewalls.yaml"),
+            "apiVersion: k8s.ovn.org/v1
+kind: EgressFirewall
+metadata: {name: default, namespace: shop}
+spec: {egress: [{type: Allow, to: {cidrSelector: 10.0.0.0/8}}, {type: Deny, to: {nodeSelector: {matchLabels: {a: b}}}}]}
+---
+apiVersion: k8s.ovn.org/v1
+kind: EgressFirewall
+metadata: {name: default, namespace: slip}
+spec: {egress: [{type: Deny, to: {cidrSelector: 10.0.0.1}}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: p, namespace: shop}
+spec: {nodeName: a}
+status: {podIP: 10.1.0.1}
+",
+        )
+        .unwrap();
+        let waiting = shown(&dir, "");
+        let line = |text: &str, start: &str| {
+            let words = |l: &str| l.split_whitespace().collect::<Vec<_>>().join(" ");
+            text.lines()
+                .map(words)
+                .find(|l| l.starts_with(start))
+                .unwrap_or_else(|| panic!("{start} in\n{text}"))
+        };
+        let note = "note: nodeSelector of spec.egress[1] matches no node: the rule matches nothing";
+        assert_eq!(
+            line(&waiting, "shop/default"),
+            format!("shop/default 2 1 waiting: node a has not confirmed it yet; {note}")
+        );
+        assert_eq!(
+            line(&waiting, "slip/default"),
+            "slip/default - 0 refused: spec.egress[0].to.cidrSelector: \"10.0.0.1\" is an address, not a network: write 10.0.0.1/32"
+        );
+        assert!(line(&waiting, "EgressFirewall slip/default").contains("firewalls.yaml:6"), "{waiting}");
+        let source = DirSource::read(&dir.0).unwrap();
+        let version = model::desired(source.objects(), "").firewalls["shop"].version;
+        let path = dir.0.join(".outgate/egressnodes/a.yaml");
+        let text = fs::read_to_string(&path).unwrap();
+        let version = crate::firewall::version_text(version);
+        fs::write(&path, format!("{text}  firewalls: [{{namespace: shop, version: '{version}'}}]\n"))
+            .unwrap();
+        let applied = line(&shown(&dir, ""), "shop/default");
+        assert_eq!(applied, format!("shop/default 2 1 applied: 2 rules in force on 1 node; {note}"));
+        let json: serde_json::Value = serde_json::from_str(&shown(&dir, "-o json")).unwrap();
+        let f = &json["egressFirewalls"][0];
+        assert_eq!((&f["namespace"], &f["rules"]), (&"shop".into(), &2.into()));
+        assert_eq!(f["status"], "EgressFirewall Rules applied");
+        assert_eq!(f["messages"][0], "a: EgressFirewall Rules applied");
+        assert_eq!(json["egressFirewalls"][1]["rules"], serde_json::Value::Null);
     }
 
     #[test]

@@ -1,10 +1,22 @@
 //! Egress firewalls: rules as they are written, checked, and compiled to what the programs look up.
 
+pub mod check;
+pub mod compile;
+pub mod naive;
+mod places;
+mod ports;
+mod wire;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+
+pub use compile::TooMuch;
+
+use crate::objects::AppliedFirewall;
 
 /// One EgressFirewall object that counts: the one named `default` of its namespace.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -29,6 +41,17 @@ pub struct Rule {
     pub to: Destination,
     /// Protocols and ports; empty: all of every protocol.
     pub ports: Vec<Ports>,
+}
+
+impl Rule {
+    /// The name that it is for.
+    #[must_use]
+    pub const fn name(&self) -> Option<&Name> {
+        match &self.to {
+            Destination::Name(name) => Some(name),
+            Destination::Network(_) | Destination::Nodes(_) => None,
+        }
+    }
 }
 
 /// What a rule is for.
@@ -69,4 +92,36 @@ impl fmt::Display for Name {
         }
         f.write_str(&self.name)
     }
+}
+
+/// What has come of one namespace's firewall in this node's kernel.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct FirewallState {
+    /// [`Firewall::uid`] of the object that was last taken up.
+    pub uid: String,
+    /// [`Firewall::version`] of it.
+    pub version: u64,
+    /// Why it is not in force; none: it is.
+    pub error: Option<String>,
+    /// With an error: whether the version before is in force still. If not, all that rules could be for is denied.
+    pub kept: bool,
+}
+
+/// What a node says about its firewalls, for its EgressNode.
+#[must_use]
+pub fn report(states: &BTreeMap<String, FirewallState>) -> Vec<AppliedFirewall> {
+    let of = |(namespace, state): (&String, &FirewallState)| AppliedFirewall {
+        namespace: namespace.clone(),
+        uid: state.uid.clone(),
+        version: version_text(state.version),
+        message: state.error.clone().unwrap_or_default(),
+        kept: state.kept,
+    };
+    states.iter().map(of).collect()
+}
+
+/// [`Firewall::version`] as objects have it: text, for not every reader of JSON has 64-bit numbers.
+#[must_use]
+pub fn version_text(version: u64) -> String {
+    format!("{version:016x}")
 }

@@ -9,6 +9,7 @@
 //! | `egressnodes/NAME.yaml` | that node's agent |
 //! | `egressallocations/ADDRESS.yaml` | the leader |
 //! | `status/egressips/NAME.yaml` | the leader |
+//! | `status/egressfirewalls/NAMESPACE.yaml` | the leader |
 //! | `last-good/FILE` | the leader: the user's files as they last parsed |
 //!
 //! **A file that is being written is not read.** Truncating and writing in place shows the file empty for a
@@ -36,8 +37,8 @@ use tokio::time::Instant;
 
 use super::{Problem, Source, Write};
 use crate::objects::{
-    Cluster, EgressAllocation, EgressConfig, EgressFirewall, EgressIp, EgressIpReport, EgressNode, Meta,
-    Namespace, Node, OUTGATE_API, OVN_API, ObjectName, Objects, Pod,
+    Cluster, EgressAllocation, EgressConfig, EgressFirewall, EgressFirewallReport, EgressIp, EgressIpReport,
+    EgressNode, Meta, Namespace, Node, OUTGATE_API, OVN_API, ObjectName, Objects, Pod, Service,
 };
 
 /// From the first sign of a change to reading: long enough to see a burst of renames as one change.
@@ -80,6 +81,7 @@ pub struct DirSource {
     directory_error: Option<String>,
     objects: Objects,
     statuses: BTreeMap<String, EgressIpReport>,
+    firewall_statuses: BTreeMap<String, EgressFirewallReport>,
     unreadable: BTreeSet<String>,
     places: BTreeMap<String, String>,
     problems: BTreeSet<Problem>,
@@ -154,9 +156,10 @@ enum Object {
     Node(Node),
     Namespace(Namespace),
     Pod(Pod),
+    Service(Service),
     EgressIp(EgressIp),
     EgressFirewall(EgressFirewall),
-    EgressConfig(EgressConfig),
+    EgressConfig(Box<EgressConfig>),
     /// A kind that is written by Outgate, found among the user's files.
     OutgatesOwn(&'static str),
     /// Not read by Outgate at all.
@@ -169,6 +172,7 @@ enum Own {
     EgressNode(EgressNode),
     Allocation(EgressAllocation),
     Status(EgressIpReport),
+    FirewallStatus(EgressFirewallReport),
 }
 
 impl DirSource {
@@ -225,6 +229,7 @@ impl DirSource {
             directory_error: None,
             objects: Objects::default(),
             statuses: BTreeMap::new(),
+            firewall_statuses: BTreeMap::new(),
             unreadable: BTreeSet::new(),
             places: BTreeMap::new(),
             problems: BTreeSet::new(),
@@ -362,6 +367,7 @@ impl DirSource {
                     Object::Node(_)
                     | Object::Namespace(_)
                     | Object::Pod(_)
+                    | Object::Service(_)
                     | Object::EgressIp(_)
                     | Object::EgressFirewall(_)
                     | Object::EgressConfig(_) => {}
@@ -383,18 +389,23 @@ impl DirSource {
                         o.metadata.namespace.clone_from(&key.0);
                         objects.pods.insert(key, o);
                     }
+                    Object::Service(mut o) => {
+                        o.metadata.namespace.clone_from(&key.0);
+                        objects.services.insert(key, o);
+                    }
                     Object::EgressIp(o) => drop(objects.egress_ips.insert(key.1, o)),
                     Object::EgressFirewall(mut o) => {
                         o.metadata.namespace.clone_from(&key.0);
                         objects.egress_firewalls.insert(key, o);
                     }
-                    Object::EgressConfig(o) => drop(objects.egress_configs.insert(key.1, o)),
+                    Object::EgressConfig(o) => drop(objects.egress_configs.insert(key.1, *o)),
                     Object::OutgatesOwn(_) | Object::Foreign => {}
                 }
             }
         }
         self.places = seen.into_iter().map(|(name, place)| (name.to_string(), place)).collect();
         self.statuses.clear();
+        self.firewall_statuses.clear();
         self.unreadable.clear();
         for (file, state) in &self.own {
             if let Some(error) = &state.error {
@@ -415,6 +426,9 @@ impl DirSource {
                 }
                 Some(Own::Status(o)) => {
                     self.statuses.insert(o.metadata.name.clone(), o.clone());
+                }
+                Some(Own::FirewallStatus(o)) => {
+                    self.firewall_statuses.insert(o.metadata.namespace.clone(), o.clone());
                 }
             }
         }
@@ -469,6 +483,10 @@ impl Source for DirSource {
 
     fn statuses(&self) -> &BTreeMap<String, EgressIpReport> {
         &self.statuses
+    }
+
+    fn firewall_statuses(&self) -> &BTreeMap<String, EgressFirewallReport> {
+        &self.firewall_statuses
     }
 
     fn unreadable_allocations(&self) -> &BTreeSet<String> {
@@ -539,6 +557,14 @@ impl Source for DirSource {
                 self.remove(&format!("/status/egressips/{name}.yaml"))?;
                 self.statuses.remove(&name);
             }
+            Write::FirewallStatus(o) => {
+                self.write_own(&format!("{FIREWALL_STATUSES}{}.yaml", o.metadata.namespace), &o, false)?;
+                self.firewall_statuses.insert(o.metadata.namespace.clone(), o);
+            }
+            Write::RemoveFirewallStatus(namespace) => {
+                self.remove(&format!("{FIREWALL_STATUSES}{namespace}.yaml"))?;
+                self.firewall_statuses.remove(&namespace);
+            }
             Write::Cluster(o) => {
                 self.write_own("/cluster.yaml", &o, true)?;
                 self.objects.cluster = Some(o);
@@ -554,9 +580,17 @@ const HELD: &str = "what was read before stays in force";
 /// Where copies of the user's files are.
 const COPIES: &str = ".outgate/last-good";
 
+/// Where, below `.outgate`, the status of each EgressFirewall is, by namespace.
+const FIREWALL_STATUSES: &str = "/status/egressfirewalls/";
+
 /// Outgate's own directories, parents first.
-const OWN_DIRECTORIES: [&str; 4] =
-    [".outgate", ".outgate/egressnodes", ".outgate/egressallocations", ".outgate/status/egressips"];
+const OWN_DIRECTORIES: [&str; 5] = [
+    ".outgate",
+    ".outgate/egressnodes",
+    ".outgate/egressallocations",
+    ".outgate/status/egressips",
+    ".outgate/status/egressfirewalls",
+];
 
 impl Watch {
     fn subscribe(&mut self, root: &Path) -> Result<(), Error> {
@@ -912,9 +946,10 @@ fn parse_document(text: &Text<'_>, line: usize, documents: &mut Vec<Document>) -
         ("v1", "Node") => Object::Node(text.read()?),
         ("v1", "Namespace") => Object::Namespace(text.read()?),
         ("v1", "Pod") => Object::Pod(text.read()?),
+        ("v1", "Service") => Object::Service(text.read()?),
         (OVN_API, "EgressIP") => Object::EgressIp(text.read()?),
         (OVN_API, "EgressFirewall") => Object::EgressFirewall(text.read()?),
-        (OUTGATE_API, "EgressConfig") => Object::EgressConfig(text.read()?),
+        (OUTGATE_API, "EgressConfig") => Object::EgressConfig(Box::new(text.read()?)),
         (OUTGATE_API, "EgressNode") => Object::OutgatesOwn("EgressNode"),
         (OUTGATE_API, "EgressAllocation") => Object::OutgatesOwn("EgressAllocation"),
         // Of these groups nothing may be passed over: a slip in the kind would be a policy that is not there.
@@ -942,6 +977,7 @@ impl Object {
             Self::Node(o) => ("Node", false, &o.metadata),
             Self::Namespace(o) => ("Namespace", false, &o.metadata),
             Self::Pod(o) => ("Pod", true, &o.metadata),
+            Self::Service(o) => ("Service", true, &o.metadata),
             Self::EgressIp(o) => ("EgressIP", false, &o.metadata),
             Self::EgressFirewall(o) => ("EgressFirewall", true, &o.metadata),
             Self::EgressConfig(o) => ("EgressConfig", false, &o.metadata),
@@ -1002,6 +1038,15 @@ fn parse_own(file: &str, text: &str) -> Result<Own, String> {
     }
     if let Some(name) = own_name(file, "/status/egressips/") {
         return named(read(text)?, |o: &EgressIpReport| &o.metadata, name).map(Own::Status);
+    }
+    if let Some(namespace) = own_name(file, FIREWALL_STATUSES) {
+        let report: EgressFirewallReport = read(text)?;
+        let found = &report.metadata.namespace;
+        return if found == namespace {
+            Ok(Own::FirewallStatus(report))
+        } else {
+            Err(format!("metadata.namespace is {found:?}, the file's name says {namespace:?}; ignored"))
+        };
     }
     Err("not a file of outgate's; ignored".to_owned())
 }
@@ -1232,6 +1277,54 @@ mod tests {
         fs::write(temp.0.join(".outgate/egressallocations/192.0.2.1.yaml"), "spec: [").unwrap();
         let source = DirSource::read(&temp.0).unwrap();
         assert!(source.unreadable_allocations().contains("192.0.2.1"));
+    }
+
+    /// A firewall whose file were not read would be no firewall.
+    #[test]
+    fn mistakes_in_a_firewalls_rules_leave_its_file_readable() {
+        let temp = Temp::new("firewall");
+        temp.put(
+            "a.yaml",
+            &format!(
+                "apiVersion: k8s.ovn.org/v1\nkind: EgressFirewall\nmetadata: {{name: default, namespace: n}}\nspec: {{egress: [{{type: 7, to: [], ports: yes}}]}}\n---\n{}",
+                pod("p")
+            ),
+        );
+        temp.put(
+            "b.json",
+            r#"{"apiVersion": "k8s.ovn.org/v1", "kind": "EgressFirewall", "metadata": {"name": "default"}}"#,
+        );
+        let source = DirSource::read(&temp.0).unwrap();
+        assert_eq!(problems(&source), Vec::<String>::new());
+        let objects = source.objects();
+        let rules = |namespace: &str| {
+            let o = &objects.egress_firewalls[&(namespace.to_owned(), "default".to_owned())];
+            o.spec.firewall(&o.metadata, &BTreeMap::new()).rules.unwrap_err()
+        };
+        assert!(rules("n").contains("spec.egress[0].type: 7 is neither"), "{}", rules("n"));
+        assert_eq!(rules("default"), "spec: is missing; expected an object");
+        assert_eq!(objects.pods.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_firewalls_status_is_a_file_by_its_namespace() {
+        let temp = Temp::new("firewall-status");
+        let mut source = DirSource::open(&temp.0).unwrap();
+        let mut report = EgressFirewallReport::default();
+        (report.metadata.name, report.metadata.namespace) = ("default".into(), "shop".into());
+        report.status.messages = vec!["a: EgressFirewall Rules applied".into()];
+        source.write(Write::FirewallStatus(report.clone())).await.unwrap();
+        let again = DirSource::read(&temp.0).unwrap();
+        assert_eq!(again.firewall_statuses(), &BTreeMap::from([("shop".to_owned(), report)]));
+        let file = temp.0.join(".outgate/status/egressfirewalls/shop.yaml");
+        fs::copy(&file, file.with_file_name("other.yaml")).unwrap();
+        let again = DirSource::read(&temp.0).unwrap();
+        assert_eq!(again.firewall_statuses().len(), 1);
+        assert!(
+            problems(&again)[0].contains("metadata.namespace is \"shop\", the file's name says \"other\"")
+        );
+        source.write(Write::RemoveFirewallStatus("shop".into())).await.unwrap();
+        assert!(source.firewall_statuses().is_empty() && !file.exists());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::future::Future;
 
-use crate::objects::{Cluster, EgressAllocation, EgressIpReport, EgressNode, Objects};
+use crate::objects::{Cluster, EgressAllocation, EgressFirewallReport, EgressIpReport, EgressNode, Objects};
 
 /// Something that is wrong with one file or object, while the rest works on.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -44,6 +44,10 @@ pub enum Write {
     Status(EgressIpReport),
     /// Leader: the status, by name, of an EgressIP that is gone.
     RemoveStatus(String),
+    /// Leader: the status of a namespace's EgressFirewall.
+    FirewallStatus(EgressFirewallReport),
+    /// Leader: the status, by namespace, of an EgressFirewall that is gone.
+    RemoveFirewallStatus(String),
     /// Leader: what all nodes agree on.
     Cluster(Cluster),
 }
@@ -61,6 +65,9 @@ pub trait Source {
 
     /// EgressIP statuses, as last written by any leader.
     fn statuses(&self) -> &BTreeMap<String, EgressIpReport>;
+
+    /// EgressFirewall statuses by namespace, as last written by any leader.
+    fn firewall_statuses(&self) -> &BTreeMap<String, EgressFirewallReport>;
 
     /// Names of allocations that exist and cannot be read: nobody may write over them.
     fn unreadable_allocations(&self) -> &BTreeSet<String>;

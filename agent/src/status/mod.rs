@@ -1,5 +1,7 @@
 //! What is said about an EgressIP: who holds its addresses, and why one is not in force. A pure function.
 
+pub mod firewall;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -79,12 +81,17 @@ pub fn egress_ip(
         condition(ASSIGNED, String::new(), false, reason, message)
     };
     conditions.insert(0, overall);
-    for c in &mut conditions {
+    date(&mut conditions, previous, now);
+    EgressIpStatus { items, conditions }
+}
+
+/// Dates conditions: those of `previous` whose status is the same keep their time.
+fn date(conditions: &mut [Condition], previous: &[Condition], now: &str) {
+    for c in conditions {
         let same = |p: &&Condition| p.kind == c.kind && p.egress_ip == c.egress_ip && p.status == c.status;
         c.last_transition_time =
             previous.iter().find(same).map_or_else(|| now.to_owned(), |p| p.last_transition_time.clone());
     }
-    EgressIpStatus { items, conditions }
 }
 
 /// A time as objects have it: RFC 3339, UTC, whole seconds.
