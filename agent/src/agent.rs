@@ -15,12 +15,13 @@ use tracing::{debug, error, info, warn};
 
 use crate::compile::{Compiled, compile};
 use crate::facts::Facts;
-use crate::firewall::{self, FirewallState};
+use crate::firewall::{self, FirewallState, audit};
 use crate::ids::Ids;
 use crate::image::MapImage;
 use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
+use crate::names::resolv_conf::ResolvConf;
 use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
 use crate::status::rfc3339;
 use crate::watch::{Problem, Source, Write};
@@ -54,6 +55,19 @@ pub trait Kernel {
     /// through to it. An error is a text, and is tried again.
     fn settle(&mut self, image: &MapImage, facts: &Facts) -> impl Future<Output = Result<(), String>>;
 
+    /// Learns the names of an image that is in force: from these resolvers of pods, and these nameservers of the node.
+    fn learn(&mut self, _image: &MapImage, _resolvers: &BTreeSet<IpAddr>, _nameservers: &[IpAddr]) {}
+
+    /// Whether what names say may have changed since this was last asked.
+    fn has_news(&mut self) -> bool {
+        false
+    }
+
+    /// What names say: those that do not exist, or cannot be looked up.
+    fn problems(&self) -> BTreeSet<Problem> {
+        BTreeSet::new()
+    }
+
     /// Removes what firewalls had in force before, once nobody can be using it any more. Called at every tick.
     fn retire(&mut self) -> Result<(), Self::Error>;
 
@@ -76,6 +90,8 @@ pub struct Agent<S, K> {
     source: S,
     kernel: K,
     facts: Receiver<Facts>,
+    /// The node's resolv.conf, which pods may have been given.
+    resolv_conf: ResolvConf,
     state: Rc<RefCell<metrics::State>>,
     ids: Ids,
     /// What was last applied, and with which facts.
@@ -114,21 +130,24 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         source: S,
         kernel: K,
         facts: Receiver<Facts>,
+        resolv_conf: ResolvConf,
         state: Rc<RefCell<metrics::State>>,
     ) -> Self {
         let ids = Ids::recover(kernel.recovered());
         let loaded = still_loaded(&identity, source.objects(), kernel.recovered());
+        let firewalls = still_in_force(&identity, source.objects(), kernel.recovered());
         state.borrow_mut().not_ready = Some("nothing is applied yet".to_owned());
         Self {
             identity,
             source,
             kernel,
             facts,
+            resolv_conf,
             state,
             ids,
             applied: None,
             loaded,
-            firewalls: BTreeMap::new(),
+            firewalls,
             leading: false,
             tunnel_port: None,
             retry_at: None,
@@ -161,9 +180,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 }
                 _ = tick.tick() => {
                     self.retire();
-                    self.lead() || self.retry_at.is_some_and(|at| at <= Instant::now())
+                    self.lead() || self.kernel.has_news() || self.retry_at.is_some_and(|at| at <= Instant::now())
                 }
-                _ = sweep.tick() => { self.sweep(); false }
+                _ = sweep.tick() => { self.sweep(); self.resolv_conf.reread() }
             };
             if work {
                 self.reconcile().await;
@@ -203,6 +222,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut desired = self.desired();
         // Objects and interfaces are told of apart: a new pod must not be found behind what was an earlier one's.
         facts.forget_gone(|index| self.kernel.has_interface(index));
+        facts.nameservers = self.resolv_conf.nameservers().to_vec();
         if self.publish(&desired, &facts).await {
             desired = self.desired();
         }
@@ -218,7 +238,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         self.apply(&desired, &compiled, &facts).await;
         // The holder confirms what its kernel has; other nodes wait for it.
         self.publish(&desired, &facts).await;
-        if !self.failures.is_empty() {
+        if !self.failures.is_empty() || compiled.waits {
             self.retry_at = Some(Instant::now() + RETRY);
         }
         self.report(&desired, &compiled);
@@ -287,11 +307,14 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             }
         }
         if self.applied.as_ref().is_some_and(|(i, f)| *i == compiled.image && f == facts) {
+            // An object that was refused, or whose rules come to the same, changes no map; what is said of it does.
+            self.firewalls.clone_from(&compiled.firewalls);
             return;
         }
         match self.kernel.apply(&compiled.image, facts) {
             Ok(unattached) => {
                 self.applied = Some((compiled.image.clone(), facts.clone()));
+                self.kernel.learn(&compiled.image, &desired.config.resolvers, &facts.nameservers);
                 if let Err(message) = self.kernel.settle(&compiled.image, facts).await {
                     self.applied = None;
                     self.failures.insert(Problem::new("this node's proxy neighbours", message));
@@ -354,6 +377,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .iter()
             .chain(&desired.problems)
             .chain(&compiled.problems)
+            .chain(&self.kernel.problems())
             .chain(&self.failures)
             .chain(&self.notes)
             .chain(&self.lead_error)
@@ -409,6 +433,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         state.pods = pods.len();
         state.pods_selected = pods.values().flatten().count();
         state.nodes = image.nodes.len();
+        state.rules = audit::rules_in_force(image, desired, &self.firewalls);
         state.ports_leased =
             image.leases.values().map(|l| u64::from(l.granules) * u64::from(GRANULE_PORTS)).sum();
         self.said = Said { problems, pods, held, waiting: self.said.waiting };
@@ -437,8 +462,24 @@ fn still_loaded(
         .collect()
 }
 
+/// What the agent before this one said of firewalls, if the kernel still has any: until this one has looked at
+/// them, no status is to change for a restart.
+fn still_in_force(
+    identity: &Identity,
+    objects: &crate::objects::Objects,
+    kernel: &MapImage,
+) -> BTreeMap<String, FirewallState> {
+    match objects.egress_nodes.get(&identity.node) {
+        Some(own) if own.status.boot_id == identity.boot_id && !kernel.firewalls.is_empty() => {
+            firewall::reported(&own.status.firewalls)
+        }
+        _ => BTreeMap::new(),
+    }
+}
+
 /// 64 random bits.
-fn random() -> u64 {
+#[must_use]
+pub fn random() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
     // The standard library takes its keys from the kernel's random numbers, once a thread, and counts on.
     RandomState::new().hash_one(SystemTime::now())
@@ -697,7 +738,9 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             let state = Rc::default();
             let identity = Identity { node: name.into(), boot_id: "boot".into() };
             let source = DirSource::open(&self.dir).unwrap();
-            let mut agent = Agent::new(identity, source, kernel.clone(), facts, Rc::clone(&state));
+            let resolv_conf = ResolvConf::open(&self.dir.join("resolv.conf"));
+            let mut agent =
+                Agent::new(identity, source, kernel.clone(), facts, resolv_conf, Rc::clone(&state));
             let task = spawn_local(async move { agent.run().await.unwrap() });
             self.nodes.push(Node { name, kernel, state, facts: sender, task });
         }
@@ -842,6 +885,56 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             w.start(gone.name, kernel);
             w.eventually("a restart", |w| w.get(gone.name).state.borrow().not_ready.is_none()).await;
             assert_eq!(*w.get(gone.name).kernel.history.borrow(), [before], "one image, the same");
+        });
+    }
+
+    #[test]
+    fn a_firewalls_status_follows_its_object_and_not_only_the_maps() {
+        in_a_world(async || {
+            let mut w = World::usual("firewall");
+            let firewall = |w: &World, rules: &str| {
+                let head = "apiVersion: k8s.ovn.org/v1\nkind: EgressFirewall\nmetadata: {name: default, namespace: shop}";
+                w.put("firewall.yaml", &format!("{head}\nspec: {{egress: [{rules}]}}\n"));
+            };
+            firewall(&w, "{type: Deny, to: {cidrSelector: 0.0.0.0/0}}");
+            w.start("a", Memory::default());
+            let status = |w: &World| {
+                fs::read_to_string(w.dir.join(".outgate/status/egressfirewalls/shop.yaml"))
+                    .unwrap_or_default()
+            };
+            let applied = |w: &World| status(w).contains("status: EgressFirewall Rules applied");
+            w.eventually("a firewall", applied).await;
+            let rules = |w: &World| {
+                w.get("a").state.borrow().rules.values().map(|r| r[0].to_string()).collect::<Vec<_>>()
+            };
+            assert_eq!(rules(&w), ["Deny 0.0.0.0/0"], "for the audit log");
+            let image = w.get("a").image();
+            // A slip changes no map.
+            firewall(&w, "{type: Deny, to: {cidrSelector: 10.0.0.1}}");
+            w.eventually("a refusal", |w| {
+                status(w).contains("stays in force")
+                    && status(w).contains("not correctly applied: spec.egress[0].to")
+            })
+            .await;
+            assert_eq!(w.get("a").image(), image);
+            assert_eq!(rules(&w), Vec::<String>::new(), "those in force are not the object's");
+            // Nor do host bits, which are cut off.
+            firewall(&w, "{type: Deny, to: {cidrSelector: 10.0.0.1/0}}");
+            w.eventually("a version with the same rules", applied).await;
+            assert_eq!(w.get("a").image(), image);
+            // Nor does a restart.
+            let before = status(&w);
+            let mut gone = w.nodes.pop().unwrap();
+            gone.task.abort();
+            assert!((&mut gone.task).await.is_err(), "cancelled");
+            w.start("a", Memory { image, ..Memory::default() });
+            w.eventually("a restart", |w| {
+                assert_eq!(status(w), before);
+                w.get("a").state.borrow().not_ready.is_none()
+            })
+            .await;
+            fs::remove_file(w.dir.join("firewall.yaml")).unwrap();
+            w.eventually("its end", |w| status(w).is_empty()).await;
         });
     }
 

@@ -38,6 +38,11 @@ pub enum Command {
     Status(StatusArgs),
     /// Show this node's flows
     Flows(FlowsArgs),
+    /// Show what happens on this node, as it happens: drops, denials of egress firewalls, and flows
+    ///
+    /// It looks twice a second until it is interrupted. Denials are told by pod, destination and rule, with the
+    /// packets since the last look. Without an option, everything.
+    Monitor(MonitorArgs),
     /// Explain what would happen to a new connection of a pod of this node
     ///
     /// It runs the code that the kernel runs, on the maps that the kernel uses. What the node's own netfilter
@@ -85,6 +90,10 @@ pub struct AgentArgs {
     /// runs [default: kubepods.slice or kubepods, if there is one]
     #[arg(long, env = "OUTGATE_POD_CGROUP", value_name = "PATH")]
     pub pod_cgroup: Option<PathBuf>,
+    /// The resolv.conf that the node's pods may have been given: names of egress firewalls are learnt from answers of
+    /// its nameservers too
+    #[arg(long, env = "OUTGATE_RESOLV_CONF", value_name = "FILE", default_value = "/etc/resolv.conf")]
+    pub resolv_conf: PathBuf,
     /// Serve /metrics, /healthz and /readyz on this address
     #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,
@@ -128,6 +137,23 @@ pub struct FlowsArgs {
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,
     /// How to print
+    #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// Options of `outgate monitor`.
+#[derive(Args, Debug)]
+pub struct MonitorArgs {
+    /// Packets that are dropped, and what egress firewalls deny
+    #[arg(long, env = "OUTGATE_DROPS")]
+    pub drops: bool,
+    /// Flows that begin and end
+    #[arg(long, env = "OUTGATE_FLOWS")]
+    pub flows: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub bpffs: BpffsArg,
+    /// How to print: JSON is a line each, YAML a document each
     #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
     pub output: Output,
 }
@@ -346,6 +372,8 @@ mod tests {
             panic!()
         };
         assert_eq!(f.pod.unwrap().name, "p");
+        let Command::Monitor(m) = parse("outgate monitor --drops -o json").unwrap().command else { panic!() };
+        assert!(m.drops && !m.flows);
         for wrong in [
             "outgate",
             "outgate agent",

@@ -13,8 +13,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, DeliveryMode, EgressIp, FirewallId, GranuleTable, Guard, IfIndex, Interface, InterfaceKind,
-    Lease, Network, NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, RESOLVER,
-    RESOLVER_ON_NODE, Settings,
+    Lease, Network, NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
 };
 use datapath::limits;
 use ipnet::IpNet;
@@ -24,6 +23,7 @@ use crate::firewall::FirewallState;
 use crate::ids::{Ids, identity};
 use crate::image::MapImage;
 use crate::model::{self, Desired};
+use crate::names::resolvers::resolvers;
 use crate::pins::{HELD, Place, Sight};
 use crate::watch::Problem;
 
@@ -37,6 +37,8 @@ pub struct Compiled {
     pub loaded: BTreeMap<IpAddr, (String, u64)>,
     /// What it makes of the firewalls of namespaces that have pods on this node, by namespace.
     pub firewalls: BTreeMap<String, FirewallState>,
+    /// Whether a firewall found no room that there may be once what stands now is gone: to be compiled again.
+    pub waits: bool,
     /// What is left out of it, and why.
     pub problems: BTreeSet<Problem>,
 }
@@ -210,14 +212,11 @@ impl Compiler<'_> {
 
     /// `RESOLVERS`.
     fn resolvers(&mut self) {
-        let nodes = self.desired.nodes.values().flat_map(model::Node::addresses);
-        let nodes = nodes.chain(self.facts.addresses.iter().copied());
-        let all: Vec<_> = nodes
-            .map(|ip| (Ip::from(ip), RESOLVER | RESOLVER_ON_NODE))
-            .chain(self.desired.config.resolvers.iter().map(|ip| (Ip::from(*ip), RESOLVER)))
-            .collect();
-        for (ip, what) in all {
-            *self.out.image.resolvers.entry(ip).or_default() |= what;
+        let (resolvers, left_out) = resolvers(self.desired, self.facts, &self.facts.nameservers);
+        self.out.image.resolvers = resolvers;
+        if left_out > 0 {
+            let message = over("RESOLVERS", limits::RESOLVERS);
+            self.problem(format_args!("{left_out} addresses of resolvers and nodes"), message);
         }
     }
 
@@ -688,6 +687,7 @@ mod tests {
             default_v4: Some(2),
             default_v6: None,
             proxies: BTreeMap::new(),
+            nameservers: Vec::new(),
             tunnel_ifindex: 9,
         }
     }

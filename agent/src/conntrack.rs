@@ -325,7 +325,8 @@ fn entry_key(entry: &[u8]) -> Vec<u8> {
 mod tests {
     use std::net::IpAddr;
 
-    use datapath::keys::{NetworkKind, Pod};
+    use datapath::keys::{Pod, PortTable, Winner};
+    use datapath::names::word;
 
     use super::*;
 
@@ -362,7 +363,11 @@ mod tests {
                         }
                     }
                 });
-                put_nested(tuple, 2, |ports| put(ports, 1, &[6]));
+                let port: u16 = if kind == CTA_TUPLE_ORIG { 40_000 } else { 443 };
+                put_nested(tuple, CTA_TUPLE_PROTO, |ports| {
+                    put(ports, CTA_PROTO_NUM, &[TCP]);
+                    put(ports, CTA_PROTO_SRC_PORT, &port.to_be_bytes());
+                });
             });
         }
         put(&mut out, CTA_ID, &[0, 0, 0, 9]);
@@ -387,6 +392,87 @@ mod tests {
             !old(("203.0.113.10", "172.18.0.11"), ("10.244.1.2", "172.18.0.11")),
             "came in by a node port"
         );
+    }
+
+    /// Names of addresses, in place of the kernel's.
+    struct Known(BTreeMap<LearntKey, Learnt>);
+
+    impl Names for Known {
+        fn learnt(&self, key: &LearntKey) -> Option<Learnt> {
+            self.0.get(key).copied()
+        }
+        fn now(&self) -> Ticks {
+            1000
+        }
+    }
+
+    #[test]
+    fn what_a_new_version_denies_is_as_the_programs_judge_it() {
+        let deny_443 = Rules {
+            ruleset: Ruleset {
+                firewall: 4,
+                rules: 3,
+                parts: Ruleset::ADDRESSES | Ruleset::PORTS | Ruleset::NAMES,
+                ..Ruleset::default()
+            },
+            rules: vec![
+                (0, "203.0.113.20/32".parse().unwrap(), Winner::new(0, true)),
+                (1, "0.0.0.0/0".parse().unwrap(), Winner::new(2, false)),
+            ],
+            ports: vec![(TCP, PortTable { page: [PortTable::UNIFORM | 1; 1024] })],
+            names: vec![(9, 0, Winner::new(1, true))],
+            ..Rules::default()
+        };
+        let job = Job {
+            networks: networks(),
+            ruled: [(ip("10.244.1.2"), 7), (ip("fd00:1:2::5"), 7), (ip("10.244.1.4"), 8)].into(),
+            rulesets: [(7, Arc::new(deny_443))].into(),
+            ..Job::default()
+        };
+        let mut learnt = Learnt::default();
+        learnt.names[0] = word(9, 2000);
+        let mut past = Learnt::default();
+        past.names[0] = word(9, 999);
+        let key = |address| LearntKey { firewall: 4, ip: ip(address) };
+        let names = Known([(key("203.0.113.30"), learnt), (key("203.0.113.31"), past)].into());
+        let judge = Judge::new(&job, &names);
+        let denied = |from, to, answerer| judge.denies(&entry((from, to), (answerer, "172.18.0.11")));
+        let denied_direct = |to| denied("10.244.1.2", to, to);
+        assert!(denied_direct("203.0.113.10"));
+        assert!(denied_direct("169.254.169.254"), "rules are for metadata services");
+        assert!(denied_direct("172.18.0.11"), "and for nodes");
+        assert!(!denied_direct("203.0.113.20"), "an earlier rule allows it");
+        assert!(!denied_direct("203.0.113.30"), "by name");
+        assert!(denied_direct("203.0.113.31"), "which it has no more");
+        assert!(!denied_direct("10.244.2.2"), "a pod");
+        assert!(denied("10.244.1.2", "10.96.0.7", "203.0.113.10"), "a service that leads outside");
+        assert!(!denied("10.244.1.2", "203.0.113.10", "10.244.2.2"), "an address that leads inside");
+        assert!(!denied("fd00:1:2::5", "2001:db8::1", "2001:db8::1"), "no rule is for IPv6");
+        assert!(!denied("10.244.1.3", "203.0.113.10", "203.0.113.10"), "another pod");
+        assert!(!denied("203.0.113.10", "10.244.1.2", "10.244.1.2"), "came in");
+        assert!(denied("10.244.1.4", "203.0.113.20", "203.0.113.20"), "its rules are not there");
+        assert!(!judge.denies(&[]));
+    }
+
+    #[test]
+    fn pods_come_under_a_version_once() {
+        let image = |pods: &[(&str, PodId, u32)], version| MapImage {
+            pods: pods
+                .iter()
+                .map(|(address, id, firewall)| {
+                    (ip(address), Pod { id: *id, firewall: *firewall, ..Pod::default() })
+                })
+                .collect(),
+            firewalls: [(1, version), (2, 9)].into(),
+            ..MapImage::default()
+        };
+        let pods = [("10.0.0.1", 1, 1), ("10.0.0.2", 2, 2), ("10.0.0.3", 3, 0)];
+        let before = ruled(&image(&pods, 5));
+        assert_eq!(before, [(ip("10.0.0.1"), (1, 5)), (ip("10.0.0.2"), (2, 9))].into());
+        let after = ruled(&image(&pods, 6));
+        assert_eq!(newly(&before, &after), [ip("10.0.0.1")].into());
+        let more = ruled(&image(&[pods[0], pods[1], ("10.0.0.3", 3, 1)], 6));
+        assert_eq!(newly(&after, &more), [ip("10.0.0.3")].into());
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Facts {
     pub default_v6: Option<IfIndex>,
     /// IPv6 proxy-neighbour entries of the uplinks, ours and others'.
     pub proxies: BTreeMap<(IfIndex, Ipv6Addr), Proxy>,
+    /// Nameservers of the node's resolv.conf.
+    pub nameservers: Vec<IpAddr>,
     /// Index of the tunnel device `outgate0`; 0 until it exists.
     pub tunnel_ifindex: IfIndex,
 }

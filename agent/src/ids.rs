@@ -33,6 +33,9 @@ pub struct Ids {
     pub(crate) pins: Pins,
 }
 
+/// Rules as they were compiled, or why they could not be.
+pub(crate) type Outcome = Result<Arc<Rules>, String>;
+
 /// What is known of a namespace's firewall from one change to the next.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct KnownFirewall {
@@ -41,7 +44,7 @@ pub(crate) struct KnownFirewall {
     /// The version that is to be in force.
     pub(crate) version: Option<(RulesetId, Arc<Rules>)>,
     /// What was compiled last, and what came of it: also what found no room and may do so later.
-    pub(crate) compiled: Option<(Arc<Vec<Rule>>, Result<Arc<Rules>, String>)>,
+    pub(crate) compiled: Option<(Arc<Vec<Rule>>, Outcome)>,
     /// Numbers of its names.
     pub(crate) names: BTreeMap<Name, NameId>,
 }

@@ -1,13 +1,15 @@
 //! Metrics, liveness and readiness over HTTP, as Prometheus and the kubelet ask for them.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
-use datapath::keys::DropCount;
+use datapath::keys::{DropCount, RuleCount, RulesetId};
 use datapath::verdict::DropReason;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -17,6 +19,9 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tracing::debug;
+
+use crate::bpf::firewall_counts::Counts;
+use crate::firewall::{Rule, show};
 
 /// A client that has not sent its request by then is gone.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,13 +55,26 @@ pub struct State {
     pub problems: usize,
     /// Times that somebody else was seen to claim an egress IP that this node holds.
     pub address_conflicts: u64,
+    /// The rules of firewalls that are in force as their objects are now, for their text in the audit log.
+    pub rules: BTreeMap<RulesetId, Arc<Vec<Rule>>>,
 }
 
-/// Reads the drop counters.
-pub type Drops = dyn Fn() -> Result<Vec<(DropReason, DropCount)>, String>;
+/// What the kernel has counted.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Packets dropped.
+    pub drops: Vec<(DropReason, DropCount)>,
+    /// What firewalls have decided.
+    pub firewalls: Vec<Counts>,
+    /// What has happened to names.
+    pub names: Vec<(&'static str, u64)>,
+}
+
+/// Reads what the kernel has counted.
+pub type Read = dyn Fn() -> Result<Counters, String>;
 
 /// Serves until the returned future is dropped.
-pub async fn serve(listener: TcpListener, state: Rc<RefCell<State>>, drops: Rc<Drops>) {
+pub async fn serve(listener: TcpListener, state: Rc<RefCell<State>>, read: Rc<Read>) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -67,10 +85,10 @@ pub async fn serve(listener: TcpListener, state: Rc<RefCell<State>>, drops: Rc<D
                 continue;
             }
         };
-        let (state, drops) = (Rc::clone(&state), Rc::clone(&drops));
+        let (state, read) = (Rc::clone(&state), Rc::clone(&read));
         tokio::task::spawn_local(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let response = respond(request.method(), request.uri().path(), &state.borrow(), &*drops);
+                let response = respond(request.method(), request.uri().path(), &state.borrow(), &*read);
                 std::future::ready(Ok::<_, Infallible>(response))
             });
             let connection = hyper::server::conn::http1::Builder::new()
@@ -89,10 +107,10 @@ pub async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
     TcpListener::bind(address).await.map_err(|e| format!("cannot serve metrics on {address}: {e}"))
 }
 
-fn respond(method: &Method, path: &str, state: &State, drops: &Drops) -> Response<Full<Bytes>> {
+fn respond(method: &Method, path: &str, state: &State, read: &Read) -> Response<Full<Bytes>> {
     let (code, kind, text) = match (method, path) {
-        (&Method::GET, "/metrics") => match drops() {
-            Ok(drops) => (StatusCode::OK, "text/plain; version=0.0.4", text(state, &drops)),
+        (&Method::GET, "/metrics") => match read() {
+            Ok(counters) => (StatusCode::OK, "text/plain; version=0.0.4", text(state, &counters)),
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error + "\n"),
         },
         (&Method::GET, "/healthz") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
@@ -112,7 +130,7 @@ fn respond(method: &Method, path: &str, state: &State, drops: &Drops) -> Respons
 }
 
 /// The Prometheus text format.
-fn text(state: &State, drops: &[(DropReason, DropCount)]) -> String {
+fn text(state: &State, counters: &Counters) -> String {
     let mut out = String::new();
     let mut family = |name: &str, kind: &str, help: &str, series: &[(String, u64)]| {
         // Writing to a String does not fail.
@@ -121,8 +139,11 @@ fn text(state: &State, drops: &[(DropReason, DropCount)]) -> String {
             let _ = writeln!(out, "outgate_{name}{labels} {value}");
         }
     };
-    let reasons: Vec<_> =
-        drops.iter().map(|(reason, c)| (format!("{{reason=\"{}\"}}", reason.name()), c.packets)).collect();
+    let reasons: Vec<_> = counters
+        .drops
+        .iter()
+        .map(|(reason, c)| (format!("{{reason=\"{}\"}}", reason.name()), c.packets))
+        .collect();
     family("drops_total", "counter", "Packets dropped.", &reasons);
     let one = |value: u64| [(String::new(), value)];
     let count = |value: usize| one(value as u64);
@@ -154,7 +175,55 @@ fn text(state: &State, drops: &[(DropReason, DropCount)]) -> String {
         "Claims of egress IPs that this node holds by others, at most one a second of each.",
         &one(state.address_conflicts),
     );
+    firewalls(&counters.firewalls, &mut family);
+    let events: Vec<_> =
+        counters.names.iter().map(|(event, count)| (format!("{{event=\"{event}\"}}"), *count)).collect();
+    family("names_events_total", "counter", "What has happened to addresses of firewalls' names.", &events);
     out
+}
+
+/// Firewalls' families. Namespaces' names need no escaping (RFC 1123).
+fn firewalls(firewalls: &[Counts], family: &mut impl FnMut(&str, &str, &str, &[(String, u64)])) {
+    let rules: Vec<_> = firewalls
+        .iter()
+        .map(|f| (format!("{{namespace=\"{}\"}}", f.namespace), u64::from(f.rules)))
+        .collect();
+    family("firewall_rules", "gauge", "Rules of each firewall in force on this node.", &rules);
+    let decided = |of: fn(&RuleCount) -> u64| -> Vec<(String, u64)> {
+        let each = |f: &Counts| -> Vec<_> {
+            let series = |(order, count): (&u32, &RuleCount)| {
+                let rule = show::place(*order)?;
+                Some((format!("{{namespace=\"{}\",rule=\"{rule}\"}}", f.namespace), of(count)))
+            };
+            f.decided.iter().filter_map(series).collect()
+        };
+        firewalls.iter().flat_map(each).collect()
+    };
+    family(
+        "firewall_rule_hits_total",
+        "counter",
+        "Connections that a rule has let go, or packets that it has denied.",
+        &decided(|count| count.hits),
+    );
+    family(
+        "firewall_rule_bytes_total",
+        "counter",
+        "Bytes of those connections, sent by pods, or of those packets.",
+        &decided(|count| count.bytes),
+    );
+    let denied: Vec<_> = firewalls
+        .iter()
+        .map(|f| {
+            let packets = f
+                .decided
+                .iter()
+                .filter(|(order, _)| show::action(**order) == "Deny")
+                .map(|(_, c)| c.hits)
+                .sum();
+            (format!("{{namespace=\"{}\"}}", f.namespace), packets)
+        })
+        .collect();
+    family("firewall_denied_total", "counter", "Packets that a firewall's rules have denied.", &denied);
 }
 
 #[cfg(test)]
@@ -163,8 +232,8 @@ mod tests {
 
     #[test]
     fn readiness_says_why_not() {
-        let drops = || Ok(Vec::new());
-        let code = |path: &str, s: &State| respond(&Method::GET, path, s, &drops).status().as_u16();
+        let read = || Ok(Counters::default());
+        let code = |path: &str, s: &State| respond(&Method::GET, path, s, &read).status().as_u16();
         let mut s = State::default();
         assert_eq!((code("/readyz", &s), code("/healthz", &s), code("/x", &s)), (200, 200, 404));
         s.not_ready = Some("no".into());
@@ -175,11 +244,34 @@ mod tests {
     fn the_text_format() {
         let text = text(
             &State { flows: 3, ..State::default() },
-            &[(DropReason::NoOwner, DropCount { packets: 12, bytes: 1 })],
+            &Counters {
+                drops: vec![(DropReason::NoOwner, DropCount { packets: 12, bytes: 1 })],
+                firewalls: vec![Counts {
+                    namespace: "shop".into(),
+                    rules: 3,
+                    decided: [
+                        (1, RuleCount { hits: 4, bytes: 400 }),
+                        (2, RuleCount { hits: 5, bytes: 300 }),
+                        (4, RuleCount { hits: 6, bytes: 200 }),
+                    ]
+                    .into(),
+                }],
+                names: vec![("learnt", 8)],
+            },
         );
         assert!(
             text.contains("# TYPE outgate_drops_total counter\noutgate_drops_total{reason=\"NoOwner\"} 12\n")
         );
-        assert!(text.contains("\noutgate_flows 3\n"));
+        for line in [
+            "outgate_flows 3",
+            "outgate_firewall_rules{namespace=\"shop\"} 3",
+            "# TYPE outgate_firewall_rule_hits_total counter",
+            "outgate_firewall_rule_hits_total{namespace=\"shop\",rule=\"spec.egress[0]\"} 4",
+            "outgate_firewall_rule_bytes_total{namespace=\"shop\",rule=\"spec.egress[1]\"} 300",
+            "outgate_firewall_denied_total{namespace=\"shop\"} 11",
+            "outgate_names_events_total{event=\"learnt\"} 8",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} in\n{text}");
+        }
     }
 }

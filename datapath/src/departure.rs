@@ -1,10 +1,9 @@
 //! How a new flow's packet to outside begins its way: by the host's stack, unless that leads to no uplink.
 
 use crate::keys::{IfIndex, InterfaceKind, Offload, Settings};
-use crate::names;
 use crate::packet::{Packet, Part};
 use crate::tables::Tables;
-use crate::verdict::DropReason;
+use crate::verdict::{DropReason, HostStack};
 
 /// What the node's routes say of a destination.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,12 +34,18 @@ pub fn asks<T: Tables>(t: &T, packet: &Packet) -> bool {
 }
 
 /// Decides. A route by an interface that leads to pods or local containers stays on the node; by any other that is
-/// no uplink the packet would leave untranslated. A node without a route out has gateways.
+/// no uplink the packet would leave untranslated, or unseen by the firewall. A node without a route out has gateways.
 #[inline(always)]
-pub fn depart<T: Tables>(t: &T, settings: &Settings, packet: &Packet, route: Route) -> Departure {
+pub fn depart<T: Tables>(
+    t: &T,
+    settings: &Settings,
+    packet: &Packet,
+    stack: HostStack,
+    route: Route,
+) -> Departure {
     let direct = match route {
-        _ if settings.offload == Offload::Always as u8 => !is_question(t, packet),
-        Route::None => true,
+        _ if settings.offload == Offload::Always as u8 && stack == HostStack::Usual => true,
+        Route::None => stack != HostStack::Required,
         Route::Host => false,
         Route::By(ifindex) => {
             const UPLINK: u8 = InterfaceKind::Uplink as u8;
@@ -61,13 +66,6 @@ pub fn depart<T: Tables>(t: &T, settings: &Settings, packet: &Packet, route: Rou
     }
 }
 
-/// Whether it goes to a resolver whose answers are learnt: they come back by the host's stack, so it leaves by it.
-#[inline(always)]
-fn is_question<T: Tables>(t: &T, packet: &Packet) -> bool {
-    let firewall = t.pod(&packet.tuple.source).map_or(0, |pod| pod.firewall);
-    names::by_host(t, firewall, &packet.tuple)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,23 +80,29 @@ mod tests {
         }
         let packet = crate::walk_tests::any_packet();
         let auto = Settings { offload: Offload::Auto as u8, uplink: 7, ..Settings::default() };
-        let by = |kind: InterfaceKind| depart(&t, &auto, &packet, Route::By(kind as u32));
+        let by = |kind: InterfaceKind| depart(&t, &auto, &packet, HostStack::Usual, Route::By(kind as u32));
         assert_eq!(by(InterfaceKind::Uplink), Departure::Up);
         assert_eq!(by(InterfaceKind::Pod), Departure::Up);
         assert_eq!(by(InterfaceKind::Bridge), Departure::Up);
         let not_an_uplink = Departure::Drop(DropReason::NotAnUplink);
         assert_eq!(by(InterfaceKind::Other), not_an_uplink);
-        assert_eq!(depart(&t, &auto, &packet, Route::By(99)), not_an_uplink);
-        assert_eq!(depart(&t, &auto, &packet, Route::None), Departure::Direct(7));
-        assert_eq!(depart(&t, &auto, &packet, Route::Host), Departure::Up);
+        assert_eq!(depart(&t, &auto, &packet, HostStack::Usual, Route::By(99)), not_an_uplink);
+        assert_eq!(depart(&t, &auto, &packet, HostStack::Usual, Route::None), Departure::Direct(7));
+        assert_eq!(depart(&t, &auto, &packet, HostStack::Usual, Route::Host), Departure::Up);
         let expired = Packet { ttl: 1, ..packet };
-        assert_eq!(depart(&t, &auto, &expired, Route::None), Departure::Drop(DropReason::TtlExpired));
-        assert_eq!(depart(&t, &auto, &expired, Route::By(InterfaceKind::Uplink as u32)), Departure::Up);
+        assert_eq!(
+            depart(&t, &auto, &expired, HostStack::Usual, Route::None),
+            Departure::Drop(DropReason::TtlExpired)
+        );
+        assert_eq!(
+            depart(&t, &auto, &expired, HostStack::Usual, Route::By(InterfaceKind::Uplink as u32)),
+            Departure::Up
+        );
         let lonely = Settings { uplink: 0, ..auto };
-        assert_eq!(depart(&t, &lonely, &packet, Route::None), Departure::Up);
+        assert_eq!(depart(&t, &lonely, &packet, HostStack::Usual, Route::None), Departure::Up);
         let always = Settings { offload: Offload::Always as u8, ..auto };
         assert_eq!(
-            depart(&t, &always, &packet, Route::By(InterfaceKind::Uplink as u32)),
+            depart(&t, &always, &packet, HostStack::Usual, Route::By(InterfaceKind::Uplink as u32)),
             Departure::Direct(7)
         );
     }

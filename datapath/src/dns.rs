@@ -7,11 +7,11 @@
 
 use crate::addr::Ip;
 use crate::keys::NameKey;
-use crate::limits::SEGMENT_BYTES;
+use crate::limits::ANSWER_BYTES;
 use crate::tables::Tables;
 
 /// Bytes of a message that are read. A power of two: places are masked with it.
-pub const MESSAGE: usize = SEGMENT_BYTES;
+pub const MESSAGE: usize = ANSWER_BYTES;
 /// Records of an answer section that are read.
 pub const RECORDS: usize = 64;
 /// Length of a message's header (RFC 1035, 4.1.1).

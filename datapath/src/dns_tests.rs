@@ -10,6 +10,7 @@ use crate::dns::{MESSAGE, RECORDS, Read, Reader};
 use crate::dns_build::{A, AAAA, CNAME, Message, QUESTION, TXT, labels, name, pointer};
 use crate::memory::Memory;
 
+const DNAME: u16 = 39;
 const ADDRESS: Ip = Ip::v4([198, 51, 100, 1]);
 const OTHER: Ip = Ip::v4([198, 51, 100, 2]);
 const V6: Ip = Ip { octets: [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
@@ -151,7 +152,6 @@ fn what_is_of_another_name_or_out_of_order_is_not_taken() {
     // The chain has left the name.
     let (message, _) = question("www.example.com").alias(&QUESTION, 300, &name("cdn.example.net"));
     unclear(&message.address(&QUESTION, 300, ADDRESS));
-    const DNAME: u16 = 39;
     let message = question("db.example.com").record(&name("example.com"), DNAME, 300, &name("example.net"));
     unclear(&message);
 }

@@ -1,20 +1,22 @@
 //! A packet leaves a pod (TC ingress of the pod's interface): known flows are translated at once, the first
-//! packet of a flow is given a token and goes up the host's stack.
+//! packet of a flow is given a token and goes up the host's stack. So is what the firewall has to judge; flows that it
+//! has let go untranslated pass.
 
 use crate::addr::Ip;
 use crate::conntrack::{Ticks, expired, has_states, idle_time, older_than, pod_speaks, seconds};
+use crate::firewall::{Judgement, ask, ask_again, has_ports};
 use crate::fragments::{self, Fate, Place};
 use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
-    EgressIp, FlowKey, FlowPath, Guard, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId, Settings, Token,
-    Tuple,
+    EgressId, EgressIp, FlowKey, FlowPath, Guard, IfIndex, NetworkKind, OpenedBy, Opener, Pod, PodId,
+    RulesetId, Settings, Token, Tuple,
 };
-use crate::limits::WALK_AGAIN_SECONDS;
+use crate::limits::{NODE_PORTS, WALK_AGAIN_SECONDS};
 use crate::names;
 use crate::packet::{Kind, Packet, Part, UDP};
 use crate::snat::way_out;
 use crate::tables::{InsertError, Tables};
-use crate::verdict::{Act, DropReason, FromPod, Snat, Way};
+use crate::verdict::{Act, DropReason, FromPod, HostStack, Snat, Way};
 
 /// Tries to find an unused token number before the packet is dropped: with a full table of 65,536 tokens one
 /// try in 65,536 fails.
@@ -36,6 +38,7 @@ pub const fn flow_key(pod: PodId, tuple: &Tuple, path: FlowPath) -> FlowKey {
 }
 
 /// Decides on a packet that came in by the pod-facing interface `ifindex`.
+#[expect(clippy::too_many_lines, reason = "one question after another, whose answers all that follows needs")]
 #[inline(always)]
 pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Packet, to: &A) -> A::Done {
     let Some(settings) = t.settings() else { return to.act(FromPod::NotOurs) };
@@ -50,7 +53,7 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
         return from_unknown(t, settings, ifindex, &packet.tuple, to);
     };
     let elsewhere = pod.ifindex != ifindex && !is_port_of(t, ifindex, pod.ifindex);
-    if pod.policy == 0 {
+    if !pod.is_ours() {
         // Through a selected pod's interface it is that pod, with another's address.
         if elsewhere && guard(t, ifindex) == Guard::Own as u8 {
             return to.act(FromPod::Drop(DropReason::SpoofedSource));
@@ -70,51 +73,78 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
     }
     let tuple = &packet.tuple;
     let key = flow_key(pod.id, tuple, FlowPath::Offloaded);
-    match packet.kind {
-        // Its checksum covers the whole datagram by a sum that needs its length.
-        Kind::Sctp if packet.part != Part::Whole => {
-            return untranslatable(t, settings, packet, &key, DropReason::Fragment, to);
-        }
-        Kind::Tcp | Kind::Udp | Kind::Sctp | Kind::EchoRequest => {}
-        Kind::EchoReply => return untranslatable(t, settings, packet, &key, DropReason::NoFlow, to),
-        // The host's stack answers no error with another (RFC 1122, 3.2.2).
-        Kind::IcmpError if packet.ttl <= 1 => return to.act(FromPod::Drop(DropReason::TtlExpired)),
-        // The host's stack would have to look at them.
-        Kind::IcmpError if packet.options => {
-            return untranslatable(t, settings, packet, &key, DropReason::IcmpType, to);
-        }
-        Kind::IcmpError => return error(t, settings, &pod, packet, &key, to),
-        Kind::OtherIcmp => return untranslatable(t, settings, packet, &key, DropReason::IcmpType, to),
-        Kind::Fragment | Kind::Other => {
-            return untranslatable(t, settings, packet, &key, DropReason::Protocol, to);
-        }
-        Kind::Malformed => return to.act(FromPod::Drop(DropReason::Malformed)),
+    // A pod that only a firewall is for keeps the node's path and address, whatever it sends.
+    let translates = pod.policy != 0;
+    let untranslatable = if translates { untranslatable(packet) } else { None };
+    if translates && packet.kind == Kind::Malformed {
+        return to.act(FromPod::Drop(DropReason::Malformed));
     }
     let now = t.now();
+    let ruleset = t.ruleset_of(pod.firewall);
+    if translates && packet.kind == Kind::IcmpError {
+        // The host's stack answers no error with another (RFC 1122, 3.2.2).
+        if packet.ttl <= 1 {
+            return to.act(FromPod::Drop(DropReason::TtlExpired));
+        }
+        // The host's stack would have to look at options.
+        if !packet.options
+            && let Some((egress, source_port)) = flow_of_error(t, settings, now, &pod, ruleset, &key)
+        {
+            return match egress.map(|egress| (egress, way_out(t, settings, egress, 0))) {
+                None => to.act(FromPod::Drop(DropReason::NoFlow)),
+                Some((egress, Ok(way))) => {
+                    to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }))
+                }
+                Some((_, Err(reason))) => to.act(FromPod::Drop(reason)),
+            };
+        }
+    }
     let v6 = !tuple.source.is_v4();
-    let too_big = packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max));
-    // A flow that was offloaded before the pod had a firewall, too.
-    let offloaded = !too_big && !names::by_host(t, pod.firewall, tuple);
-    if offloaded && let Some((egress, source_port)) = offloaded_flow(t, settings, now, &pod, &key, packet) {
-        match way_out(t, settings, egress, 0) {
-            // The host's stack fragments, or says so to the pod.
-            Ok(Way::Uplink(_)) if packet.larger_than(egress.uplink_mtu) => {}
-            Ok(Way::Tunnel(_)) if packet.larger_than(settings.uplink_mtu) => {}
-            Ok(Way::Tunnel(_)) if packet.larger_than(settings.tunnel_max) => {
-                return to.act(FromPod::Drop(DropReason::TooBig));
+    let too_big =
+        translates && (packet.too_big_for(settings.mtu) || (v6 && packet.larger_than(settings.tunnel_max)));
+    let in_flows = untranslatable.is_none() && !matches!(packet.kind, Kind::IcmpError | Kind::Malformed);
+    if !too_big
+        && in_flows
+        && let Some((egress, source_port, judged)) =
+            offloaded_flow(t, settings, now, &pod, ruleset, &key, packet)
+        // A flow to a resolver may be offloaded from before the pod had a firewall.
+        && (judged || !translates || !names::by_host(t, pod.firewall, tuple))
+    {
+        if !judged {
+            let judgement = ask_again(t, ruleset, &key, packet);
+            if !judgement.allows() {
+                return refuse(settings, judgement, to);
             }
-            Ok(way) => {
-                fragments::remember(t, Place::FromPod, packet, Fate::Flow, None);
-                return to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }));
+        }
+        if !translates {
+            fragments::remember(t, Place::FromPod, packet, Fate::Pass, None);
+            return to.act(FromPod::Pass);
+        }
+        // An address that left the object makes the flow void, too.
+        if let Some(egress) = t.egress_ip(egress).filter(|e| e.policy == pod.policy) {
+            match way_out(t, settings, egress, 0) {
+                // The host's stack fragments, or says so to the pod.
+                Ok(Way::Uplink(_)) if packet.larger_than(egress.uplink_mtu) => {}
+                Ok(Way::Tunnel(_)) if packet.larger_than(settings.uplink_mtu) => {}
+                Ok(Way::Tunnel(_)) if packet.larger_than(settings.tunnel_max) => {
+                    return to.act(FromPod::Drop(DropReason::TooBig));
+                }
+                Ok(way) => {
+                    fragments::remember(t, Place::FromPod, packet, Fate::Flow, None);
+                    return to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way }));
+                }
+                Err(reason) => return to.act(FromPod::Drop(reason)),
             }
-            Err(reason) => return to.act(FromPod::Drop(reason)),
         }
     }
     if packet.part == Part::Later {
         return to.act(FromPod::Unmarked);
     }
     let network = t.network(&tuple.destination);
-    if tuple.destination.stays_on_link() || network == NetworkKind::Pods as u32 {
+    let on_link = tuple.destination.stays_on_link();
+    // The firewall is for some that stay on the link.
+    let ruled = pod.firewall != 0 && tuple.destination.can_be_ruled();
+    if network == NetworkKind::Pods as u32 || (on_link && !ruled) {
         fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
         return to.act(FromPod::Unmarked);
     }
@@ -123,66 +153,125 @@ pub fn from_pod<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, packet: &Pa
         fragments::remember(t, Place::FromPod, packet, Fate::Pass, None);
         return to.act(FromPod::Pass);
     }
-    if too_big && network == 0 {
+    let outside = network == 0 && !on_link;
+    if let Some(reason) = untranslatable {
+        if outside {
+            return to.act(FromPod::Drop(reason));
+        }
+        if !ruled {
+            fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
+            return to.act(FromPod::Unmarked);
+        }
+    } else if too_big && outside {
         return to.act(FromPod::TooBig(settings.mtu));
     }
+    // It reaches no uplink, unless the host's DNAT leads it to one.
+    if ruled && network == NetworkKind::OwnNode as u32 && !is_node_port(tuple) {
+        // What it is would be known behind the host's stack only, which puts fragments together.
+        if packet.kind == Kind::Malformed {
+            return to.act(FromPod::Drop(DropReason::Malformed));
+        }
+        let judgement = ask(t, ruleset, pod.id, packet, false);
+        if !judgement.allows() {
+            return refuse(settings, judgement, to);
+        }
+    }
+    let stack = if !translates || on_link {
+        HostStack::Required
+    } else if names::by_host(t, pod.firewall, tuple) {
+        HostStack::Preferred
+    } else {
+        HostStack::Usual
+    };
     fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
-    identify(t, &pod, tuple, to)
+    identify(t, &pod, tuple, stack, to)
 }
 
-/// The translation of the offloaded flow that a packet belongs to; `None` if there is none in force, or if it
-/// has to walk the host's stack again.
+/// Why a selected pod's packet is not translated, if it is of no kind that is.
 #[inline(always)]
-fn offloaded_flow<'t, T: Tables>(
-    t: &'t T,
+const fn untranslatable(packet: &Packet) -> Option<DropReason> {
+    match packet.kind {
+        // Its checksum covers the whole datagram by a sum that needs its length.
+        Kind::Sctp if !matches!(packet.part, Part::Whole) => Some(DropReason::Fragment),
+        Kind::Tcp | Kind::Udp | Kind::Sctp | Kind::EchoRequest => None,
+        Kind::EchoReply => Some(DropReason::NoFlow),
+        Kind::IcmpError | Kind::OtherIcmp => Some(DropReason::IcmpType),
+        Kind::Fragment | Kind::Other => Some(DropReason::Protocol),
+        Kind::Malformed => Some(DropReason::Malformed),
+    }
+}
+
+/// Whether a node's address and port lead to a service, whose pods no rule is for.
+#[inline(always)]
+const fn is_node_port(tuple: &Tuple) -> bool {
+    let port = tuple.destination_port;
+    has_ports(tuple.protocol) && port >= *NODE_PORTS.start() && port <= *NODE_PORTS.end()
+}
+
+/// A packet that the firewall denies.
+#[inline(always)]
+fn refuse<A: Act<FromPod>>(settings: &Settings, judgement: Judgement, to: &A) -> A::Done {
+    to.act(if judgement.not_ready() {
+        FromPod::Drop(DropReason::FirewallNotReady)
+    } else if settings.reject != 0 {
+        FromPod::Reject
+    } else {
+        FromPod::Drop(DropReason::FirewallDenied)
+    })
+}
+
+/// The translation of the offloaded flow that a packet belongs to, address and port (0: the firewall has let it go as
+/// it is), and whether the firewall's present version has judged it; `None` if there is none in force, or if it has to
+/// walk the host's stack again.
+#[inline(always)]
+fn offloaded_flow<T: Tables>(
+    t: &T,
     settings: &Settings,
     now: Ticks,
     pod: &Pod,
+    ruleset: RulesetId,
     key: &FlowKey,
     packet: &Packet,
-) -> Option<(&'t EgressIp, u16)> {
-    let (egress, port) = t.flow(key, |flow| {
+) -> Option<(EgressId, u16, bool)> {
+    t.flow(key, |flow| {
         // A SYN may open a connection anew: the node's netfilter must see it (invariant 4).
         let opens = has_states(key.protocol) && packet.opens();
         let walks = !has_states(key.protocol) && older_than(now, flow.walked, seconds(WALK_AGAIN_SECONDS));
         // The host's stack answers a packet whose time to live ends here, and looks at options.
-        let for_routers = packet.ttl <= 1 || packet.options;
-        if opens || walks || for_routers || !pod_speaks(settings, now, flow, pod.policy, packet) {
+        let for_routers = pod.policy != 0 && (packet.ttl <= 1 || packet.options);
+        // Only where it comes out is known whether it still stays untranslated.
+        let untranslated = pod.policy != 0 && flow.egress == 0;
+        if opens
+            || walks
+            || for_routers
+            || untranslated
+            || !pod_speaks(settings, now, flow, pod.policy, packet)
+        {
             return None;
         }
-        Some((flow.egress, flow.egress_port))
-    })??;
-    // An address that left the object makes the flow void, too.
-    let egress = t.egress_ip(egress).filter(|e| e.policy == pod.policy)?;
-    Some((egress, port))
+        Some((flow.egress, flow.egress_port, flow.ruleset == ruleset))
+    })?
 }
 
-/// A pod's ICMP error about a packet that it received: translated if that belongs to an offloaded flow. It does
-/// not keep the flow alive (RFC 5508, REQ-10).
+/// The translation of the flow that a pod's ICMP error is about, if that is offloaded and the firewall lets it go;
+/// without the address, where that has left the object. The error does not keep it alive (RFC 5508, REQ-10).
 #[inline(always)]
-fn error<T: Tables, A: Act<FromPod>>(
-    t: &T,
+fn flow_of_error<'t, T: Tables>(
+    t: &'t T,
     settings: &Settings,
+    now: Ticks,
     pod: &Pod,
-    packet: &Packet,
+    ruleset: RulesetId,
     key: &FlowKey,
-    to: &A,
-) -> A::Done {
-    let now = t.now();
-    let known = t.flow(key, |flow| {
-        let alive = flow.policy == pod.policy && !expired(settings, now, flow, key.protocol);
+) -> Option<(Option<&'t EgressIp>, u16)> {
+    let (id, source_port) = t.flow(key, |flow| {
+        let alive = flow.policy == pod.policy
+            && flow.egress != 0
+            && flow.ruleset == ruleset
+            && !expired(settings, now, flow, key.protocol);
         alive.then_some((flow.egress, flow.egress_port))
-    });
-    let Some(Some((id, source_port))) = known else {
-        return untranslatable(t, settings, packet, key, DropReason::IcmpType, to);
-    };
-    let Some(egress) = t.egress_ip(id).filter(|e| e.policy == pod.policy) else {
-        return to.act(FromPod::Drop(DropReason::NoFlow));
-    };
-    match way_out(t, settings, egress, 0) {
-        Ok(way) => to.act(FromPod::Translate(Snat { source: egress.ip, source_port, way })),
-        Err(reason) => to.act(FromPod::Drop(reason)),
-    }
+    })??;
+    Some((t.egress_ip(id).filter(|e| e.policy == pod.policy), source_port))
 }
 
 /// A packet whose source is no pod that we know.
@@ -221,27 +310,6 @@ fn not_selected<T: Tables, A: Act<FromPod>>(t: &T, ifindex: IfIndex, to: &A) -> 
 #[inline(always)]
 fn guard<T: Tables>(t: &T, ifindex: IfIndex) -> u8 {
     t.interface(ifindex).map_or(Guard::None as u8, |interface| interface.guarded)
-}
-
-/// A selected pod's packet that cannot be translated: let go inside the cluster, dropped towards outside.
-#[inline(always)]
-fn untranslatable<T: Tables, A: Act<FromPod>>(
-    t: &T,
-    settings: &Settings,
-    packet: &Packet,
-    key: &FlowKey,
-    reason: DropReason,
-    to: &A,
-) -> A::Done {
-    if opened_by_remote(t, settings, t.now(), key) {
-        fragments::remember(t, Place::FromPod, packet, Fate::Pass, None);
-        to.act(FromPod::Pass)
-    } else if key.remote.stays_on_link() || t.network(&key.remote) != 0 {
-        fragments::remember(t, Place::FromPod, packet, Fate::Up, None);
-        to.act(FromPod::Unmarked)
-    } else {
-        to.act(FromPod::Drop(reason))
-    }
 }
 
 /// Whether a destination is a pod or a node, or stays on the link. A service address does not tell: the
@@ -288,12 +356,18 @@ fn opened_by_remote<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &Flo
 
 /// Keeps the packet's tuple under a fresh token.
 #[inline(always)]
-fn identify<T: Tables, A: Act<FromPod>>(t: &T, pod: &Pod, tuple: &Tuple, to: &A) -> A::Done {
+fn identify<T: Tables, A: Act<FromPod>>(
+    t: &T,
+    pod: &Pod,
+    tuple: &Tuple,
+    stack: HostStack,
+    to: &A,
+) -> A::Done {
     let token = Token { pod: pod.id, policy: pod.policy, firewall: pod.firewall, tuple: *tuple, direct: 0 };
     for _ in 0..TOKEN_TRIES {
         let hash = t.random() | 1; // an skb hash of 0 means "none"
         match t.insert_token(hash, &token) {
-            Ok(()) => return to.act(FromPod::Identify(hash)),
+            Ok(()) => return to.act(FromPod::Identify(hash, stack)),
             Err(InsertError::Exists) => {}
             Err(InsertError::Full) => break,
         }

@@ -45,4 +45,8 @@ pub mod verdict;
 #[cfg(test)]
 mod dns_tests;
 #[cfg(test)]
+mod firewall_tests;
+#[cfg(test)]
+mod names_tests;
+#[cfg(test)]
 mod walk_tests;

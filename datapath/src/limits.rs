@@ -62,11 +62,11 @@ pub const RULES: u32 = 524_288;
 /// Entries of `RULES` that one object may need: a quarter, so that one namespace leaves room for others even while its
 /// old version stands beside the new. It is refused whole beyond.
 pub const FIREWALL_ENTRIES: usize = RULES as usize / 4;
-/// Destinations of an object's rules, each address of a selected node counted for each rule: every node of a large
-/// cluster, of both families, for a hundred rules. It is refused whole beyond.
-pub const FIREWALL_TARGETS: usize = 1 << 20;
+/// Destinations of an object's rules, each address of a selected node counted for each rule: 5,000 nodes, Kubernetes'
+/// own limit, with an address of each family, for 26 rules. It is refused whole beyond.
+pub const FIREWALL_TARGETS: usize = 1 << 18;
 /// Destinations and entries that are gone through while an object's ports are compiled: it bounds how long the agent
-/// is busy with one object. It is refused whole beyond.
+/// is busy with one object, to some 30 ms. It is refused whole beyond.
 pub const FIREWALL_STEPS: usize = 1 << 21;
 /// Port classes of one object: what [`crate::keys::PortTable`] has bits for. It is refused whole beyond.
 pub const FIREWALL_CLASSES: usize = 0x7fff;
@@ -107,11 +107,13 @@ pub const HELD: u32 = 4096;
 pub const HELD_SECONDS: u32 = 1;
 /// Bytes of the way to the agent for segments over TCP. Full: the segment passes late, unread.
 pub const SEGMENTS: u32 = 1 << 20;
-/// Bytes of a segment in one record of it: the longest message over UDP that is read, too. One that is longer is
-/// asked for again over TCP.
-pub const SEGMENT_BYTES: usize = 4096;
+/// Bytes of a segment in one record of it. The largest segment of a path with an MTU of 1,500 bytes, and some more.
+pub const SEGMENT_BYTES: usize = 2048;
 /// Records of one segment, which is then 128 KiB at most; one that is longer passes late, unread.
-pub const SEGMENT_RECORDS: u32 = 32;
+pub const SEGMENT_RECORDS: u32 = 64;
+/// Bytes of an answer over UDP that are read, a power of two: what resolvers send by default at most (RFC 6891, 6.2.5).
+/// One that is longer is asked for again over TCP.
+pub const ANSWER_BYTES: usize = 4096;
 /// Entries of `LEARNT` that one run of the program `credit` is told.
 pub const CREDITS: usize = 64;
 /// Rules with counts, on a node. Full: rules that have not decided anything yet are not counted.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
-use crate::firewall::{Judgement, judge};
+use crate::firewall::{self, ByAddress, Judgement};
 use crate::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey,
@@ -14,6 +14,7 @@ use crate::keys::{
     Settings, Token, Tuple, Winner,
 };
 use crate::names::{Place, lives_longer, place_of, word};
+use crate::packet::Packet;
 use crate::tables::{InsertError, Tables};
 
 /// Every table as a `BTreeMap`. Policy tables are plain fields, flow tables change under `&self`.
@@ -205,7 +206,27 @@ impl Tables for Memory {
     }
 
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
-        judge(self, id, tuple)
+        firewall::judge(self, id, tuple)
+    }
+
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
+        firewall::judge_address(self, id, tuple)
+    }
+
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
+        firewall::judge_names(self, id, tuple, by_address)
+    }
+
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+        firewall::note(self, id, pod, packet, kept, rule);
+    }
+
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
+        firewall::settle(self, id, key, judgement);
+    }
+
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
+        firewall::let_go(self, id, key, policy, len, judgement);
     }
 
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
@@ -261,7 +282,12 @@ impl Tables for Memory {
     }
 
     fn remove_flow(&self, key: &FlowKey) {
-        self.flows.borrow_mut().remove(key);
+        let removed = self.flows.borrow_mut().remove(key);
+        if let Some(flow) = removed
+            && (Judgement { rule: flow.rule, name: flow.name }).by_rule()
+        {
+            self.count_rule(flow.ruleset, flow.rule, 0, flow.bytes);
+        }
     }
 
     fn flows_of(&self, pod: PodId) -> u32 {

@@ -204,8 +204,8 @@ pub enum Holding {
     Copy = 3,
 }
 
-/// Decides on a segment with `payload` bytes from `seq` on. `connection`: how far its connection was read; `held`: what is
-/// known of the segment itself.
+/// Decides on a segment with `payload` bytes from `seq` on. `connection`: how far its connection was read; `held`: what
+/// is known of the segment itself.
 #[inline(always)]
 #[must_use]
 pub fn hold(connection: Option<Held>, held: Option<Held>, now: Ticks, seq: u32, payload: u32) -> Holding {

@@ -101,7 +101,7 @@ pub fn release_if_dead<T: Tables>(t: &T, settings: &Settings, now: Ticks, key: &
     if alive {
         return false;
     }
-    // The forward entry goes only if it is this reply's own.
+    // The forward entry goes only if it is this reply's own; one that is not translated has no egress address.
     let own = t.flow(&flow_key, |flow| flow.egress == key.egress && flow.egress_port == key.egress_port);
     if own == Some(true) {
         t.remove_flow(&flow_key);

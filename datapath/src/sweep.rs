@@ -1,7 +1,8 @@
 //! Dead flows make room. Nobody depends on it happening soon: a dead flow counts as absent wherever it is met.
 
-use crate::conntrack::{FlowState, Ticks, expired, older_than};
-use crate::keys::{Flow, FlowKey, Settings, Swept};
+use crate::conntrack::{FlowState, Ticks, expired, older_than, seconds};
+use crate::keys::{FirewallId, Flow, FlowKey, LearntKey, NameId, Pod, Settings, Swept, Tuple};
+use crate::limits::{NAME_GRACE_SECONDS, NAMES_PER_ADDRESS};
 use crate::tables::Tables;
 use crate::to_uplink::reply_key;
 
@@ -17,8 +18,10 @@ pub const fn is_due(swept: &Swept, now: Ticks) -> bool {
     older_than(now, swept.when, swept.took.saturating_mul(REST_TIMES))
 }
 
-/// Removes a flow that is past its time, or whose pod, policy or address is gone. Where the table is full,
-/// `full`, a closed one goes as well before its port has rested: nothing else is free. Returns whether it went.
+/// Removes a flow that is past its time, whose pod, policy or address is gone, or that the firewall denies by now.
+/// Where the table is full, `full`, a closed one goes as well before its port has rested: nothing else is free.
+/// Returns whether it went. `flow` is the table's entry: one that is let go by another version of the rules than the
+/// one before has it entered.
 #[inline(always)]
 pub fn sweep<T: Tables>(
     t: &T,
@@ -26,35 +29,89 @@ pub fn sweep<T: Tables>(
     now: Ticks,
     full: bool,
     key: &FlowKey,
-    flow: &Flow,
+    flow: &mut Flow,
 ) -> bool {
     let closed = full && flow.state == FlowState::Closed as u8;
-    if !closed && !expired(settings, now, flow, key.protocol) && belongs(t, key, flow) {
+    if !closed
+        && !expired(settings, now, flow, key.protocol)
+        && let Some(pod) = owner(t, key, flow)
+        && may_go_on(t, pod.firewall, key, flow)
+    {
+        if flow.name != 0 {
+            renew(t, now, pod.firewall, key, flow.name);
+        }
         return false;
     }
+    // Once the entry is gone, its memory may be another's.
+    let (translated, reply) = (flow.egress != 0, reply_key(flow.egress, flow.egress_port, key));
     // Forward entry first: while it is there, its reply entry counts as alive.
     t.remove_flow(key);
-    t.remove_reply(&reply_key(flow.egress, flow.egress_port, key));
+    if translated {
+        t.remove_reply(&reply);
+    }
     true
 }
 
-/// Whether a flow's pod is there, is selected by the object that the flow was made for, and its address is that
-/// object's.
+/// A flow's pod, if that is there, is selected by the object that the flow was made for, and the flow's address is that
+/// object's. What is not translated stands for a firewall's word, and goes with it.
 #[inline(always)]
-fn belongs<T: Tables>(t: &T, key: &FlowKey, flow: &Flow) -> bool {
-    let Some(delivery) = t.delivery(key.pod) else { return false };
-    let Some(pod) = t.pod(&delivery.ip) else { return false };
-    pod.id == key.pod
-        && pod.policy == flow.policy
-        && t.egress_ip(flow.egress).is_some_and(|egress| egress.policy == flow.policy)
+fn owner<T: Tables>(t: &T, key: &FlowKey, flow: &Flow) -> Option<Pod> {
+    let delivery = t.delivery(key.pod)?;
+    let pod = t.pod(&delivery.ip)?;
+    let whole = match flow.egress {
+        0 => pod.firewall != 0,
+        egress => t.egress_ip(egress).is_some_and(|egress| egress.policy == flow.policy),
+    };
+    (pod.id == key.pod && pod.policy == flow.policy && whole).then_some(pod)
+}
+
+/// Whether the firewall's version in force lets a flow go that another one has let go.
+#[inline(always)]
+fn may_go_on<T: Tables>(t: &T, firewall: FirewallId, key: &FlowKey, flow: &mut Flow) -> bool {
+    let id = t.ruleset_of(firewall);
+    if flow.ruleset == id {
+        return true;
+    }
+    let tuple = Tuple {
+        destination: key.remote,
+        destination_port: key.remote_port,
+        protocol: key.protocol,
+        ..Tuple::default()
+    };
+    let judgement = t.judge(id, &tuple);
+    if !judgement.allows() {
+        return false;
+    }
+    if judgement.by_rule() {
+        t.count_rule(id, judgement.rule, 1, 0);
+    }
+    (flow.ruleset, flow.rule, flow.name) = (id, judgement.rule, judgement.name);
+    true
+}
+
+/// Lets the address of a live flow stand for its name for a while yet.
+#[inline(always)]
+fn renew<T: Tables>(t: &T, now: Ticks, firewall: FirewallId, key: &FlowKey, name: NameId) {
+    let key = LearntKey { firewall, ip: key.remote };
+    let until = now.wrapping_add(seconds(NAME_GRACE_SECONDS));
+    let mut lasts = false;
+    if let Some(learnt) = t.learnt(&key) {
+        t.repeat(NAMES_PER_ADDRESS as u32, |i| {
+            let Some(word) = learnt.names.get(i as usize).copied() else { return true };
+            lasts = (word >> 32) as NameId == name && !older_than(until, word as Ticks, 0);
+            lasts
+        });
+    }
+    if !lasts {
+        t.credit(&key, name, until);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::addr::Ip;
-    use crate::conntrack::seconds;
-    use crate::keys::{Delivery, EgressIp, Pod, Reply};
+    use crate::keys::{Delivery, EgressIp, Reply};
     use crate::memory::Memory;
     use crate::packet::{TCP, UDP};
 
@@ -82,7 +139,7 @@ mod tests {
         let reply = reply_key(flow.egress, flow.egress_port, &key);
         t.insert_flow(&key, &flow).unwrap();
         t.insert_reply(&reply, &Reply::default()).unwrap();
-        let swept = sweep(t, &t.settings, t.now(), full, &key, &flow);
+        let swept = sweep(t, &t.settings, t.now(), full, &key, &mut flow.clone());
         assert_eq!(t.flows.borrow_mut().remove(&key).is_none(), swept);
         assert_eq!(t.replies.borrow_mut().remove(&reply).is_none(), swept);
         swept

@@ -2,13 +2,14 @@
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
-use crate::firewall::Judgement;
+use crate::firewall::{ByAddress, Judgement};
 use crate::keys::{
     Asked, AskedKey, Delivery, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey, FragmentHead,
     FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey, NameRuleKey, Node, NodeId,
     Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey,
     Ruleset, RulesetId, Settings, Token, Tuple,
 };
+use crate::packet::Packet;
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,8 +62,18 @@ pub trait Tables {
     fn port_page(&self, key: &PortPageKey) -> Option<&PortPage>;
     /// The winner, as [`crate::keys::Winner::order`], among the rules for a name.
     fn name_rule(&self, key: &NameRuleKey) -> u32;
-    /// [`crate::firewall::judge`]. A method, so that the kernel programs make a function of it.
+    /// [`crate::firewall::judge`].
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement;
+    /// [`crate::firewall::judge_address`]. A method, so that the kernel programs make a function of it.
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress;
+    /// [`crate::firewall::judge_names`], for the same reason.
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement;
+    /// [`crate::firewall::note`], for the same reason.
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32);
+    /// [`crate::firewall::settle`], for the same reason.
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement);
+    /// [`crate::firewall::let_go`], for the same reason.
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement);
     /// Counts what a rule has decided; `rule` as [`crate::keys::Winner::order`].
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64);
     /// Notes that a pod was denied something.
@@ -85,7 +96,7 @@ pub trait Tables {
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;
     /// Makes a flow; `Exists` if another CPU was quicker.
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
-    /// Removes a flow, if it is there.
+    /// Removes a flow, if it is there, and counts its bytes as those of the rule that has let it go.
     fn remove_flow(&self, key: &FlowKey);
     /// How many flows a pod has.
     fn flows_of(&self, pod: PodId) -> u32;

@@ -7,11 +7,11 @@ use crate::packet::{Kind, Packet, UDP};
 use crate::tables::Tables;
 
 /// Notes the connection that a packet opens, if it does. TCP is noted for every pod of ours, so that
-/// connections outlive the pod's selection; what a single packet does not tell (UDP, echo) for selected ones.
+/// connections outlive the pod's selection; what a single packet does not tell (UDP, echo) for pods that are ours.
 #[inline(always)]
 pub fn to_pod<T: Tables>(t: &T, packet: &Packet) {
     let tuple = &packet.tuple;
-    if !packet.opens() || tuple.source.stays_on_link() {
+    if !packet.opens() || !tuple.source.can_be_ruled() {
         return;
     }
     let Some(settings) = t.settings() else { return };
@@ -19,7 +19,7 @@ pub fn to_pod<T: Tables>(t: &T, packet: &Packet) {
     // Pods and services of the cluster need no note. A node's address does: it may be a client's that
     // netfilter masqueraded, and the answer then leaves for that client.
     let network = t.network(&tuple.source);
-    if (pod.policy == 0 && packet.kind != Kind::Tcp) || (network != 0 && !NetworkKind::is_node(network)) {
+    if (!pod.is_ours() && packet.kind != Kind::Tcp) || (network != 0 && !NetworkKind::is_node(network)) {
         return;
     }
     let key = FlowKey {

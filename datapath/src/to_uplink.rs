@@ -1,17 +1,18 @@
 //! A packet is about to leave the node (TC egress of an uplink), after the host's routing, DNAT and
-//! masquerade: here new flows are decided, and what should not leave is stopped.
+//! masquerade: here new flows are decided, and what should not leave is stopped. The firewall judges here, for only
+//! now the destination is what it will be.
 
 use crate::conntrack::{FlowState, pod_speaks};
+use crate::firewall::{self, Judgement};
 use crate::fragments::{self, Fate, Place};
 use crate::from_pod::flow_key;
 use crate::from_tunnel::is_for_a_tunnel;
 use crate::keys::{
-    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, Offload, Reply, ReplyKey, Settings,
-    Token, Tuple, Unassigned, Winner,
+    EgressId, EgressIp, Flow, FlowKey, FlowPath, IfIndex, InterfaceKind, Offload, Reply, ReplyKey, RulesetId,
+    Settings, Token, Tuple, Unassigned,
 };
 use crate::limits::POD_FLOWS;
-use crate::names;
-use crate::packet::{Kind, Packet, Part, RST, SCTP};
+use crate::packet::{Kind, Packet, Part, RST};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
 use crate::tables::{InsertError, Tables};
@@ -65,8 +66,12 @@ pub fn to_uplink<T: Tables, A: Act<ToUplink>>(
         fragments::remember(t, Place::ToUplink, packet, Fate::Flow, Some(token));
         return decide(t, settings, uplink, token, packet, to);
     }
-    let selected = interface.guarded != 0 || t.pod(&tuple.source).is_some_and(|pod| pod.policy != 0);
-    if selected && is_outside(t, tuple) {
+    let pod = t.pod(&tuple.source).unwrap_or_default();
+    let network = t.network(&tuple.destination);
+    let outside = network == 0 && !tuple.destination.stays_on_link();
+    // From a pod with a firewall nothing that it is for comes without a token, but fragments whose first was not seen.
+    let ruled = pod.firewall != 0 && firewall::is_for(network, tuple);
+    if ruled || ((interface.guarded != 0 || pod.is_ours()) && outside) {
         let reason = if fragment { DropReason::Fragment } else { DropReason::TokenLost };
         return to.act(ToUplink::Drop(reason));
     }
@@ -84,26 +89,85 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     to: &A,
 ) -> A::Done {
     let tuple = &packet.tuple;
-    if !is_outside(t, tuple) {
+    let network = t.network(&tuple.destination);
+    let outside = network == 0 && !tuple.destination.stays_on_link();
+    let translates = outside && token.policy != 0;
+    let ruled = token.firewall != 0 && firewall::is_for(network, tuple);
+    if !translates && !ruled {
         return to.act(ToUplink::Pass);
     }
-    // A fragment does not tell the length that its checksum's correction needs.
-    if tuple.protocol == SCTP && packet.part != Part::Whole {
-        return to.act(ToUplink::Drop(DropReason::Fragment));
+    match packet.kind {
+        // A fragment does not tell the length that its checksum's correction needs.
+        Kind::Sctp if translates && packet.part != Part::Whole => {
+            return to.act(ToUplink::Drop(DropReason::Fragment));
+        }
+        // Without ports it cannot be judged; what its later fragments say of them would not be seen.
+        Kind::Malformed => return to.act(ToUplink::Drop(DropReason::Malformed)),
+        // A service that leads outside took them here.
+        Kind::EchoReply | Kind::IcmpError | Kind::OtherIcmp if translates => {
+            return to.act(ToUplink::Drop(DropReason::IcmpType));
+        }
+        Kind::Fragment | Kind::Other if translates => {
+            return to.act(ToUplink::Drop(DropReason::Protocol));
+        }
+        Kind::Tcp
+        | Kind::Udp
+        | Kind::Sctp
+        | Kind::EchoRequest
+        | Kind::EchoReply
+        | Kind::IcmpError
+        | Kind::OtherIcmp
+        | Kind::Fragment
+        | Kind::Other => {}
     }
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;
-    let by_host = names::by_host(t, token.firewall, tuple);
-    let key = if undisturbed && !by_host && settings.offload != Offload::Never as u8 {
+    // A resolver's answers are read on the host's path, if there is one.
+    let read = translates
+        && ruled
+        && token.direct == 0
+        && firewall::is_dns_port(tuple.destination_port)
+        && t.resolver(&tuple.destination) != 0;
+    let key = if undisturbed && !read && settings.offload != Offload::Never as u8 {
         flow_key(token.pod, &token.tuple, FlowPath::Offloaded)
     } else {
         flow_key(token.pod, tuple, FlowPath::Host)
     };
-    let found = match known_flow(t, settings, token, &key, packet) {
-        Some(known) => Ok(known),
-        None => first_packet(t, settings, token, &key, packet),
+    // An error is judged by the packet that it is about, and is no part of its flow.
+    let kept = packet.kind != Kind::IcmpError;
+    let known = if kept { known_flow(t, settings, token, &key, packet, translates) } else { None };
+    let ruleset = t.ruleset_of(token.firewall);
+    let current = known.is_some_and(|(_, _, judged_by)| judged_by == ruleset);
+    let judgement = if current || (known.is_none() && !ruled) {
+        Judgement::NONE
+    } else {
+        firewall::ask(t, ruleset, token.pod, packet, kept)
     };
-    let translated = match found {
+    if known.is_some() && !current {
+        t.settle(ruleset, &key, judgement);
+    }
+    if !judgement.allows() {
+        return to.act(if judgement.not_ready() {
+            ToUplink::Drop(DropReason::FirewallNotReady)
+        } else if settings.reject != 0 {
+            ToUplink::Reject
+        } else {
+            ToUplink::Drop(DropReason::FirewallDenied)
+        });
+    }
+    if !translates {
+        if kept && known.is_none() {
+            t.let_go(ruleset, &key, token.policy, packet.len, judgement);
+        }
+        return to.act(ToUplink::Pass);
+    }
+    let found = match known {
+        Some((egress, port, _)) => {
+            t.egress_ip(egress).map(|egress| (egress, port)).ok_or(New::Refused(DropReason::NoFlow))
+        }
+        None => first_packet(t, settings, token, &key, packet, (ruleset, judgement)),
+    };
+    let way = match found {
         Ok((egress, port)) => {
             let here = if token.direct != 0 { 0 } else { uplink };
             way_out(t, settings, egress, here).map(|way| (egress, port, way))
@@ -111,7 +175,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
         Err(New::Refused(reason)) => Err(reason),
         Err(New::NodeIp) => return to.act(ToUplink::Pass),
     };
-    match translated {
+    match way {
         Ok((_, _, Way::Tunnel(_))) if packet.larger_than(settings.tunnel_max) => {
             to.act(ToUplink::Drop(DropReason::TooBig))
         }
@@ -153,6 +217,7 @@ fn first_packet<'t, T: Tables>(
     token: &Token,
     key: &FlowKey,
     packet: &Packet,
+    judged: (RulesetId, Judgement),
 ) -> Result<(&'t EgressIp, u16), New> {
     let policy = t.policy(token.policy).ok_or(DropReason::NoOwner)?;
     let choice = choose_egress_ip(t, settings, policy, &token.tuple);
@@ -165,7 +230,7 @@ fn first_packet<'t, T: Tables>(
     }
     let mut id = choice.best;
     loop {
-        match new_flow(t, settings, token, key, packet, id) {
+        match new_flow(t, settings, token, key, packet, id, judged) {
             // Another address of the object, when this one has no port for us.
             Err(DropReason::NoPortFree | DropReason::NoPortRange)
                 if id != choice.second && choice.second != 0 =>
@@ -177,33 +242,35 @@ fn first_packet<'t, T: Tables>(
     }
 }
 
-/// The flow this packet belongs to, if there is one and it is in force: flows on the host's path, and packets
-/// of an offloaded flow that were under way when it was made. A dead one is removed.
+/// The flow this packet belongs to, if there is one and it is in force: its egress address (0: not translated), its
+/// port, and the version that has let it go. These are flows on the host's path and untranslated ones, and packets of
+/// an offloaded flow that were under way when it was made. A dead one is removed, as is a translated one to where
+/// nothing is translated any more, and the reverse.
 #[inline(always)]
-fn known_flow<'t, T: Tables>(
-    t: &'t T,
+fn known_flow<T: Tables>(
+    t: &T,
     settings: &Settings,
     token: &Token,
     key: &FlowKey,
     packet: &Packet,
-) -> Option<(&'t EgressIp, u16)> {
+    translates: bool,
+) -> Option<(EgressId, u16, RulesetId)> {
     let now = t.now();
-    let (egress_id, egress_port, alive) = t.flow(key, |flow| {
-        let alive = pod_speaks(settings, now, flow, token.policy, packet);
+    let (id, egress_port, ruleset, alive) = t.flow(key, |flow| {
+        let alive = (flow.egress != 0) == translates && pod_speaks(settings, now, flow, token.policy, packet);
         if alive {
             flow.walked = now;
         }
-        (flow.egress, flow.egress_port, alive)
+        (flow.egress, flow.egress_port, flow.ruleset, alive)
     })?;
-    if alive
-        && let Some(egress) = t.egress_ip(egress_id)
-        && egress.policy == token.policy
-    {
-        return Some((egress, egress_port));
+    if alive && (id == 0 || t.egress_ip(id).is_some_and(|egress| egress.policy == token.policy)) {
+        return Some((id, egress_port, ruleset));
     }
     // Forward entry first: while it is there, its reply entry counts as alive.
     t.remove_flow(key);
-    t.remove_reply(&reply_key(egress_id, egress_port, key));
+    if id != 0 {
+        t.remove_reply(&reply_key(id, egress_port, key));
+    }
     None
 }
 
@@ -216,6 +283,7 @@ fn new_flow<'t, T: Tables>(
     key: &FlowKey,
     packet: &Packet,
     egress_id: EgressId,
+    (ruleset, judgement): (RulesetId, Judgement),
 ) -> Result<(&'t EgressIp, u16), DropReason> {
     let egress = t.egress_ip(egress_id).filter(|e| e.policy == token.policy).ok_or(DropReason::NoOwner)?;
     if t.flows_of(token.pod) >= POD_FLOWS {
@@ -238,11 +306,11 @@ fn new_flow<'t, T: Tables>(
         pad: 0,
         seen: now,
         walked: now,
-        ruleset: 0,
+        ruleset,
         packets: 1,
         bytes: u64::from(packet.len),
-        rule: Winner::NONE,
-        name: 0,
+        rule: judgement.rule,
+        name: judgement.name,
     };
     flow.egress_port = claim_port(t, settings, now, reply_key(egress_id, 0, key), &reply)?;
     match t.insert_flow(key, &flow) {

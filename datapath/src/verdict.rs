@@ -117,6 +117,18 @@ pub struct Snat {
     pub way: Way,
 }
 
+/// Whether a packet that has a token goes up the host's stack.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostStack {
+    /// Unless the stack leads to no uplink, or the configuration says that there is nothing to honour in it.
+    Usual = 0,
+    /// If it has a way out: the answers come back through it to the pod, and are read there.
+    Preferred = 1,
+    /// Whatever it does: the packet keeps the node's own path.
+    Required = 2,
+}
+
 /// Outcome at `from_pod`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FromPod {
@@ -127,8 +139,8 @@ pub enum FromPod {
     /// Stays in the cluster: any mark is taken off, to the host's stack. Should netfilter send it outside
     /// all the same, the uplink finds no token and drops it.
     Unmarked,
-    /// Of no known flow: this token into the skb's hash, to the host's stack.
-    Identify(u32),
+    /// Of no known flow: this token into the skb's hash, to the host's stack, if that is wanted.
+    Identify(u32, HostStack),
     /// Of a known flow.
     Translate(Snat),
     /// Too big for the way out: the pod is told the size that fits, in bytes.

@@ -21,37 +21,37 @@ use crate::tables::Tables as _;
 use crate::to_pod::to_pod;
 use crate::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, Snat, ToUplink, Way};
 
-const POD: Ip = Ip::v4([10, 244, 1, 10]);
-const OTHER_POD: Ip = Ip::v4([10, 244, 1, 11]);
-const REMOTE_POD: Ip = Ip::v4([10, 244, 2, 10]);
-const SERVICE: Ip = Ip::v4([10, 96, 0, 10]);
-const NODE_A: Ip = Ip::v4([172, 18, 0, 11]);
-const NODE_B: Ip = Ip::v4([172, 18, 0, 12]);
+pub(crate) const POD: Ip = Ip::v4([10, 244, 1, 10]);
+pub(crate) const OTHER_POD: Ip = Ip::v4([10, 244, 1, 11]);
+pub(crate) const REMOTE_POD: Ip = Ip::v4([10, 244, 2, 10]);
+pub(crate) const SERVICE: Ip = Ip::v4([10, 96, 0, 10]);
+pub(crate) const NODE_A: Ip = Ip::v4([172, 18, 0, 11]);
+pub(crate) const NODE_B: Ip = Ip::v4([172, 18, 0, 12]);
 const EGRESS: Ip = Ip::v4([172, 18, 0, 100]);
 const EGRESS_2: Ip = Ip::v4([172, 18, 0, 101]);
-const SERVER: Ip = Ip::v4([203, 0, 113, 5]);
-const SERVER_2: Ip = Ip::v4([203, 0, 113, 6]);
+pub(crate) const SERVER: Ip = Ip::v4([203, 0, 113, 5]);
+pub(crate) const SERVER_2: Ip = Ip::v4([203, 0, 113, 6]);
 
-const POD_IF: u32 = 10;
-const OTHER_IF: u32 = 11;
-const UPLINK: u32 = 2;
+pub(crate) const POD_IF: u32 = 10;
+pub(crate) const OTHER_IF: u32 = 11;
+pub(crate) const UPLINK: u32 = 2;
 const VNI: u32 = 4711;
 const POLICY: u32 = 1;
 const EGRESS_ID: u32 = 1;
-const A: u16 = 1;
-const B: u16 = 2;
+pub(crate) const A: u16 = 1;
+pub(crate) const B: u16 = 2;
 
-fn from_pod(t: &Memory, ifindex: u32, packet: &Packet) -> FromPod {
+pub(crate) fn from_pod(t: &Memory, ifindex: u32, packet: &Packet) -> FromPod {
     crate::from_pod::from_pod(t, ifindex, packet, &Keep)
 }
 
-fn to_uplink(t: &Memory, uplink: u32, ingress: u32, hash: u32, packet: &Packet) -> ToUplink {
+pub(crate) fn to_uplink(t: &Memory, uplink: u32, ingress: u32, hash: u32, packet: &Packet) -> ToUplink {
     crate::to_uplink::to_uplink(t, uplink, ingress, hash, packet, &Keep)
 }
 
 /// A node: `POD` is selected, `OTHER_POD` is not; the egress IP is held by `holder`; A leases granules 0-9,
 /// B 10-19.
-fn node(me: u16, holder: u16) -> Memory {
+pub(crate) fn node(me: u16, holder: u16) -> Memory {
     let mut t = Memory::new(1, 1000);
     t.settings = Settings {
         node: me,
@@ -105,7 +105,7 @@ fn add_egress(t: &mut Memory, id: u32, ip: Ip, holder: u16) {
     t.leases.insert(id, Lease::of(&[GranuleRange { first, count: 10 }]));
 }
 
-fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
+pub(crate) fn packet(kind: Kind, from: (Ip, u16), to: (Ip, u16), tcp_flags: u8) -> Packet {
     let protocol = match kind {
         Kind::Tcp => TCP,
         // The tuple of an error is the quoted packet's.
@@ -142,21 +142,21 @@ pub(crate) fn any_packet() -> Packet {
     tcp((POD, 40000), (SERVER, 80), SYN)
 }
 
-fn tcp(from: (Ip, u16), to: (Ip, u16), flags: u8) -> Packet {
+pub(crate) fn tcp(from: (Ip, u16), to: (Ip, u16), flags: u8) -> Packet {
     packet(Kind::Tcp, from, to, flags)
 }
 
-fn udp(from: (Ip, u16), to: (Ip, u16)) -> Packet {
+pub(crate) fn udp(from: (Ip, u16), to: (Ip, u16)) -> Packet {
     packet(Kind::Udp, from, to, 0)
 }
 
 /// The first packet of a flow: token, then the uplink, where it may have another tuple by then.
 fn walk_up(t: &Memory, sent: &Packet, at_uplink: &Packet) -> ToUplink {
-    let FromPod::Identify(token) = from_pod(t, POD_IF, sent) else { panic!("no token for {sent:?}") };
+    let FromPod::Identify(token, _) = from_pod(t, POD_IF, sent) else { panic!("no token for {sent:?}") };
     to_uplink(t, UPLINK, POD_IF, token, at_uplink)
 }
 
-fn translated(verdict: ToUplink) -> Snat {
+pub(crate) fn translated(verdict: ToUplink) -> Snat {
     match verdict {
         ToUplink::Translate(snat) => snat,
         other => panic!("not translated: {other:?}"),
@@ -268,7 +268,7 @@ fn a_time_to_live_that_ends_here() {
     let mut out = udp((POD, 5000), (SERVER, 53));
     let snat = translated(walk_up(&a, &out, &out));
     out.ttl = 1;
-    assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(_)), "the host's stack answers it");
+    assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(..)), "the host's stack answers it");
     let mut error = packet(Kind::IcmpError, (POD, 5000), (SERVER, 53), 0);
     for ttl in [0, 1] {
         error.ttl = ttl;
@@ -365,7 +365,7 @@ fn connections_that_came_in_are_answered_untranslated() {
     let answer = tcp((NODE_A, 30080), (SERVER, 3333), SYN | ACK);
     assert_eq!(to_uplink(&a, UPLINK, POD_IF, a.settings.pass_token, &answer), ToUplink::Pass);
     // A SYN of the pod's own between the same ports is egress.
-    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 80), (SERVER, 3333), SYN)), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 80), (SERVER, 3333), SYN)), FromPod::Identify(..)));
     // Without a note, an answer is no egress either.
     let stray = packet(Kind::EchoReply, (POD, 0), (SERVER, 10), 0);
     assert_eq!(from_pod(&a, POD_IF, &stray), FromPod::Drop(DropReason::NoFlow));
@@ -377,9 +377,9 @@ fn an_answer_through_the_hosts_stack_is_no_opening() {
     // through `to_pod`, from an address outside.
     let a = node(A, B);
     let question = udp((POD, 5000), (SERVER_2, 53));
-    assert!(matches!(from_pod(&a, POD_IF, &question), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &question), FromPod::Identify(..)));
     to_pod(&a, &udp((SERVER_2, 53), (POD, 5000)));
-    assert!(matches!(from_pod(&a, POD_IF, &question), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &question), FromPod::Identify(..)));
     let by: Vec<u8> = a.openers.borrow().values().map(|o| o.by).collect();
     assert_eq!(by, [OpenedBy::Pod as u8]);
 }
@@ -508,7 +508,7 @@ fn what_is_too_big_is_said_to_its_sender() {
     let fits = sized(1500, false);
     assert!(matches!(walk_up(&b, &fits, &fits), ToUplink::Translate(_)));
     assert!(matches!(from_pod(&b, POD_IF, &fits), FromPod::Translate(_)));
-    assert!(matches!(from_pod(&b, POD_IF, &sized(1501, false)), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&b, POD_IF, &sized(1501, false)), FromPod::Identify(..)));
 }
 
 #[test]
@@ -527,7 +527,9 @@ fn a_tunnel_that_does_not_fragment_is_given_nothing_too_big() {
     let sized = |wire_len| Packet { wire_len, dont_fragment: false, ..udp((POD, 5000), (SERVER, 53)) };
     assert!(matches!(walk_up(&a, &sized(1430), &sized(1430)), ToUplink::Translate(_)));
     assert_eq!(from_pod(&a, POD_IF, &sized(1431)), FromPod::Drop(DropReason::TooBig));
-    let FromPod::Identify(token) = from_pod(&a, POD_IF, &Packet { ttl: 1, ..sized(1431) }) else { panic!() };
+    let FromPod::Identify(token, _) = from_pod(&a, POD_IF, &Packet { ttl: 1, ..sized(1431) }) else {
+        panic!()
+    };
     assert_eq!(to_uplink(&a, UPLINK, POD_IF, token, &sized(1431)), ToUplink::Drop(DropReason::TooBig));
 }
 
@@ -643,14 +645,14 @@ fn a_flow_ends_with_its_policy_pod_and_address() {
     let (mut a, port) = opened();
     a.pods.get_mut(&POD).unwrap().id = 3;
     a.delivery.remove(&1);
-    assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Identify(..)));
     assert_eq!(from_tunnel(&a, &NODE_B, VNI, &reply(port), &Keep), FromOutside::Drop(DropReason::PodGone));
 
     // The address left the object.
     let (mut a, port) = opened();
     a.egress_ips.remove(&EGRESS_ID);
     a.egress_addrs.remove(&EGRESS);
-    assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Identify(..)));
     assert_eq!(
         from_tunnel(&a, &NODE_B, VNI, &reply(port), &Keep),
         FromOutside::Drop(DropReason::TunnelNotAllowed)
@@ -681,7 +683,7 @@ fn udp_and_echo_walk_through_the_stack_again_every_30_s() {
         assert_eq!(from_pod(&a, POD_IF, &out), FromPod::Translate(snat));
         // What netfilter drops then stays dropped; what it lets go keeps its port, masqueraded anew or not.
         a.now.set(seconds(31));
-        assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(_)));
+        assert!(matches!(from_pod(&a, POD_IF, &out), FromPod::Identify(..)));
         assert_eq!(translated(walk_up(&a, &out, &masqueraded(&out))), snat);
         assert_eq!(from_pod(&a, POD_IF, &out), FromPod::Translate(snat));
     }
@@ -702,7 +704,7 @@ fn idle_flows_count_as_absent() {
     a.now.set(seconds(7440));
     assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Translate(_)), "within 2 h 4 min");
     a.now.set(a.now.get() + seconds(7441));
-    assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &ack), FromPod::Identify(..)));
     assert_eq!(from_tunnel(&a, &NODE_B, VNI, &back(ACK), &Keep), FromOutside::Drop(DropReason::NoReplyFlow));
     // A reset leaves the port to rest, then it is anybody's.
     let port = translated(walk_up(&a, &syn, &syn)).source_port;
@@ -822,7 +824,7 @@ fn a_service_on_the_servers_own_port_is_on_the_hosts_path_too() {
     at_uplink.tuple.destination = SERVER;
     translated(walk_up(&a, &syn, &at_uplink));
     assert!(a.flows.borrow().keys().all(|key| key.path == FlowPath::Host as u8));
-    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Identify(..)));
 }
 
 #[test]
@@ -857,7 +859,7 @@ fn an_address_of_another_object_continues_no_flow() {
     let syn = tcp((POD, 40000), (SERVER, 80), SYN);
     translated(walk_up(&a, &syn, &syn));
     a.egress_ips.get_mut(&EGRESS_ID).unwrap().policy = 9;
-    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Identify(_)));
+    assert!(matches!(from_pod(&a, POD_IF, &tcp((POD, 40000), (SERVER, 80), ACK)), FromPod::Identify(..)));
     assert_eq!(walk_up(&a, &syn, &syn), ToUplink::Drop(DropReason::NoOwner));
 }
 

@@ -2,9 +2,8 @@
 //! of. The resolver's kernel sends it again.
 
 use aya_ebpf::bindings::TC_ACT_SHOT;
-use datapath::dns::MESSAGE;
 use datapath::keys::{Held, HeldKey, NameEvent, Pod, Segment};
-use datapath::limits::SEGMENT_RECORDS;
+use datapath::limits::{SEGMENT_BYTES, SEGMENT_RECORDS};
 use datapath::names::{self, Holding};
 use datapath::packet::{Part, SYN};
 use datapath::tables::Tables as _;
@@ -21,8 +20,8 @@ use crate::tables::{Maps, count_name};
 /// `BPF_ANY` (include/uapi/linux/bpf.h).
 const ANY: u64 = 0;
 
-/// Holds a segment to a pod, if it has to. Gives the TC action.
-#[inline(always)]
+/// Holds a segment to a pod, if it has to. Gives the TC action. A function of its own: others need the stack.
+#[inline(never)]
 pub fn segment(skb: &Skb, headers: &Headers, pod: &Pod) -> i32 {
     let Some(learning) = learning() else { return NEXT };
     // The parser has seen that there is a header of twenty bytes (RFC 9293, 3.1).
@@ -79,8 +78,8 @@ pub fn segment(skb: &Skb, headers: &Headers, pod: &Pod) -> i32 {
             let since = held.map_or(now, |held| held.since);
             let _ = maps::HELD.insert(&*key, &Held { since, read: 0 }, ANY); // an LRU map makes room
             count_name(NameEvent::Held);
-            // What is not whole the agent cannot read. It passes late.
-            if headers.packet.part == Part::Whole {
+            // What is not whole, or too long, the agent cannot read. It passes late.
+            if headers.packet.part == Part::Whole && payload <= SEGMENT_RECORDS * SEGMENT_BYTES as u32 {
                 copy(skb, at as u32, payload);
             }
         }
@@ -93,13 +92,13 @@ pub fn segment(skb: &Skb, headers: &Headers, pod: &Pod) -> i32 {
 #[inline(always)]
 fn copy(skb: &Skb, at: u32, payload: u32) {
     Maps.repeat(SEGMENT_RECORDS, |i| {
-        let offset = i * MESSAGE as u32;
+        let offset = i * SEGMENT_BYTES as u32;
         if offset >= payload {
             return true;
         }
         let Some(learning) = learning() else { return true };
         let left = (payload - offset) as usize;
-        let len = if left > MESSAGE { MESSAGE } else { left };
+        let len = if left > SEGMENT_BYTES { SEGMENT_BYTES } else { left };
         if skb.load_some((at + offset) as usize, &mut learning.reader.message, len).is_err() {
             return true;
         }
@@ -114,11 +113,11 @@ fn give(len: usize) -> Result<(), Refused> {
     let learning = learning().ok_or(Refused)?;
     // The verifier has to see the bound, though callers have seen to it.
     let len = core::hint::black_box(len);
-    if len > MESSAGE {
+    if len > SEGMENT_BYTES {
         return Err(Refused);
     }
     let record = (&raw const *learning).cast::<u8>();
-    // SAFETY: the message stands right behind the segment's head, and is as long as `len` at least.
+    // SAFETY: the reader's message stands right behind the segment's head, and is longer.
     let record = unsafe { core::slice::from_raw_parts(record, size_of::<Segment>() + len) };
     maps::SEGMENTS.output_untyped::<[u8]>(record, 0).map_err(|_| Refused)
 }

@@ -10,10 +10,11 @@
 
 mod answer;
 mod arp;
-mod ctx;
 mod credit;
+mod ctx;
 mod guard;
 mod hold;
+mod icmp_error;
 mod learn;
 mod maps;
 mod nd;
@@ -24,7 +25,6 @@ mod rewrite;
 mod send;
 mod sweep;
 mod tables;
-mod too_big;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
@@ -75,10 +75,10 @@ impl Act<FromPod> for AfterPod<'_> {
                 skb.clear_hash();
                 NEXT
             }
-            FromPod::Identify(token) => send::depart(skb, headers, token),
+            FromPod::Identify(token, stack) => send::depart(skb, headers, token, stack),
             FromPod::Translate(snat) => send::offloaded(skb, headers, &snat),
             FromPod::TooBig(mtu) => send::too_big(skb, headers, mtu),
-            FromPod::Reject => drop(skb, DropReason::FirewallDenied),
+            FromPod::Reject => send::reject_to_pod(skb, headers),
             FromPod::Drop(reason) => drop(skb, reason),
         }
     }
@@ -139,7 +139,7 @@ impl Act<ToUplink> for BeforeUplink<'_> {
                 sweep::make_room(skb);
                 drop(skb, DropReason::FlowTableFull)
             }
-            ToUplink::Reject => drop(skb, DropReason::FirewallDenied),
+            ToUplink::Reject => send::reject(skb, headers),
             ToUplink::Drop(reason) => drop(skb, reason),
         }
     }

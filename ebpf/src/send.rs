@@ -9,16 +9,17 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_ne
 use datapath::addr::Ip;
 use datapath::departure::{self, Departure, Route};
 use datapath::keys::{Delivery, DeliveryMode, Tuple};
-use datapath::packet::Kind;
+use datapath::packet::{Kind, Part};
 use datapath::tables::Tables as _;
-use datapath::verdict::{DropReason, ReverseSnat, Snat, Way};
+use datapath::verdict::{DropReason, HostStack, ReverseSnat, Snat, Way};
 
 use crate::NEXT;
+use crate::answer;
 use crate::ctx::{Refused, Request, Skb, from_words, request, words};
 use crate::packet::Headers;
 use crate::report::{count, drop};
 use crate::tables::Maps;
-use crate::{reset, rewrite, too_big};
+use crate::{icmp_error, reset, rewrite};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -40,13 +41,13 @@ pub fn translated(skb: &Skb, headers: &Headers, snat: &Snat) -> i32 {
 
 /// Sends the packet of a new flow on its way, with its token.
 #[inline(always)]
-pub fn depart(skb: &Skb, headers: &Headers, token: u32) -> i32 {
+pub fn depart(skb: &Skb, headers: &Headers, token: u32, stack: HostStack) -> i32 {
     skb.set_hash(token);
     if !departure::asks(&Maps, &headers.packet) {
         return NEXT;
     }
     let Some(settings) = Maps.settings() else { return drop(skb, DropReason::NotReady) };
-    match departure::depart(&Maps, settings, &headers.packet, route_of(skb, headers)) {
+    match departure::depart(&Maps, settings, &headers.packet, stack, route_of(skb, headers)) {
         Departure::Up => NEXT,
         Departure::Direct(uplink) => {
             Maps.set_direct(token);
@@ -151,7 +152,7 @@ pub fn too_big(skb: &Skb, headers: &Headers, mtu: u16) -> i32 {
         return drop(skb, DropReason::TooBig);
     }
     count(skb, DropReason::TooBig);
-    too_big::answer(skb, mtu, router)
+    sent_back(skb, icmp_error::too_big(skb, mtu, router))
 }
 
 /// Tells a server that its packet is too big for the tunnel, as the egress IP that it wrote to.
@@ -162,16 +163,64 @@ pub fn too_big_reply(skb: &Skb, headers: &Headers, mtu: u16) -> i32 {
     if headers.packet.kind == Kind::IcmpError {
         return TC_ACT_SHOT;
     }
-    too_big::answer(skb, mtu, &headers.packet.tuple.destination)
+    sent_back(skb, icmp_error::too_big(skb, mtu, &headers.packet.tuple.destination))
+}
+
+/// Sends an answer back out of the interface that the packet came by.
+#[inline(always)]
+fn sent_back(skb: &Skb, made: Result<(), Refused>) -> i32 {
+    match made {
+        Ok(()) => answer::send_back(skb),
+        Err(Refused) => TC_ACT_SHOT,
+    }
+}
+
+/// Tells a pod, at its interface, that the firewall denies its packet.
+#[inline(always)]
+pub fn reject_to_pod(skb: &Skb, headers: &Headers) -> i32 {
+    count(skb, DropReason::FirewallDenied);
+    sent_back(skb, refuse(skb, headers))
+}
+
+/// Tells a pod that the firewall denies its packet, as if the destination had: see [`reset`].
+#[inline(always)]
+pub fn reject(skb: &Skb, headers: &Headers) -> i32 {
+    count(skb, DropReason::FirewallDenied);
+    turned_round(skb, refuse(skb, headers))
+}
+
+/// Turns a denied packet into RST or an ICMP error, from whom it was for: a node's own address would not be believed
+/// where it comes in by an uplink. Whoever sends errors gets none (RFC 1122, 3.2.2), nor do later fragments, which have
+/// no header to answer.
+#[inline(always)]
+fn refuse(skb: &Skb, headers: &Headers) -> Result<(), Refused> {
+    let packet = &headers.packet;
+    match packet.kind {
+        _ if packet.part == Part::Later => Err(Refused),
+        Kind::Tcp => reset::turn(skb, headers),
+        Kind::Udp | Kind::Sctp | Kind::EchoRequest | Kind::Other => {
+            icmp_error::prohibited(skb, &packet.tuple.destination)
+        }
+        Kind::EchoReply | Kind::IcmpError | Kind::OtherIcmp | Kind::Fragment | Kind::Malformed => {
+            Err(Refused)
+        }
+    }
 }
 
 /// Answers a TCP packet of no flow with RST, as if the server had sent it: it comes in by the uplink that the
 /// packet was to leave by, so that the host's stack undoes what it had done to the packet.
 #[inline(always)]
 pub fn reset(skb: &Skb, headers: &Headers) -> i32 {
-    let Some(interface) = Maps.interface(skb.ifindex()) else { return drop(skb, DropReason::NoFlow) };
     count(skb, DropReason::NoFlow);
-    if reset::turn(skb, headers).is_err() || skb.store(0, &interface.mac).is_err() {
+    turned_round(skb, reset::turn(skb, headers))
+}
+
+/// Has an answer come in by the uplink that the packet was to leave by.
+#[inline(always)]
+fn turned_round(skb: &Skb, made: Result<(), Refused>) -> i32 {
+    let Some(interface) = Maps.interface(skb.ifindex()) else { return TC_ACT_SHOT };
+    // The stack takes what is addressed to the interface's own hardware address.
+    if made.is_err() || skb.store(0, &interface.mac).is_err() {
         return TC_ACT_SHOT;
     }
     skb.clear_hash();

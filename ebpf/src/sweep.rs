@@ -39,9 +39,9 @@ struct Sweep<'a> {
     left: u32,
 }
 
-extern "C" fn look(_map: *mut c_void, key: *const FlowKey, flow: *const Flow, sweep: *mut Sweep<'_>) -> i64 {
+extern "C" fn look(_map: *mut c_void, key: *const FlowKey, flow: *mut Flow, sweep: *mut Sweep<'_>) -> i64 {
     // SAFETY: the helper gives an entry of FLOWS and what it was called with, all valid during the call.
-    let (key, flow, sweep) = unsafe { (&*key, &*flow, &mut *sweep) };
+    let (key, flow, sweep) = unsafe { (&*key, &mut *flow, &mut *sweep) };
     if datapath::sweep::sweep(&Maps, sweep.settings, sweep.now, sweep.full, key, flow) {
         sweep.removed += 1;
     } else {

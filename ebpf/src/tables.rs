@@ -6,7 +6,7 @@ use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
-use datapath::firewall::Judgement;
+use datapath::firewall::{ByAddress, Judgement};
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameEvent, NameId, NameKey,
@@ -16,6 +16,7 @@ use datapath::keys::{
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
 use datapath::names::{Place, lives_longer, place_of, word};
+use datapath::packet::Packet;
 use datapath::tables::{InsertError, Tables};
 
 use crate::maps;
@@ -70,10 +71,86 @@ pub fn count_name(event: NameEvent) {
     }
 }
 
-/// [`datapath::firewall::judge`] as a function of its own: it stands in several places, which have no stack to spare.
+/// [`datapath::firewall::judge_address`] as a function of its own: it stands in several places, which have no stack to
+/// spare. Exported, so that the verifier looks at it once (`btf_prepare_func_args`, kernel/bpf/btf.c): then it takes
+/// pointers that may be null, and returns a number.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge(id: RulesetId, tuple: &Tuple) -> u64 {
-    datapath::firewall::judge(&Maps, id, tuple).to_word()
+extern "C" fn judge_address(id: RulesetId, tuple: *const Tuple) -> u64 {
+    // SAFETY: the verifier checks that it is null or points to a tuple.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else { return Judgement::NOT_READY.to_word() };
+    datapath::firewall::judge_address(&Maps, id, tuple).to_word()
+}
+
+/// [`datapath::firewall::judge_names`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_names(id: RulesetId, tuple: *const Tuple, by_address: u64) -> u64 {
+    // SAFETY: as above.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else { return Judgement::NOT_READY.to_word() };
+    datapath::firewall::judge_names(&Maps, id, tuple, ByAddress::from_word(by_address)).to_word()
+}
+
+/// [`datapath::firewall::note`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note(id: RulesetId, pod: PodId, packet: *const Packet, kept: u32, rule: u32) -> u32 {
+    // SAFETY: as above.
+    let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
+    datapath::firewall::note(&Maps, id, pod, packet, kept != 0, rule);
+    0
+}
+
+/// [`datapath::firewall::settle`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn settle(id: RulesetId, key: *const FlowKey, judgement: u64) -> u32 {
+    // SAFETY: as above.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
+    datapath::firewall::settle(&Maps, id, key, Judgement::from_word(judgement));
+    0
+}
+
+/// [`datapath::firewall::let_go`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn let_go(id: RulesetId, key: *const FlowKey, policy: PolicyId, len: u32, judgement: u64) -> u32 {
+    // SAFETY: as above.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
+    datapath::firewall::let_go(&Maps, id, key, policy, len, Judgement::from_word(judgement));
+    0
+}
+
+/// [`Tables::count_rule`], likewise.
+#[inline(never)]
+fn count_rule(id: RulesetId, rule: u32, hits: u64, bytes: u64) {
+    let key = RuleCountKey { ruleset: id, rule };
+    let Some(count) = maps::RULE_COUNTS.get_ptr_mut(&key) else {
+        // Another CPU may have made it meanwhile: one count is lost. So it is where the map is full.
+        let _ = maps::RULE_COUNTS.insert(&key, &RuleCount { hits, bytes }, NOEXIST);
+        return;
+    };
+    // SAFETY: aligned words, valid until the end of the RCU section.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).hits, hits);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).bytes, bytes);
+    }
+}
+
+/// [`Tables::remove_flow`], likewise.
+#[inline(never)]
+fn remove_flow(key: &FlowKey) {
+    let Some(flow) = maps::FLOWS.get_ptr_mut(key) else { return };
+    // SAFETY: valid until the end of the RCU section. Read before the entry may be another's.
+    let (pod, id, rule, bytes) = unsafe { (key.pod, (*flow).ruleset, (*flow).rule, (*flow).bytes) };
+    // Of two CPUs one removes it.
+    if maps::FLOWS.remove(key).is_err() {
+        return;
+    }
+    count_flow(pod, false);
+    if (Judgement { rule, name: 0 }).by_rule() {
+        count_rule(id, rule, 0, bytes);
+    }
 }
 
 /// Enters an address for a name. A function of its own: it stands in several places.
@@ -308,22 +385,37 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
-        Judgement::from_word(judge(id, tuple))
+        datapath::firewall::judge(self, id, tuple)
+    }
+
+    #[inline(always)]
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
+        ByAddress::from_word(judge_address(id, &raw const *tuple))
+    }
+
+    #[inline(always)]
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
+        Judgement::from_word(judge_names(id, &raw const *tuple, by_address.to_word()))
+    }
+
+    #[inline(always)]
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+        note(id, pod, &raw const *packet, u32::from(kept), rule);
+    }
+
+    #[inline(always)]
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
+        settle(id, &raw const *key, judgement.to_word());
+    }
+
+    #[inline(always)]
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
+        let_go(id, &raw const *key, policy, len, judgement.to_word());
     }
 
     #[inline(always)]
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
-        let key = RuleCountKey { ruleset: id, rule };
-        let Some(count) = maps::RULE_COUNTS.get_ptr_mut(&key) else {
-            // Another CPU may have made it meanwhile: one count is lost. So it is where the map is full.
-            let _ = maps::RULE_COUNTS.insert(&key, &RuleCount { hits, bytes }, NOEXIST);
-            return;
-        };
-        // SAFETY: aligned words, valid until the end of the RCU section.
-        unsafe {
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).hits, hits);
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).bytes, bytes);
-        }
+        count_rule(id, rule, hits, bytes);
     }
 
     #[inline(always)]
@@ -390,10 +482,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn remove_flow(&self, key: &FlowKey) {
-        // Absent is as good as removed.
-        if maps::FLOWS.remove(key).is_ok() {
-            count_flow(key.pod, false);
-        }
+        remove_flow(key);
     }
 
     #[inline(always)]

@@ -31,6 +31,8 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use rustix::time::{ClockId, clock_gettime};
 
 mod bench;
+mod firewall;
+mod names;
 mod routes;
 mod table;
 pub use bench::{Memory as MapMemory, Sizes};
@@ -194,6 +196,7 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Map {
 /// The loaded programs and their maps.
 pub struct Kernel {
     harness: Ebpf,
+    names: names::Names,
     tunnel: Array<MapData, [u8; harness::REQUEST_LEN]>,
     settings: Array<MapData, Plain<Settings>>,
     networks: LpmTrie<MapData, Plain<Ip>, Plain<Network>>,
@@ -233,7 +236,7 @@ impl Kernel {
         for name in ["FLOWS", "REPLIES"] {
             loader.map_max_entries(name, flow_capacity);
         }
-        for name in ["FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "TOKENS"] {
+        for name in ["FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "TOKENS"].into_iter().chain(names::LRU) {
             loader.map_max_entries(name, LRU_ENTRIES);
         }
         let mut ebpf = loader.load(&object).expect("the object loads");
@@ -248,10 +251,12 @@ impl Kernel {
         }
         classifier(&mut harness, harness::NAME).load().expect("the harness is verified");
         guard(&mut ebpf).load().expect("from_cgroup");
+        let names = names::Names::new(&mut ebpf);
         let e = &mut ebpf;
         let tunnel = Array::try_from(take(&mut harness, harness::REQUEST)).expect("the tunnel's key");
         Self {
             harness,
+            names,
             tunnel,
             settings: Array::try_from(take(e, "SETTINGS")).expect("SETTINGS"),
             networks: LpmTrie::try_from(take(e, "NETWORKS")).expect("NETWORKS"),
@@ -482,7 +487,9 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
     program.try_into().expect("a classifier")
 }
 
-fn object_path() -> PathBuf {
+/// The eBPF object under test.
+#[must_use]
+pub fn object_path() -> PathBuf {
     std::env::var_os("OUTGATE_BPF_OBJECT").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/outgate.o"),
         PathBuf::from,

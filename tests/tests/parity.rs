@@ -18,7 +18,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, seconds};
 use datapath::departure::{Departure, Route, asks, depart};
-use datapath::firewall::Judgement;
+use datapath::firewall::{ByAddress, Judgement};
 use datapath::fragments::{Place, recall};
 use datapath::from_uplink::claims;
 use datapath::keys::{
@@ -33,7 +33,7 @@ use datapath::memory::Memory;
 use datapath::packet::{ACK, FIN, ICMP, ICMPV6, Packet, Part, RST, SCTP, SYN, TCP, UDP};
 use datapath::ports::nth_port;
 use datapath::tables::{InsertError, Tables};
-use datapath::verdict::{DropReason, FromOutside, FromPod, Keep, ReverseSnat, ToUplink, Way};
+use datapath::verdict::{DropReason, FromOutside, FromPod, HostStack, Keep, ReverseSnat, ToUplink, Way};
 use lab::kernel::{
     self, Input, Kernel, Observed, Output, Program, State, Tunnel, Verdict, enter_node_network,
     interfaces::{OTHER_POD, POD, PORT, SECOND_UPLINK, TUNNEL, UPLINK},
@@ -319,6 +319,21 @@ impl Tables for Replay<'_> {
     fn judge(&self, id: RulesetId, tuple: &Tuple) -> Judgement {
         self.memory.judge(id, tuple)
     }
+    fn judge_address(&self, id: RulesetId, tuple: &Tuple) -> ByAddress {
+        self.memory.judge_address(id, tuple)
+    }
+    fn judge_names(&self, id: RulesetId, tuple: &Tuple, by_address: ByAddress) -> Judgement {
+        self.memory.judge_names(id, tuple, by_address)
+    }
+    fn note(&self, id: RulesetId, pod: PodId, packet: &Packet, kept: bool, rule: u32) {
+        self.memory.note(id, pod, packet, kept, rule);
+    }
+    fn settle(&self, id: RulesetId, key: &FlowKey, judgement: Judgement) {
+        self.memory.settle(id, key, judgement);
+    }
+    fn let_go(&self, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judgement: Judgement) {
+        self.memory.let_go(id, key, policy, len, judgement);
+    }
     fn count_rule(&self, id: RulesetId, rule: u32, hits: u64, bytes: u64) {
         self.memory.count_rule(id, rule, hits, bytes);
     }
@@ -494,7 +509,7 @@ impl Oracle<'_> {
             FromPod::NotOurs => self.untouched(),
             FromPod::Pass => self.next(frame, self.memory.settings.pass_token),
             FromPod::Unmarked => self.next(frame, 0),
-            FromPod::Identify(token) => self.departs(token),
+            FromPod::Identify(token, stack) => self.departs(token, stack),
             FromPod::Translate(snat) => {
                 let mut frame = frame;
                 hop(&mut frame);
@@ -513,7 +528,7 @@ impl Oracle<'_> {
     }
 
     /// The packet of a new flow, by the routes of [`enter_node_network`].
-    fn departs(&self, token: u32) -> Fate {
+    fn departs(&self, token: u32, stack: HostStack) -> Fate {
         let mut frame = self.input.frame.clone();
         let (memory, packet) = (self.memory, self.packet.expect("a packet"));
         if !asks(memory, &packet) {
@@ -528,7 +543,7 @@ impl Oracle<'_> {
             SECOND_NETWORK | BEHIND_SECOND => Route::By(SECOND_UPLINK),
             _ => Route::By(UPLINK),
         };
-        match depart(memory, &memory.settings, &packet, route) {
+        match depart(memory, &memory.settings, &packet, stack, route) {
             Departure::Up => self.next(frame, token),
             Departure::Direct(_) => {
                 if let Some(token) = memory.tokens.borrow_mut().get_mut(&token) {

@@ -45,6 +45,8 @@ enum Group {
     Sweep,
     /// 1,000,000 flows held
     Held,
+    /// Packets with more and more firewall rules, compiling them, and nftables beside
+    Firewall,
 }
 
 /// `cargo xtask bench`.
@@ -59,7 +61,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     setup::ensure()?;
     build::ebpf()?;
     let step = ui::Step::begin("build", "lab, release");
-    process::run(process::cargo().args(["build", "--release", "--package", "lab", "--bin", "bench"]))?;
+    process::run(
+        process::cargo()
+            .env(build::OBJECT_VARIABLE, machine::bpf_object()?) // the agent's compiler of rules is in it
+            .args(["build", "--release", "--package", "lab", "--bin", "bench"]),
+    )?;
     step.done("lab");
 
     let mut bench = std::process::Command::new(machine::target_dir()?.join("release/bench"));

@@ -12,8 +12,8 @@ const BPF_MAP_DELETE_BATCH: libc::c_int = 27;
 /// `bpf_attr.batch` (include/uapi/linux/bpf.h).
 #[repr(C)]
 struct Batch {
-    in_batch: u64,
-    out_batch: u64,
+    from: u64,
+    to: u64,
     keys: u64,
     values: u64,
     count: u32,
@@ -54,8 +54,8 @@ fn call<K>(
         return Ok(());
     }
     let mut batch = Batch {
-        in_batch: 0,
-        out_batch: 0,
+        from: 0,
+        to: 0,
         keys: keys.as_ptr().addr() as u64,
         values,
         count: keys.len() as u32,

@@ -61,9 +61,10 @@ impl Firewalls {
     /// Opens the maps and reads them.
     pub(super) fn open(dir: &Path) -> Result<Self, Error> {
         let name = "FIREWALLS";
-        let words = match open(dir, name)? {
-            Map::Array(map) => Words::map(map.fd().as_fd(), limits::FIREWALLS as usize),
-            _ => Err(io::ErrorKind::InvalidInput.into()),
+        let words = if let Map::Array(map) = open(dir, name)? {
+            Words::map(map.fd().as_fd(), limits::FIREWALLS as usize)
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
         };
         let words = words.map_err(|error| Error::Map { name, source: MapError::from(error) })?;
         let mut firewalls = Self {

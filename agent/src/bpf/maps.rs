@@ -202,7 +202,8 @@ pub(super) fn remove_all<K: keys::MapData>(
     Ok(())
 }
 
-/// What a map without room answers: `E2BIG`; a trie, `ENOSPC` (`trie_check_add_elem`, kernel/bpf/lpm_trie.c).
+/// What a map without room answers: `E2BIG`; a trie, `ENOSPC` (`trie_check_add_elem`, `kernel/bpf/lpm_trie.c`).
+#[expect(clippy::wildcard_enum_match_arm, reason = "aya's errors are many")]
 pub(super) fn full_or(name: &'static str, source: MapError) -> Error {
     let error = match &source {
         MapError::SyscallError(error) => error.io_error.raw_os_error(),

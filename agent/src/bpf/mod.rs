@@ -2,9 +2,11 @@
 
 pub mod attach;
 mod batch;
+pub mod firewall_counts;
 mod firewalls;
 pub mod guard;
 pub mod maps;
+pub mod names;
 mod object;
 pub mod sweep;
 mod words;
@@ -209,6 +211,12 @@ impl Datapath {
         // An interface that cannot be covered must not keep policy from the others.
         self.maps.apply(image)?;
         attached
+    }
+
+    /// The kernel side of names. Within a tokio runtime.
+    pub fn names(&mut self) -> Result<names::Names, Error> {
+        let dir = self.maps.dir().to_path_buf();
+        names::Names::open(self.programs.object(), &dir)
     }
 
     /// Removes versions of firewalls that were in force a while ago. Called now and then.

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -12,7 +13,7 @@ use datapath::keys::{IfIndex, PodId};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use crate::agent::{Agent, Identity, Kernel};
+use crate::agent::{Agent, Identity, Kernel, random};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
 use crate::cli::AgentArgs;
@@ -20,9 +21,13 @@ use crate::compile::proxies;
 use crate::conflict::Conflicts;
 use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
+use crate::firewall::audit;
 use crate::image::MapImage;
+use crate::names::Names;
+use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;
 use crate::notrack::Notrack;
+use crate::watch::Problem;
 use crate::watch::dir::DirSource;
 use crate::{metrics, watch};
 
@@ -46,6 +51,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
+    let door = datapath.names()?;
     let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
     let guarded = cgroup.as_ref().map_or(Ok(()), |cgroup| datapath.guard(cgroup));
     if args.pod_cgroup.is_some() {
@@ -59,9 +65,18 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     if let Some(address) = args.metrics {
         let listener = metrics::listen(address).await.map_err(anyhow::Error::msg)?;
         let dir = bpf::pin_dir(&args.bpffs.bpffs);
-        let drops = Rc::new(move || bpf::maps::drops(&dir).map_err(|e| e.to_string()));
-        tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), drops));
+        let firewalls = bpf::firewall_counts::Reader::new(&dir);
+        let read = move || {
+            Ok(metrics::Counters {
+                drops: bpf::maps::drops(&dir)?,
+                firewalls: firewalls.read()?,
+                names: bpf::firewall_counts::name_events(&dir)?,
+            })
+        };
+        let read = Rc::new(move || read().map_err(|e: bpf::Error| e.to_string()));
+        tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), read));
     }
+    tokio::task::spawn_local(audit::run(bpf::pin_dir(&args.bpffs.bpffs), Rc::clone(&state)));
     info!(
         "outgate {} on node {}, objects from {}",
         env!("CARGO_PKG_VERSION"),
@@ -77,6 +92,10 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let names = bpf::maps::LearntNames::open(&bpf::pin_dir(&args.bpffs.bpffs))?;
     let conntrack = Conntrack::new(datapath.recovered(), Box::new(names));
     let ruled = conntrack::ruled(datapath.recovered());
+    let resolv_conf = ResolvConf::open(&args.resolv_conf);
+    // What is in force is learnt from the first moment on, not from the first change.
+    let lookups = Names::start(door, random());
+    lookups.update(datapath.recovered(), &BTreeSet::new(), resolv_conf.nameservers());
     let kernel = NodeKernel {
         datapath,
         announcer: Announcer::default(),
@@ -84,9 +103,10 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         ruled,
         notrack: Notrack::default(),
         conflicts,
+        lookups,
     };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
-    let mut agent = Agent::new(identity, source, kernel, facts, state);
+    let mut agent = Agent::new(identity, source, kernel, facts, resolv_conf, state);
     let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
         ended = agent.run() => ended,
         _ = terminate.recv() => Ok(()),
@@ -113,6 +133,7 @@ struct NodeKernel {
     ruled: conntrack::Ruled,
     notrack: Notrack,
     conflicts: Conflicts,
+    lookups: Names,
 }
 
 impl Kernel for NodeKernel {
@@ -158,6 +179,18 @@ impl Kernel for NodeKernel {
         self.announcer.announce(image, facts);
         self.conflicts.update(image);
         Ok(unattached)
+    }
+
+    fn learn(&mut self, image: &MapImage, resolvers: &BTreeSet<IpAddr>, nameservers: &[IpAddr]) {
+        self.lookups.update(image, resolvers, nameservers);
+    }
+
+    fn has_news(&mut self) -> bool {
+        self.lookups.take_news()
+    }
+
+    fn problems(&self) -> BTreeSet<Problem> {
+        self.lookups.problems()
     }
 
     async fn settle(&mut self, image: &MapImage, facts: &Facts) -> Result<(), String> {

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::bpf::maps;
 use crate::cli::FlowsArgs;
+use crate::firewall::show;
 use crate::print::{self, Table};
 
 /// One flow, for people.
@@ -30,6 +31,9 @@ struct Row {
     idle_seconds: u64,
     packets: u64,
     bytes: u64,
+    /// The rule of the namespace's firewall that has let it go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<String>,
 }
 
 /// The maps that make up the picture.
@@ -75,7 +79,7 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
             continue;
         }
         // A flow whose pod is gone is removed with the next sweep.
-        let pod = picture.names.get(&key.pod).map_or_else(|| format!("gone ({})", key.pod), name);
+        let pod = picture.names.get(&key.pod).map_or_else(|| format!("gone ({})", key.pod), show::pod);
         if wanted.as_ref().is_some_and(|w| *w != pod) {
             continue;
         }
@@ -87,7 +91,7 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
             Some(ip) => SocketAddr::new(ip, port).to_string(),
         };
         rows.push(Row {
-            protocol: protocol(key.protocol),
+            protocol: show::protocol(key.protocol),
             source: end(source, key.local_port),
             destination: end(Some(key.remote.into()), key.remote_port),
             egress_ip: egress.map(|ip| ip.to_string()).unwrap_or_default(),
@@ -99,6 +103,7 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
             idle_seconds: (u64::from(idle(picture.now, flow.seen)) << 24) / 1_000_000_000,
             packets: flow.packets,
             bytes: flow.bytes,
+            rule: show::place(flow.rule).filter(|_| flow.ruleset != 0),
             pod,
         });
     }
@@ -117,25 +122,6 @@ fn rows(picture: &Picture, args: &FlowsArgs) -> Vec<Row> {
 fn idle(now: Ticks, seen: Ticks) -> Ticks {
     let idle = now.wrapping_sub(seen);
     if idle > Ticks::MAX / 2 { 0 } else { idle }
-}
-
-pub(super) fn name(name: &PodName) -> String {
-    let text = |bytes: &[u8]| {
-        let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-        String::from_utf8_lossy(&bytes[..end]).into_owned()
-    };
-    format!("{}/{}", text(&name.namespace), text(&name.name))
-}
-
-fn protocol(number: u8) -> String {
-    match number {
-        packet::TCP => "tcp".to_owned(),
-        packet::UDP => "udp".to_owned(),
-        packet::SCTP => "sctp".to_owned(),
-        packet::ICMP => "icmp".to_owned(),
-        packet::ICMPV6 => "icmpv6".to_owned(),
-        other => other.to_string(),
-    }
 }
 
 const fn state(state: FlowState) -> &'static str {
@@ -167,11 +153,14 @@ fn table(rows: &[Row]) -> Table {
             r.pod.clone(),
             r.source.clone(),
             r.destination.clone(),
-            // In brackets if it is IPv6; unknown once it is gone from the maps.
-            r.egress_ip.parse().map_or_else(
-                |_| format!(":{}", r.egress_port),
-                |ip| SocketAddr::new(ip, r.egress_port).to_string(),
-            ),
+            match r.egress_ip.parse() {
+                // In brackets if it is IPv6.
+                Ok(ip) => SocketAddr::new(ip, r.egress_port).to_string(),
+                // Not translated.
+                Err(_) if r.egress_port == 0 => String::new(),
+                // Unknown once it is gone from the maps.
+                Err(_) => format!(":{}", r.egress_port),
+            },
             r.state.clone(),
             r.path.clone(),
             format!("{} s", r.idle_seconds),
@@ -265,6 +254,23 @@ mod tests {
         assert_eq!(shown("--pod shop/other"), Vec::<String>::new());
         assert_eq!(shown("--egress-ip 192.0.2.1").len(), 2);
         assert!(shown("--egress-ip 192.0.2.2").is_empty());
+    }
+
+    #[test]
+    fn flows_that_a_firewall_has_let_go_untranslated() {
+        let mut picture = picture();
+        let (key, flow) = picture.flows.iter().find(|(key, _)| key.pod == 7).map(|(k, f)| (*k, *f)).unwrap();
+        let passed = Flow { egress: 0, egress_port: 0, ruleset: 1, rule: 3, ..flow };
+        picture.flows = BTreeMap::from([(key, passed)]);
+        let cli = crate::cli::Cli::try_parse_from(["outgate", "flows"]).unwrap();
+        let crate::cli::Command::Flows(args) = cli.command else { panic!() };
+        let rows = rows(&picture, &args);
+        assert_eq!(rows[0].rule.as_deref(), Some("spec.egress[1]"));
+        let mut out = Vec::new();
+        table(&rows).print_into(&mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let line = text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(line, "tcp shop/web 10.1.0.1:4000 203.0.113.1:443 - established offloaded 12 s 5 600");
     }
 
     #[test]

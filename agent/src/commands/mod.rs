@@ -3,6 +3,7 @@
 mod agent;
 mod cleanup;
 mod flows;
+mod monitor;
 mod status;
 mod trace;
 
@@ -18,6 +19,7 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Agent(args) => agent::run(args),
         Command::Status(args) => status::run(&args, out),
         Command::Flows(args) => flows::run(&args, out),
+        Command::Monitor(args) => monitor::run(&args, out),
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),

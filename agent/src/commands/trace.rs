@@ -6,9 +6,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Context as _;
 use datapath::addr::Ip;
+use datapath::conntrack::Ticks;
+use datapath::firewall::{is_dns_port, is_for};
 use datapath::from_pod::from_pod;
-use datapath::keys::{InterfaceKind, NetworkKind, Tuple};
-use datapath::limits::FLOWS;
+use datapath::keys::{
+    FirewallId, InterfaceKind, Learnt, LearntKey, NetworkKind, Pod, RESOLVER_ON_NODE, Tuple,
+};
+use datapath::limits::{FLOWS, NODE_PORTS};
 use datapath::memory::Memory;
 use datapath::packet::{self, Kind, Packet, Part};
 use datapath::tables::Tables as _;
@@ -16,9 +20,9 @@ use datapath::to_uplink::to_uplink;
 use datapath::verdict::{DropReason, FromPod, Keep, Snat, ToUplink, Way};
 use serde::Serialize;
 
-use super::flows;
-use crate::bpf;
+use crate::bpf::{self, firewall_counts, maps};
 use crate::cli::{Protocol, TraceArgs};
+use crate::firewall::{Name, show};
 use crate::image::MapImage;
 use crate::print;
 
@@ -43,6 +47,24 @@ struct Walk {
     path: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     drop_reason: Option<&'static str>,
+    /// What the namespace's firewall says, if it is asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    firewall: Option<Decision>,
+}
+
+/// What a firewall says.
+#[derive(Serialize, Debug, PartialEq, Eq)]
+struct Decision {
+    namespace: String,
+    allowed: bool,
+    /// The rule that decides; none: no rule does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<String>,
+    /// The name by which it does; none: by address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip)]
+    says: String,
 }
 
 #[derive(Serialize, Debug)]
@@ -55,7 +77,9 @@ pub(super) fn run(args: &TraceArgs, out: &mut impl Write) -> anyhow::Result<()> 
     let image = bpf::read_image(&args.bpffs.bpffs)?;
     let wanted = format!("{}/{}", args.pod.namespace, args.pod.name);
     let destination = SocketAddr::new(args.destination.ip, args.destination.port);
-    let walk = walk(&image, &wanted, destination, args.protocol)?;
+    let dir = bpf::pin_dir(&args.bpffs.bpffs);
+    let learnt = |key: &LearntKey| firewall_counts::learnt(&dir, key);
+    let walk = walk(&image, &wanted, destination, args.protocol, maps::now(), &learnt)?;
     print::print_into(out, args.output, &walk, |out| {
         writeln!(out, "{} ({}) to {}", walk.pod, walk.source, walk.destination)?;
         for step in &walk.steps {
@@ -66,11 +90,18 @@ pub(super) fn run(args: &TraceArgs, out: &mut impl Write) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Walks the first packet of a connection.
-fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol) -> anyhow::Result<Walk> {
+/// Walks the first packet of a connection. `learnt` reads the names of an address, as of `now`.
+fn walk(
+    image: &MapImage,
+    pod: &str,
+    destination: SocketAddr,
+    protocol: Protocol,
+    now: Ticks,
+    learnt: &dyn Fn(&LearntKey) -> Result<Option<Learnt>, bpf::Error>,
+) -> anyhow::Result<Walk> {
     // A pod has an id for each of its addresses.
     let ids: BTreeSet<_> =
-        image.pod_names.iter().filter(|(_, name)| flows::name(name) == pod).map(|(id, _)| *id).collect();
+        image.pod_names.iter().filter(|(_, name)| show::pod(name) == pod).map(|(id, _)| *id).collect();
     anyhow::ensure!(
         !ids.is_empty(),
         "no pod {pod} on this node; `outgate trace` knows the pods of its own node"
@@ -82,37 +113,8 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         .find(|(ip, p)| ids.contains(&p.id) && ip.is_v4() == to.is_v4())
         .map(|(ip, _)| *ip)
         .with_context(|| format!("pod {pod} has no address of the family of {}", destination.ip()))?;
-    let (kind, number, ports) = match protocol {
-        Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, destination.port())),
-        Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, destination.port())),
-        Protocol::Sctp => (Kind::Sctp, packet::SCTP, (SOURCE_PORT, destination.port())),
-        Protocol::Icmp => {
-            let number = if to.is_v4() { packet::ICMP } else { packet::ICMPV6 };
-            (Kind::EchoRequest, number, (SOURCE_PORT, 0))
-        }
-    };
-    let tuple = Tuple {
-        source: ip,
-        destination: to,
-        source_port: ports.0,
-        destination_port: ports.1,
-        protocol: number,
-        pad: [0; 3],
-    };
-    let tcp_flags = if matches!(kind, Kind::Tcp | Kind::Sctp) { packet::SYN } else { 0 };
-    let packet = Packet {
-        tuple,
-        len: 60,
-        wire_len: 60,
-        fragment_id: 0,
-        kind,
-        tcp_flags,
-        ttl: 64,
-        part: Part::Whole,
-        options: false,
-        dont_fragment: true,
-        by_router: false,
-    };
+    let packet = first_packet(ip, &destination, protocol);
+    let tuple = packet.tuple;
     let mut walk = Walk {
         pod: pod.to_owned(),
         source: IpAddr::from(ip).to_string(),
@@ -124,20 +126,44 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
         },
         ..Walk::default()
     };
-    let tables = tables(image);
-    let ifindex = image.pods[&ip].ifindex;
+    let entry = image.pods[&ip];
+    let tables = tables(image, &entry);
+    tables.now.set(now);
+    let key = LearntKey { firewall: entry.firewall, ip: to };
+    if entry.firewall != 0
+        && let Some(names) = learnt(&key)?
+    {
+        tables.learnt.borrow_mut().insert(key, names);
+    }
+    let namespace = pod.split_once('/').map_or(pod, |(namespace, _)| namespace);
+    walk.firewall = decision(&tables, image, namespace, entry.firewall, &tuple);
+    let ifindex = entry.ifindex;
     match from_pod(&tables, ifindex, &packet, &Keep) {
         FromPod::NotOurs => walk.untouched("from_pod", "no EgressIP selects the pod"),
         FromPod::Pass => walk.untouched("from_pod", "no EgressIP selects the pod, others on its bridge are"),
         FromPod::Unmarked => walk.untouched("from_pod", &inside(&tables, &to)),
         // A packet is traced at its smallest.
         FromPod::TooBig(_) => walk.dropped("from_pod", DropReason::TooBig),
-        FromPod::Drop(reason) => walk.dropped("from_pod", reason),
-        FromPod::Reject => walk.dropped("from_pod", DropReason::FirewallDenied),
+        FromPod::Drop(reason) => {
+            walk.decided();
+            walk.dropped("from_pod", reason);
+        }
+        FromPod::Reject => {
+            walk.decided();
+            walk.rejected("from_pod");
+        }
         FromPod::Translate(snat) => walk.translated("from_pod", image, &snat),
-        FromPod::Identify(token) => {
-            walk.step("from_pod", "a new flow of a selected pod: a token, and up the host's stack");
+        FromPod::Identify(token, _) => {
+            let who = if entry.policy == 0 { "a pod with a firewall" } else { "a selected pod" };
+            walk.step("from_pod", format!("a new flow of {who}: a token, and up the host's stack"));
             walk.step("host", "netfilter and routing of the node (not known here: taken for let through)");
+            if tables.network(&to) == NetworkKind::OwnNode as u32 {
+                let says = inside(&tables, &to);
+                walk.decided();
+                walk.untouched("host", &says);
+                return Ok(walk);
+            }
+            walk.decided();
             let uplink = |(index, i): (&u32, &datapath::keys::Interface)| {
                 (i.kind == InterfaceKind::Uplink as u8).then_some(*index)
             };
@@ -148,7 +174,13 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
             };
             match to_uplink(&tables, uplink, ingress, token, &packet, &Keep) {
                 ToUplink::NotOurs => walk.untouched("to_uplink", "not a pod's packet"),
-                ToUplink::Pass if tables.network(&to) == 0 => {
+                ToUplink::Pass if entry.policy == 0 && tables.network(&to) == 0 => {
+                    walk.untouched(
+                        "to_uplink",
+                        "no EgressIP selects the pod; it leaves by the node's address",
+                    );
+                }
+                ToUplink::Pass if tables.network(&to) == 0 && !to.stays_on_link() => {
                     walk.untouched(
                         "to_uplink",
                         "no node holds the egress IPs, and `unassigned: NodeIP` is set",
@@ -158,12 +190,48 @@ fn walk(image: &MapImage, pod: &str, destination: SocketAddr, protocol: Protocol
                 ToUplink::Reset => walk.dropped("to_uplink", DropReason::NoFlow),
                 ToUplink::Full => walk.dropped("to_uplink", DropReason::FlowTableFull),
                 ToUplink::Drop(reason) => walk.dropped("to_uplink", reason),
-                ToUplink::Reject => walk.dropped("to_uplink", DropReason::FirewallDenied),
+                ToUplink::Reject => walk.rejected("to_uplink"),
                 ToUplink::Translate(snat) => walk.translated("to_uplink", image, &snat),
             }
         }
     }
     Ok(walk)
+}
+
+/// The first packet of a connection, at its smallest.
+fn first_packet(source: Ip, to: &SocketAddr, protocol: Protocol) -> Packet {
+    let destination = Ip::from(to.ip());
+    let (kind, number, ports) = match protocol {
+        Protocol::Tcp => (Kind::Tcp, packet::TCP, (SOURCE_PORT, to.port())),
+        Protocol::Udp => (Kind::Udp, packet::UDP, (SOURCE_PORT, to.port())),
+        Protocol::Sctp => (Kind::Sctp, packet::SCTP, (SOURCE_PORT, to.port())),
+        Protocol::Icmp => {
+            let number = if destination.is_v4() { packet::ICMP } else { packet::ICMPV6 };
+            (Kind::EchoRequest, number, (SOURCE_PORT, 0))
+        }
+    };
+    let tuple = Tuple {
+        source,
+        destination,
+        source_port: ports.0,
+        destination_port: ports.1,
+        protocol: number,
+        pad: [0; 3],
+    };
+    let tcp_flags = if matches!(kind, Kind::Tcp | Kind::Sctp) { packet::SYN } else { 0 };
+    Packet {
+        tuple,
+        len: 60,
+        wire_len: 60,
+        fragment_id: 0,
+        kind,
+        tcp_flags,
+        ttl: 64,
+        part: Part::Whole,
+        options: false,
+        dont_fragment: true,
+        by_router: false,
+    }
 }
 
 /// Any port from the range that clients use.
@@ -185,6 +253,22 @@ impl Walk {
         self.step(at, format!("dropped, {}: {}", reason.name(), reason.meaning()));
     }
 
+    /// What the firewall says, if it is asked.
+    fn decided(&mut self) {
+        if let Some(says) = self.firewall.as_ref().map(|decision| decision.says.clone()) {
+            self.step("firewall", says);
+        }
+    }
+
+    /// Denied by the firewall, and answered.
+    fn rejected(&mut self, at: &'static str) {
+        self.outcome = "dropped";
+        let reason = DropReason::FirewallDenied;
+        self.drop_reason = Some(reason.name());
+        let answered = "answered with RST or an ICMP error";
+        self.step(at, format!("dropped and {answered}, {}: {}", reason.name(), reason.meaning()));
+    }
+
     fn translated(&mut self, at: &'static str, image: &MapImage, snat: &Snat) {
         let egress_ip = IpAddr::from(snat.source);
         self.outcome = "translated";
@@ -204,6 +288,43 @@ impl Walk {
     }
 }
 
+/// What a namespace's firewall says of a first packet, by the code that the kernel runs. None: it is not asked.
+fn decision(
+    tables: &Memory,
+    image: &MapImage,
+    namespace: &str,
+    firewall: FirewallId,
+    tuple: &Tuple,
+) -> Option<Decision> {
+    let network = tables.network(&tuple.destination);
+    if firewall == 0 || !is_for(network, tuple) {
+        return None;
+    }
+    let has_ports = matches!(tuple.protocol, packet::TCP | packet::UDP | packet::SCTP);
+    if network == NetworkKind::OwnNode as u32 && has_ports && NODE_PORTS.contains(&tuple.destination_port) {
+        return None;
+    }
+    let judgement = tables.judge(tables.ruleset_of(firewall), tuple);
+    let name = image.names.iter().find(|(_, id)| judgement.name != 0 && **id == judgement.name);
+    let name = name.map(|(key, _)| Name::of_key(key).to_string());
+    let rule = show::place(judgement.rule);
+    let to_resolver = tables.resolver(&tuple.destination) & RESOLVER_ON_NODE != 0;
+    let says = match (&rule, judgement.allows()) {
+        (Some(rule), _) => {
+            let by = name.as_ref().map(|name| format!(", by the name {name}")).unwrap_or_default();
+            format!("EgressFirewall {namespace}/default {rule} ({}){by}", show::action(judgement.rule))
+        }
+        (None, false) => {
+            format!("EgressFirewall {namespace}/default is refused, or not in force on this node yet: denied")
+        }
+        (None, true) if to_resolver && has_ports && is_dns_port(tuple.destination_port) => {
+            "allowed whatever EgressFirewalls say: DNS of a node".to_owned()
+        }
+        (None, true) => format!("EgressFirewall {namespace}/default has no rule for it: allowed"),
+    };
+    Some(Decision { namespace: namespace.to_owned(), allowed: judgement.allows(), rule, name, says })
+}
+
 /// What an address inside the cluster is.
 fn inside(tables: &Memory, to: &Ip) -> String {
     let network = tables.network(to);
@@ -213,16 +334,19 @@ fn inside(tables: &Memory, to: &Ip) -> String {
         "is a pod's"
     } else if network == NetworkKind::Services as u32 {
         "is a service's; what it leads to is decided after the host's DNAT"
+    } else if network == NetworkKind::OwnNode as u32 {
+        "is this node's own"
     } else {
         "is a node's"
     };
     format!("{to} {what}")
 }
 
-/// The policy maps, without any flow: the walk is a first packet's.
-fn tables(image: &MapImage) -> Memory {
+/// The policy maps, without any flow: the walk is a first packet's. Of rules only those for the pod: a node may have
+/// a hundred thousand.
+fn tables(image: &MapImage, pod: &Pod) -> Memory {
     let seed = image.settings.pass_token;
-    Memory {
+    let mut tables = Memory {
         settings: image.settings,
         pods: image.pods.clone(),
         delivery: image.delivery.clone(),
@@ -234,18 +358,29 @@ fn tables(image: &MapImage) -> Memory {
         granules: image.granules.clone(),
         leases: image.leases.clone(),
         nodes: image.nodes.clone(),
+        firewalls: image.firewalls.clone(),
+        names: image.names.clone(),
+        resolvers: image.resolvers.clone(),
         ..Memory::new(seed, FLOWS as usize)
+    };
+    if let Some(id) = image.firewalls.get(&pod.firewall)
+        && let Some(rules) = image.rulesets.get(id)
+    {
+        rules.fill(*id, &mut tables);
     }
+    tables
 }
 
 #[cfg(test)]
 mod tests {
     use datapath::keys::{
-        Delivery, EgressIp, GranuleRange, Interface, Lease, Network, NetworkKey, Node, Pod, PodName, Policy,
-        Settings,
+        Delivery, EgressIp, GranuleRange, Interface, Lease, Network, NetworkKey, Node, PodName, Policy,
+        Ruleset, Settings, Winner,
     };
+    use std::sync::Arc;
 
     use super::*;
+    use crate::image::Rules;
 
     const EGRESS: Ip = Ip::v4([192, 0, 2, 100]);
 
@@ -282,7 +417,11 @@ mod tests {
     }
 
     fn to(image: &MapImage, pod: &str, destination: &str) -> Walk {
-        walk(image, pod, destination.parse().unwrap(), Protocol::Tcp).unwrap()
+        walk_of(image, pod, destination, Protocol::Tcp).unwrap()
+    }
+
+    fn walk_of(image: &MapImage, pod: &str, destination: &str, protocol: Protocol) -> anyhow::Result<Walk> {
+        walk(image, pod, destination.parse().unwrap(), protocol, 100, &|_| Ok(None))
     }
 
     #[test]
@@ -329,7 +468,7 @@ mod tests {
         let w = to(&image, "prod/shop", "[2001:db8:9::9]:443");
         assert_eq!((w.outcome, w.egress_ip), ("translated", Some(address.into())), "{:?}", w.steps);
         assert_eq!((w.source.as_str(), w.destination.as_str()), ("fd00:1::1", "[2001:db8:9::9]:443 (TCP)"));
-        let w = walk(&image, "prod/shop", "[2001:db8:9::9]:0".parse().unwrap(), Protocol::Icmp).unwrap();
+        let w = walk_of(&image, "prod/shop", "[2001:db8:9::9]:0", Protocol::Icmp).unwrap();
         assert_eq!((w.outcome, w.destination.as_str()), ("translated", "2001:db8:9::9 (echo)"));
         // The pod's other address goes its own way.
         assert_eq!(to(&image, "prod/shop", "203.0.113.9:443").egress_ip, Some(EGRESS.into()));
@@ -338,9 +477,99 @@ mod tests {
     #[test]
     fn an_unknown_pod_or_family_is_an_error() {
         let of = |pod: &str, destination: &str| {
-            walk(&image(), pod, destination.parse().unwrap(), Protocol::Tcp).unwrap_err().to_string()
+            walk_of(&image(), pod, destination, Protocol::Tcp).unwrap_err().to_string()
         };
         assert!(of("prod/nope", "203.0.113.9:80").contains("no pod prod/nope"));
         assert!(of("prod/shop", "[2001:db8::1]:80").contains("family"));
+    }
+
+    /// The same node with a firewall of these rules: Allow 198.51.100.0/24; Deny port 25 of it, which never comes
+    /// to pass; Allow a name; Deny everything.
+    fn image_with_firewall() -> MapImage {
+        let mut image = image();
+        for pod in image.pods.values_mut() {
+            pod.firewall = 4;
+        }
+        let winner = |index, allows| Winner { order: Winner::new(index, allows).order };
+        let rules = Rules {
+            ruleset: Ruleset {
+                firewall: 4,
+                rules: 4,
+                parts: Ruleset::ADDRESSES | Ruleset::NAMES,
+                ..Ruleset::default()
+            },
+            rules: vec![
+                (0, "198.51.100.0/24".parse().unwrap(), winner(0, true)),
+                (0, "0.0.0.0/0".parse().unwrap(), winner(3, false)),
+            ],
+            names: vec![(9, 0, winner(2, true))],
+            ..Rules::default()
+        };
+        image.firewalls.insert(4, 7);
+        image.rulesets.insert(7, Arc::new(rules));
+        let name = Name { wildcard: true, name: "example.test".into() };
+        image.names.insert(name.key(4), 9);
+        image.resolvers.insert(Ip::v4([192, 0, 2, 11]), RESOLVER_ON_NODE);
+        let own = NetworkKey { prefix_len: 128, ip: Ip::v4([192, 0, 2, 11]) };
+        image.networks.insert(own, Network { kind: NetworkKind::OwnNode as u32 });
+        image
+    }
+
+    fn says(image: &MapImage, destination: &str) -> String {
+        let walk = to(image, "prod/try", destination);
+        walk.firewall.map(|decision| decision.says).unwrap_or_default()
+    }
+
+    #[test]
+    fn the_rule_is_named() {
+        let mut image = image_with_firewall();
+        assert_eq!(says(&image, "203.0.113.9:443"), "EgressFirewall prod/default spec.egress[3] (Deny)");
+        assert_eq!(says(&image, "198.51.100.9:443"), "EgressFirewall prod/default spec.egress[0] (Allow)");
+        assert_eq!(says(&image, "192.0.2.11:443"), "EgressFirewall prod/default spec.egress[3] (Deny)");
+        assert_eq!(says(&image, "192.0.2.11:53"), "allowed whatever EgressFirewalls say: DNS of a node");
+        assert_eq!(says(&image, "192.0.2.11:30080"), "", "a NodePort's pods are judged, not it");
+        assert_eq!(says(&image, "10.1.0.77:80"), "", "no rule is for pods");
+        image.rulesets.clear();
+        assert_eq!(
+            says(&image, "203.0.113.9:443"),
+            "EgressFirewall prod/default is refused, or not in force on this node yet: denied"
+        );
+        image.firewalls.insert(4, 0);
+        assert_eq!(
+            says(&image, "203.0.113.9:443"),
+            "EgressFirewall prod/default has no rule for it: allowed"
+        );
+    }
+
+    #[test]
+    fn the_name_is_named_while_its_address_counts() {
+        let image = image_with_firewall();
+        let learnt = |until: u32| {
+            move |key: &LearntKey| {
+                assert_eq!((key.firewall, key.ip), (4, Ip::v4([203, 0, 113, 9])));
+                let mut learnt = Learnt::default();
+                learnt.names[3] = datapath::names::word(9, until);
+                Ok(Some(learnt))
+            }
+        };
+        let of = |until| {
+            let destination = "203.0.113.9:443".parse().unwrap();
+            let walk = walk(&image, "prod/try", destination, Protocol::Tcp, 100, &learnt(until)).unwrap();
+            walk.firewall.unwrap()
+        };
+        let decision = of(200);
+        assert_eq!(
+            decision.says,
+            "EgressFirewall prod/default spec.egress[2] (Allow), by the name *.example.test"
+        );
+        assert_eq!((decision.allowed, decision.name.as_deref()), (true, Some("*.example.test")));
+        let json = serde_json::to_value(&decision).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({
+                "namespace": "prod", "allowed": true, "rule": "spec.egress[2]", "name": "*.example.test"
+            })
+        );
+        assert_eq!(of(99).rule.as_deref(), Some("spec.egress[3]"), "it has been forgotten");
     }
 }

@@ -61,7 +61,7 @@ pub fn compile(rules: &[Rule], name_id: &mut dyn FnMut(&Name) -> NameId) -> Resu
         return Err(TooMuch::Targets(targets));
     }
     let places = Places::of(rules, name_id);
-    let mut own = vec![Winner::NONE; places.places.len()];
+    let mut own = vec![Winner::NONE; places.list.len()];
     for (rule, place) in places.uses.iter().rev() {
         if rules[*rule as usize].ports.is_empty() {
             own[*place as usize] = *rule;
@@ -112,7 +112,7 @@ fn targets(rule: &Rule) -> usize {
 fn put(table: &[Line], class: u16, rules: &[Rule], places: &Places, out: &mut Rules) {
     for (place, rule) in table {
         let winner = Winner::new(*rule, rules[*rule as usize].allows);
-        match places.places[*place as usize].target() {
+        match places.list[*place as usize].target() {
             Target::Network(net) => out.rules.push((class, net, winner)),
             Target::Name(name) => out.names.push((name, class, winner)),
         }
@@ -154,7 +154,9 @@ impl Fnv {
     }
 
     fn words(&mut self, words: &[u32]) {
-        words.iter().for_each(|word| self.bytes(&word.to_le_bytes()));
+        for word in words {
+            self.bytes(&word.to_le_bytes());
+        }
     }
 }
 

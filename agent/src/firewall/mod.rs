@@ -1,10 +1,12 @@
 //! Egress firewalls: rules as they are written, checked, and compiled to what the programs look up.
 
+pub mod audit;
 pub mod check;
 pub mod compile;
 pub mod naive;
 mod places;
 mod ports;
+pub mod show;
 mod wire;
 
 use std::collections::BTreeMap;
@@ -118,6 +120,21 @@ pub fn report(states: &BTreeMap<String, FirewallState>) -> Vec<AppliedFirewall> 
         kept: state.kept,
     };
     states.iter().map(of).collect()
+}
+
+/// What a node has said about its firewalls: [`report`], the other way round.
+#[must_use]
+pub fn reported(firewalls: &[AppliedFirewall]) -> BTreeMap<String, FirewallState> {
+    let of = |f: &AppliedFirewall| {
+        let state = FirewallState {
+            uid: f.uid.clone(),
+            version: u64::from_str_radix(&f.version, 16).unwrap_or(0),
+            error: Some(f.message.clone()).filter(|message| !message.is_empty()),
+            kept: f.kept,
+        };
+        (f.namespace.clone(), state)
+    };
+    firewalls.iter().map(of).collect()
 }
 
 /// [`Firewall::version`] as objects have it: text, for not every reader of JSON has 64-bit numbers.

@@ -85,11 +85,13 @@ impl Place {
 
 /// One line of a table: a place, and the index of the rule that wins there.
 pub(super) type Line = (u32, u32);
+/// A network that is gone through: where it ends, and what wins in it.
+type Around = (u32, u32);
 
 /// The places of an object's rules.
 pub(super) struct Places {
     /// Sorted, each once.
-    pub(super) places: Vec<Place>,
+    pub(super) list: Vec<Place>,
     /// By place: one past the last that it contains.
     pub(super) ends: Vec<u32>,
     /// Each destination of each rule: the rule's index and the place, sorted, each once.
@@ -118,7 +120,7 @@ impl Places {
             uses.push((rule, places.len() as u32 - 1));
         }
         uses.sort_unstable();
-        Self { ends: ends(&places), places, uses }
+        Self { ends: ends(&places), list: places, uses }
     }
 
     /// The table of rules that have the lowest index `own` at each place ([`Winner::NONE`]: there is none), and for each
@@ -129,9 +131,9 @@ impl Places {
     pub(super) fn table(&self, own: &[u32]) -> (Vec<Line>, Vec<u32>) {
         let mut table = Vec::new();
         let mut lowest = Vec::with_capacity(own.len());
-        let mut around: Vec<Line> = Vec::new();
+        let mut around: Vec<Around> = Vec::new();
         let (mut all, mut families) = (0, 0);
-        for ((place, own), n) in self.places.iter().zip(own).zip(0u32..) {
+        for ((place, own), n) in self.list.iter().zip(own).zip(0u32..) {
             while around.pop_if(|(end, _)| *end <= n).is_some() {}
             let outer = match around.last() {
                 Some((_, winner)) => *winner,
@@ -218,7 +220,7 @@ impl Lowest {
     /// The table of what is there now, without lines that say what the network around them says.
     pub(super) fn table(&self, ends: &[u32]) -> Vec<Line> {
         let mut table = Vec::new();
-        let mut around: Vec<Line> = Vec::new();
+        let mut around: Vec<Around> = Vec::new();
         let mut from = 0;
         loop {
             let (end, bound) = around.last().copied().unwrap_or((ends.len() as u32, Winner::NONE));

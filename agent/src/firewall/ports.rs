@@ -134,7 +134,7 @@ struct Sweep<'a> {
 
 impl<'a> Sweep<'a> {
     fn new(groups: Vec<Group>, places: &'a Places) -> Self {
-        let count = places.places.len();
+        let count = places.list.len();
         Self {
             groups,
             ends: &places.ends,

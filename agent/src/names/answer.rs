@@ -88,7 +88,9 @@ fn try_read(message: &[u8]) -> Result<Option<Answer>, DecodeError> {
         let owner = Name::read(&mut decoder)?;
         let kind = RecordType::from(decoder.read_u16()?.unverified());
         let class = DNSClass::from(decoder.read_u16()?.unverified());
-        let ttl = decoder.read_u32()?.unverified();
+        // One with the highest bit set is 0 (RFC 2181, 8).
+        let ttl =
+            decoder.read_u32()?.map(|ttl| if ttl > i32::MAX.cast_unsigned() { 0 } else { ttl }).unverified();
         let length = usize::from(decoder.read_u16()?.unverified());
         let at = decoder.index();
         let data = decoder.read_slice(length)?.unverified();
@@ -106,11 +108,14 @@ fn try_read(message: &[u8]) -> Result<Option<Answer>, DecodeError> {
             }
             continue;
         }
-        let data = match kind {
-            RecordType::A => <[u8; 4]>::try_from(data).ok().map(|octets| Data::Address(Ip::v4(octets))),
-            RecordType::AAAA => <[u8; 16]>::try_from(data).ok().map(|octets| Data::Address(Ip { octets })),
-            RecordType::CNAME => Name::read(&mut inside).ok().map(|name| Data::Alias(Wire::of(&name))),
-            _ => None,
+        let data = if kind == RecordType::A {
+            <[u8; 4]>::try_from(data).ok().map(|octets| Data::Address(Ip::v4(octets)))
+        } else if kind == RecordType::AAAA {
+            <[u8; 16]>::try_from(data).ok().map(|octets| Data::Address(Ip { octets }))
+        } else if kind == RecordType::CNAME {
+            Name::read(&mut inside).ok().map(|name| Data::Alias(Wire::of(&name)))
+        } else {
+            None
         };
         answer.records.extend(data.map(|data| Record { owner: Wire::of(&owner), ttl, data }));
     }

@@ -1,6 +1,7 @@
 //! Asks resolvers for a name's addresses: over UDP, over TCP where the answer is too long for that, one resolver after
 //! the other.
 
+use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -16,20 +17,20 @@ use super::lookups::{Outcome, Question};
 use super::wire::Wire;
 
 /// How long an answer is waited for. Resolvers that ask others themselves take a second at times.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How often all servers are asked in turn before a look-up has failed.
 const ROUNDS: usize = 2;
-/// The most servers that are asked in turn.
-const SERVERS: usize = 4;
 /// What answers over UDP may have, in bytes: no path that is common fragments it (DNS Flag Day 2020; RFC 9715, 3.2).
 const PAYLOAD: u16 = 1232;
 /// `TC` of a message's flags (RFC 1035, 4.1.1).
 const TRUNCATED: u8 = 0x02;
 
 /// Whom to ask.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub struct Client {
     servers: Vec<SocketAddr>,
+    /// The place of the one that answered last: it is asked first.
+    first: Cell<usize>,
     patience: Duration,
 }
 
@@ -41,10 +42,10 @@ enum Said {
 }
 
 impl Client {
-    /// Asks these, in this order.
+    /// Asks these in turn, beginning with the first until it does not answer.
     #[must_use]
-    pub fn new(servers: Vec<SocketAddr>) -> Self {
-        Self { servers, patience: PATIENCE }
+    pub const fn new(servers: Vec<SocketAddr>) -> Self {
+        Self { servers, first: Cell::new(0), patience: PATIENCE }
     }
 
     /// Whom it asks.
@@ -60,7 +61,9 @@ impl Client {
         for _ in 0..ALIASES {
             match self.ask(&name, question.family.kind()).await {
                 Ok(Said::Outcome(Outcome::Found(mut addresses))) => {
-                    addresses.iter_mut().for_each(|(_, ttl)| *ttl = (*ttl).min(least));
+                    for (_, ttl) in &mut addresses {
+                        *ttl = (*ttl).min(least);
+                    }
                     return Outcome::Found(addresses);
                 }
                 Ok(Said::Outcome(outcome)) => return outcome,
@@ -74,15 +77,20 @@ impl Client {
     /// Asks every server in turn.
     async fn ask(&self, name: &Wire, kind: RecordType) -> Result<Said, String> {
         let mut why = "there is no resolver to ask".to_owned();
+        let first = self.first.get();
         for _ in 0..ROUNDS {
-            for server in self.servers.iter().take(SERVERS) {
-                let said = match self.ask_one(*server, name, kind).await {
+            for place in (0..self.servers.len()).map(|i| (first + i) % self.servers.len()) {
+                let server = self.servers[place];
+                let said = match self.ask_one(server, name, kind).await {
                     Ok(answer) => said(&answer),
                     Err(error) if error.kind() == io::ErrorKind::TimedOut => Err("no answer".to_owned()),
                     Err(error) => Err(error.to_string()),
                 };
                 match said {
-                    Ok(said) => return Ok(said),
+                    Ok(said) => {
+                        self.first.set(place);
+                        return Ok(said);
+                    }
                     Err(error) => why = format!("{}: {error}", server.ip()),
                 }
             }
@@ -107,10 +115,11 @@ impl Client {
 
 /// What an answer says; an error, that another server should be asked.
 fn said(answer: &Answer) -> Result<Said, String> {
-    match answer.code {
-        ResponseCode::NXDomain => return Ok(Said::Outcome(Outcome::NoName)),
-        ResponseCode::NoError => {}
-        code => return Err(code.to_str().to_owned()),
+    if answer.code == ResponseCode::NXDomain {
+        return Ok(Said::Outcome(Outcome::NoName));
+    }
+    if answer.code != ResponseCode::NoError {
+        return Err(answer.code.to_str().to_owned());
     }
     let chain = answer.chain();
     Ok(if !chain.addresses.is_empty() {
@@ -293,7 +302,7 @@ mod tests {
                 addresses.push(server.address);
                 asked.push(server.asked);
             }
-            let client = Client { servers: addresses, patience };
+            let client = Client { patience, ..Client::new(addresses) };
             let outcome = client.look_up(&Question { name: Wire::of(&name("www.example")), family }).await;
             (outcome, asked)
         });
@@ -351,9 +360,10 @@ mod tests {
     async fn ipv6() {
         let answers: Answers = |query, _| {
             let data = RData::AAAA(AAAA(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)));
-            match query.queries[0].query_type {
-                RecordType::AAAA => no_error(query, vec![Record::from_rdata(name("www.example"), 5, data)]),
-                _ => vec![],
+            if query.queries[0].query_type == RecordType::AAAA {
+                no_error(query, vec![Record::from_rdata(name("www.example"), 5, data)])
+            } else {
+                vec![]
             }
         };
         let (outcome, _) = outcome(Duration::from_mins(1), &[answers], Family::V6).await;
@@ -437,10 +447,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_answered_last_is_asked_first() {
+        let tasks = LocalSet::new();
+        let work = tasks.run_until(async {
+            let refuses = serve(|query, _| vec![with(query, ResponseCode::Refused, vec![])]).await;
+            let answers = serve(|query, _| no_error(query, vec![a("www.example", 60, 1)])).await;
+            let client = Client::new(vec![refuses.address, answers.address]);
+            let question = Question { name: Wire::of(&name("www.example")), family: Family::V4 };
+            for _ in 0..3 {
+                assert_eq!(client.look_up(&question).await, found(&[(1, 60)]));
+            }
+            assert_eq!((refuses.asked.borrow().len(), answers.asked.borrow().len()), (1, 3));
+        });
+        work.await;
+    }
+
+    #[tokio::test]
     async fn nobody_listens() {
         // Bound and let go: the kernel says at once that nobody is there.
         let server = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let client = Client { servers: vec![server], patience: Duration::from_mins(1) };
+        let client = Client { patience: Duration::from_mins(1), ..Client::new(vec![server]) };
         let question = Question { name: Wire::of(&name("www.example")), family: Family::V4 };
         let Outcome::Failed(why) = client.look_up(&question).await else { panic!("an answer from nobody") };
         assert!(why.contains("refused"), "{why}");

@@ -19,10 +19,10 @@ type Word = (FirewallId, NameId, Ip);
 pub struct Ledger {
     /// All words of the last look, sorted, with their times; `None` before the first.
     last: Option<Vec<(Word, Ticks)>>,
-    /// Counters at the last look.
-    entered: i64,
+    /// Words that had been entered at the last look, and those of them that took another's place.
+    entered: (i64, i64),
     /// Words that were forgotten on purpose since then.
-    forgotten: i64,
+    forgotten: usize,
     /// Words that should be there and are not, since the first look. Less than that by those that were entered between
     /// the reading of counters and of words.
     missing: i64,
@@ -64,7 +64,7 @@ impl Ledger {
                 action: Credit::FORGET,
             }));
         }
-        self.forgotten = forget.len() as i64;
+        self.forgotten = forget.len();
         self.numbers.trimmed += forget.len() as u64;
         self.numbers.addresses -= forget.len();
         self.last = Some(words);
@@ -86,12 +86,13 @@ impl Ledger {
     /// Each word that was there or was entered is there, was displaced, forgotten, gone after its time, or evicted.
     fn reckon(&mut self, words: &[(Word, Ticks)], events: &Events, now: Ticks) {
         let entered = entered(events);
+        let new = entered.0 - self.entered.0;
         if let Some(last) = &self.last {
             let is_there = |word: &Word| words.binary_search_by_key(word, |(word, _)| *word).is_ok();
             let over =
                 last.iter().filter(|(word, until)| older_than(now, *until, 0) && !is_there(word)).count();
-            let should = last.len() as i64 + (entered - self.entered) - self.forgotten - over as i64;
-            self.missing += should - words.len() as i64;
+            let there = count(last.len()) + new;
+            self.missing += there - count(self.forgotten) - count(over) - count(words.len());
             self.numbers.evicted = self.numbers.evicted.max(u64::try_from(self.missing).unwrap_or(0));
         }
         self.entered = entered;
@@ -99,10 +100,15 @@ impl Ledger {
     }
 }
 
-/// How many more words have been entered than have lost their place to another.
-fn entered(events: &Events) -> i64 {
+/// A number of words: far fewer than that.
+fn count(words: usize) -> i64 {
+    i64::try_from(words).unwrap_or(i64::MAX)
+}
+
+/// How many words have been entered where there was room, and how many in another's place.
+fn entered(events: &Events) -> (i64, i64) {
     let count = |event| events.get(&event).copied().unwrap_or(0).cast_signed();
-    count(NameEvent::Learnt) - count(NameEvent::Displaced)
+    (count(NameEvent::Learnt), count(NameEvent::Displaced))
 }
 
 #[cfg(test)]
@@ -167,16 +173,17 @@ mod tests {
         ledger.look(&first, &events(1000, 10), NOW);
         assert!(!ledger.is_stale(&events(1000, 10)));
         assert!(ledger.is_stale(&events(1001, 10)));
+        assert!(ledger.is_stale(&events(1000, 11)));
         // One is past its time and gone, one took its place; one displaced another; one is new.
         let second = [
             entry(1, 1, &[(5, after(60)), (7, after(60))]),
             entry(1, 2, &[(8, after(60))]),
             entry(1, 3, &[(5, after(60))]),
         ];
-        ledger.look(&second, &events(1003, 11), after(6));
+        ledger.look(&second, &events(1002, 11), after(6));
         assert_eq!(ledger.numbers(), Numbers { addresses: 4, trimmed: 0, evicted: 0 });
         // A whole entry goes, and one that was never seen.
-        ledger.look(&second[1..], &events(1004, 11), after(6));
+        ledger.look(&second[1..], &events(1003, 11), after(6));
         assert_eq!(ledger.numbers(), Numbers { addresses: 2, trimmed: 0, evicted: 3 });
     }
 

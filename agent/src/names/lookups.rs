@@ -88,6 +88,8 @@ pub struct Lookups {
     not_before: Option<Instant>,
     /// State of a xorshift generator, never 0.
     seed: u64,
+    /// Troubles may be others than when they were last asked for.
+    news: bool,
 }
 
 #[derive(Debug)]
@@ -122,6 +124,7 @@ impl Lookups {
             under_way: 0,
             not_before: None,
             seed: seed.max(1),
+            news: false,
         }
     }
 
@@ -130,6 +133,7 @@ impl Lookups {
         let due = &mut self.due;
         self.questions.retain(|question, state| {
             let kept = wanted.contains_key(&question.name);
+            self.news |= !kept && state.trouble.is_some();
             if let Some(at) = state.due.filter(|_| !kept) {
                 due.remove(&(at, question.clone()));
             }
@@ -204,6 +208,7 @@ impl Lookups {
         let Some(state) = self.questions.get_mut(&question).filter(|state| state.due.is_none()) else {
             return Vec::new();
         };
+        let before = (state.trouble.clone(), state.failures > 1);
         let mut credits = Vec::new();
         let mut credit = |ip: Ip, ttl: u32| {
             credits.extend(state.places.iter().map(|(firewall, name)| Credit {
@@ -223,7 +228,9 @@ impl Lookups {
                 state.trouble = None;
                 state.known = addresses.iter().map(|(ip, _)| *ip).collect();
                 let ttl = addresses.iter().map(|(_, ttl)| *ttl).min().unwrap_or(0);
-                addresses.into_iter().for_each(|(ip, ttl)| credit(ip, ttl));
+                for (ip, ttl) in addresses {
+                    credit(ip, ttl);
+                }
                 spread_over(interval(Some(ttl), ONCE), spread)
             }
             Outcome::NoAddress(ttl) => {
@@ -243,10 +250,16 @@ impl Lookups {
                 retry
             }
         };
+        self.news |= before != (state.trouble.clone(), state.failures > 1);
         let at = if std::mem::take(&mut state.again) { now } else { now + wait };
         state.due = Some(at);
         self.due.insert((at, question));
         credits
+    }
+
+    /// Whether [`Lookups::troubles`] may have changed since this was last asked.
+    pub const fn take_news(&mut self) -> bool {
+        std::mem::replace(&mut self.news, false)
     }
 
     /// Names that rules are for and that are not found, each with the reason.

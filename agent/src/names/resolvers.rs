@@ -10,7 +10,7 @@ use datapath::limits;
 use crate::facts::Facts;
 use crate::model::Desired;
 
-/// The address that Kubernetes' documentation gives NodeLocal DNSCache. Every node has it for itself, on an interface
+/// The address that Kubernetes' documentation gives `NodeLocal DNSCache`. Every node has it for itself, on an interface
 /// whose addresses are not among [`Facts`].
 const NODE_LOCAL_DNS: Ipv4Addr = Ipv4Addr::new(169, 254, 20, 10);
 

@@ -10,10 +10,11 @@ use std::time::Duration;
 use datapath::addr::Ip;
 use datapath::keys::{HeldKey, PodId, Segment};
 use datapath::limits;
+use datapath::packet::SYN;
 use tokio::time::Instant;
 
-/// How far a segment may be ahead of what has been read, in bytes: two of the longest messages.
-const AHEAD: u64 = 1 << 17;
+/// How far a segment may begin from where the next is expected, in bytes: two of the longest messages.
+const AHEAD: i64 = 1 << 17;
 /// Bytes of one pod's streams that wait for others. Where it has more, the stream is not read on.
 const POD_BYTES: usize = 1 << 18;
 /// Streams of one pod. Beyond, the one idle longest is not read on.
@@ -36,6 +37,8 @@ pub struct Taken {
     pub messages: Vec<Vec<u8>>,
     /// The segment to be marked as read, and how many bytes it has.
     pub read: Option<(HeldKey, u32)>,
+    /// The sequence number up to which its stream has been read without a gap.
+    pub read_to: Option<u32>,
 }
 
 /// Counts.
@@ -55,7 +58,7 @@ type Connection = (PodId, Ip, u16, u16);
 /// All streams.
 #[derive(Debug, Default)]
 pub struct Streams {
-    streams: BTreeMap<Connection, Stream>,
+    by_connection: BTreeMap<Connection, Stream>,
     partial: BTreeMap<HeldKey, Partial>,
     counts: Counts,
 }
@@ -88,42 +91,46 @@ impl Streams {
     /// Takes a record from `SEGMENTS`.
     pub fn take(&mut self, segment: &Segment, bytes: &[u8], now: Instant) -> Taken {
         let held = segment.held;
-        if segment.payload == 0 {
+        if segment.flags & u32::from(SYN) != 0 {
             self.begin(&held, now);
+        }
+        if segment.payload == 0 {
             return Taken::default();
         }
         let Some(bytes) = self.put_together(segment, bytes, now) else { return Taken::default() };
         let connection = connection(&held);
         let others = self.bytes_of(held.pod);
-        let Some(stream) = self.streams.get_mut(&connection) else {
+        let Some(stream) = self.by_connection.get_mut(&connection) else {
             self.counts.unread += 1;
-            return Taken { messages: Vec::new(), read: Some((held, segment.payload)) };
+            return Taken { read: Some((held, segment.payload)), ..Taken::default() };
         };
         stream.used = now;
         let before = stream.bytes();
         let (messages, sound) = stream.put(held.seq, &bytes, now);
         // What a pod has waiting is bounded by its own streams' being given up.
+        let mut read_to = Some(stream.expected());
         if !sound || others - before + stream.bytes() > POD_BYTES {
-            self.streams.remove(&connection);
+            read_to = None;
+            self.by_connection.remove(&connection);
             self.counts.given_up += 1;
         }
         self.counts.messages += messages.len() as u64;
-        Taken { messages, read: Some((held, segment.payload)) }
+        Taken { messages, read: Some((held, segment.payload)), read_to }
     }
 
     /// A connection begins. Its first packet may come again; on the same ports a new one may begin.
     fn begin(&mut self, held: &HeldKey, now: Instant) {
         let connection = connection(held);
-        if self.streams.get(&connection).is_some_and(|stream| stream.start == held.seq) {
+        if self.by_connection.get(&connection).is_some_and(|stream| stream.start == held.seq) {
             return;
         }
         let of_pod =
             (held.pod, Ip::UNSPECIFIED, 0, 0)..=(held.pod, Ip { octets: [0xff; 16] }, u16::MAX, u16::MAX);
-        if self.streams.range(of_pod.clone()).count() >= POD_STREAMS
-            && let Some((oldest, _)) = self.streams.range(of_pod).min_by_key(|(_, stream)| stream.used)
+        if self.by_connection.range(of_pod.clone()).count() >= POD_STREAMS
+            && let Some((oldest, _)) = self.by_connection.range(of_pod).min_by_key(|(_, stream)| stream.used)
         {
             let oldest = *oldest;
-            self.streams.remove(&oldest);
+            self.by_connection.remove(&oldest);
             self.counts.given_up += 1;
         }
         let stream = Stream {
@@ -134,7 +141,7 @@ impl Streams {
             used: now,
             waiting: None,
         };
-        self.streams.insert(connection, stream);
+        self.by_connection.insert(connection, stream);
     }
 
     /// The whole segment, if this record is its last one.
@@ -173,7 +180,7 @@ impl Streams {
     pub fn forget(&mut self, now: Instant, is_there: impl Fn(PodId) -> bool) {
         let since = |then: Instant| now.saturating_duration_since(then);
         let given_up = &mut self.counts.given_up;
-        self.streams.retain(|connection, stream| {
+        self.by_connection.retain(|connection, stream| {
             let waits_too_long = stream.waiting.is_some_and(|then| since(then) >= WAITING);
             *given_up += u64::from(waits_too_long);
             is_there(connection.0) && since(stream.used) < IDLE && !waits_too_long
@@ -189,7 +196,7 @@ impl Streams {
 
     fn bytes_of(&self, pod: PodId) -> usize {
         let of_pod = (pod, Ip::UNSPECIFIED, 0, 0)..=(pod, Ip { octets: [0xff; 16] }, u16::MAX, u16::MAX);
-        self.streams.range(of_pod).map(|(_, stream)| stream.bytes()).sum()
+        self.by_connection.range(of_pod).map(|(_, stream)| stream.bytes()).sum()
     }
 }
 
@@ -198,16 +205,23 @@ impl Stream {
         self.rest.len() + self.ahead.values().map(Vec::len).sum::<usize>()
     }
 
+    /// The sequence number of the byte that comes next.
+    const fn expected(&self) -> u32 {
+        self.start.wrapping_add(self.whole as u32)
+    }
+
     /// Puts a segment where it belongs, and takes out the messages that are whole. False: what came is no DNS, or
     /// cannot be put together any more.
     fn put(&mut self, seq: u32, bytes: &[u8], now: Instant) -> (Vec<Vec<u8>>, bool) {
         // Sequence numbers wrap; places in the stream do not (RFC 9293, 3.4).
-        let expected = self.start.wrapping_add(self.whole as u32);
-        let away = i64::from(seq.wrapping_sub(expected).cast_signed());
-        let Some(place) = self.whole.checked_add_signed(away) else { return (Vec::new(), false) };
-        if place + bytes.len() as u64 > self.whole + AHEAD || place + AHEAD < self.whole {
+        let away = i64::from(seq.wrapping_sub(self.expected()).cast_signed());
+        if !(-AHEAD..=AHEAD).contains(&away) {
             return (Vec::new(), false); // another connection's, or too much is missing
         }
+        // A probe whether the connection lives stands before its first byte (RFC 9293, 3.8.4).
+        let before = away.saturating_add_unsigned(self.whole).min(0).unsigned_abs();
+        let bytes = bytes.get(before as usize..).unwrap_or_default();
+        let place = self.whole.saturating_add_signed(away);
         let there = self.ahead.entry(place).or_default();
         if there.len() < bytes.len() {
             *there = bytes.to_vec();
@@ -261,6 +275,10 @@ mod tests {
 
     fn held(port: u16, seq: u32) -> HeldKey {
         HeldKey { pod: POD, resolver: Ip::v4([10, 96, 0, 10]), port, resolver_port: 53, seq }
+    }
+
+    fn syn(held: HeldKey) -> Segment {
+        Segment { held, flags: SYN.into(), ..Segment::default() }
     }
 
     fn message(length: usize, fill: u8) -> Vec<u8> {
@@ -351,6 +369,41 @@ mod tests {
         assert_eq!(lab.put(&stream, 80, 125), messages, "the gap is filled by what overlaps both sides");
         assert!(lab.put(&stream, 0, stream.len()).is_empty(), "read already");
         assert_eq!(lab.streams.bytes_of(POD), 0);
+    }
+
+    #[test]
+    fn what_stands_before_the_first_byte_is_not_read() {
+        let stream = framed(&[message(12, 1)]);
+        let mut lab = Lab::new();
+        assert!(lab.put_at(1, START.wrapping_sub(1), &[0]).is_empty());
+        assert_eq!(lab.put_at(1, START.wrapping_sub(1), &[&[0], &stream[..]].concat()).len(), 1);
+        assert_eq!(lab.streams.counts(), Counts { messages: 1, unread: 0, given_up: 0 });
+    }
+
+    #[test]
+    fn a_connection_may_begin_with_data() {
+        let stream = framed(&[message(12, 1)]);
+        let mut lab = Lab::new();
+        let payload = stream.len() as u32;
+        let segment = Segment { payload, len: payload, ..syn(held(2, 77)) };
+        assert_eq!(lab.streams.take(&segment, &stream, lab.now).messages, [message(12, 1)]);
+    }
+
+    #[test]
+    fn how_far_a_stream_is_read() {
+        let stream = framed(&[message(100, 1)]);
+        let mut lab = Lab::new();
+        let mut read_to = |from: usize, to: usize| {
+            let held = held(1, START.wrapping_add(from as u32));
+            let segment = Segment { held, payload: (to - from) as u32, ..Segment::default() };
+            let taken = lab.streams.take(&segment, &stream[from..to], lab.now);
+            taken.read_to.map(|seq| seq.wrapping_sub(START))
+        };
+        assert_eq!(read_to(50, 102), Some(0), "behind a gap nothing is read");
+        assert_eq!(read_to(0, 20), Some(20));
+        assert_eq!(read_to(10, 60), Some(102));
+        let unknown = Segment { held: held(9, 0), payload: 14, ..Segment::default() };
+        assert_eq!(lab.streams.take(&unknown, &stream[..14], lab.now).read_to, None);
     }
 
     #[test]
@@ -445,10 +498,10 @@ mod tests {
             lab.put_at(port, 0, &stream[..50_000]);
             assert!(lab.streams.bytes_of(POD) <= POD_BYTES);
         }
-        assert!(lab.streams.streams.len() <= POD_STREAMS);
+        assert!(lab.streams.by_connection.len() <= POD_STREAMS);
         // Another pod's are not touched by it, and what comes far ahead is given up.
         let mut lab = Lab::new();
-        assert!(lab.put_at(1, START.wrapping_add(AHEAD as u32), &stream).is_empty());
+        assert!(lab.put_at(1, START.wrapping_add(AHEAD as u32 + 1), &stream).is_empty());
         assert_eq!(lab.streams.counts().given_up, 1);
         // Records of segments that do not come whole.
         for seq in 0..1000 {
@@ -466,32 +519,32 @@ mod tests {
         let mut lab = Lab::new();
         lab.put(&stream, 0, 20);
         lab.streams.forget(lab.now + WAITING.checked_sub(Duration::from_secs(1)).unwrap(), |_| true);
-        assert_eq!(lab.streams.streams.len(), 1);
+        assert_eq!(lab.streams.by_connection.len(), 1);
         lab.streams.forget(lab.now + WAITING, |_| true);
-        assert_eq!((lab.streams.streams.len(), lab.streams.counts().given_up), (0, 1));
+        assert_eq!((lab.streams.by_connection.len(), lab.streams.counts().given_up), (0, 1));
         // One with nothing that waits lives longer, but not its pod's end.
         let mut lab = Lab::new();
         lab.put(&stream, 0, stream.len());
         lab.streams.forget(lab.now + WAITING * 2, |_| true);
-        assert_eq!(lab.streams.streams.len(), 1);
+        assert_eq!(lab.streams.by_connection.len(), 1);
         lab.streams.forget(lab.now + WAITING * 2, |pod| pod != POD);
-        assert_eq!(lab.streams.streams.len(), 0);
+        assert_eq!(lab.streams.by_connection.len(), 0);
         lab.begin(1, 0);
         lab.streams.forget(lab.now + IDLE, |_| true);
-        assert_eq!(lab.streams.streams.len(), 0);
+        assert_eq!(lab.streams.by_connection.len(), 0);
     }
 
     #[test]
     fn a_pod_with_many_streams_loses_its_own_oldest() {
         let mut lab = Lab::new();
-        let other = Segment { held: HeldKey { pod: 8, ..held(1, 0) }, ..Segment::default() };
+        let other = syn(HeldKey { pod: 8, ..held(1, 0) });
         lab.streams.take(&other, &[], lab.now);
         for port in 1..=POD_STREAMS as u16 + 1 {
             lab.now += Duration::from_millis(1);
             lab.begin(port, START);
         }
-        assert_eq!(lab.streams.streams.len(), POD_STREAMS + 1);
-        assert!(lab.streams.streams.contains_key(&connection(&other.held)));
-        assert!(!lab.streams.streams.contains_key(&connection(&held(1, 0))));
+        assert_eq!(lab.streams.by_connection.len(), POD_STREAMS + 1);
+        assert!(lab.streams.by_connection.contains_key(&connection(&other.held)));
+        assert!(!lab.streams.by_connection.contains_key(&connection(&held(1, 0))));
     }
 }

@@ -24,7 +24,7 @@ impl Wire {
     #[must_use]
     pub fn of(name: &Name) -> Self {
         let mut wire = Vec::with_capacity(name.len());
-        for label in name.iter() {
+        for label in name {
             // A label has at most 63 octets.
             wire.push(label.len() as u8);
             wire.extend(label.iter().map(u8::to_ascii_lowercase));

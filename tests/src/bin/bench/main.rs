@@ -1,6 +1,9 @@
 //! What the programs cost, in time and in memory: `cargo xtask bench` builds and runs this.
 #![expect(clippy::print_stdout, reason = "a program whose answer is its output")]
 
+mod firewall;
+mod shapes;
+
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -82,6 +85,8 @@ enum Group {
     Sweep,
     /// 1,000,000 flows held
     Held,
+    /// Packets with more and more firewall rules, compiling them, and nftables beside
+    Firewall,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -99,6 +104,7 @@ impl Group {
             Self::Memory => "memory",
             Self::Sweep => "sweep",
             Self::Held => "held",
+            Self::Firewall => "firewall",
         }
     }
 }
@@ -166,6 +172,12 @@ fn main() -> Result<()> {
         bench.fill(1_000_000);
         bench.memory(&mut figures, Group::Held)?;
         bench.packets(&mut figures, &mut rng, pairs)?;
+    }
+    if wanted(Group::Firewall) {
+        let runs = pairs / 10;
+        firewall::compiling(&mut figures, if arguments.long { 200 } else { 20 })?;
+        Bench::load(limits::FLOWS, Family::V4).firewalls(&mut figures, &mut rng, runs)?;
+        firewall::nft(&mut figures, &mut rng, runs)?;
     }
     print(&arguments, &figures);
     Ok(())

@@ -1,10 +1,9 @@
-//! "Too big", said to a pod: the packet at hand becomes the ICMP error about itself.
+//! ICMP errors: the packet at hand becomes the one about itself.
 
-use aya_ebpf::bindings::TC_ACT_SHOT;
 use datapath::addr::Ip;
 use datapath::packet::{ICMP, ICMPV6};
 
-use crate::answer::{Answer, send_back};
+use crate::answer::Answer;
 use crate::ctx::{Refused, Skb};
 use crate::packet::{ETH_P_IP, ETHERNET_LEN, ICMP_LEN, IPV4_LEN as V4, IPV6_LEN as V6};
 
@@ -13,8 +12,13 @@ const MAX_V4: u32 = 576;
 /// Longest error of IPv6, its minimum MTU (RFC 4443, 2.4).
 const MAX_V6: u32 = 1280;
 /// "Fragmentation needed and DF set" (RFC 792); "packet too big" (RFC 4443, 3.2).
-const UNREACHABLE: [u8; 2] = [3, 4];
+const FRAGMENTATION_NEEDED: [u8; 2] = [3, 4];
 const PACKET_TOO_BIG: [u8; 2] = [2, 0];
+/// "Communication administratively prohibited" (RFC 1812, 5.2.7.1; RFC 4443, 3.1).
+const PROHIBITED_V4: [u8; 2] = [3, 13];
+const PROHIBITED_V6: [u8; 2] = [1, 1];
+/// Instead of a size: the packet is prohibited.
+const PROHIBITED: u16 = 0;
 /// Hop limit of an answer, as of its IPv4 twin.
 const HOP_LIMIT: u8 = 64;
 /// Precedence "internetwork control" (RFC 1812, 4.3.2.5).
@@ -24,20 +28,26 @@ const LEAST_BEHIND_HEADER: u32 = 8;
 /// The fragment offset (RFC 791, 3.1).
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
-/// Answers a packet with "too big": `mtu` is the size, in bytes of IP, that fits, `from` the error's source, of
-/// the packet's family. The error goes back out of the interface that the packet came by.
-///
-/// A packet that may not be answered is dropped: a later fragment, or one to a link-layer group (RFC 1812,
-/// 4.3.2.7). That it is no ICMP error itself is the caller's to see to.
-///
+/// Turns a packet into the error "too big": `mtu` is the size, in bytes of IP, that fits. The rest is as of
+/// [`prohibited`].
+#[inline(always)]
+pub fn too_big(skb: &Skb, mtu: u16, from: &Ip) -> Result<(), Refused> {
+    make(skb, mtu, from)
+}
+
+/// Turns a packet into the error "administratively prohibited", link-layer addresses turned round. `from` is the
+/// error's source, of the packet's family. Refused is a packet that may not be answered: a later fragment, or one to a
+/// link-layer group (RFC 1812, 4.3.2.7); that it is no ICMP error itself is the caller's to see to. A refused packet
+/// may be spoilt and is to be dropped.
+#[inline(always)]
+pub fn prohibited(skb: &Skb, from: &Ip) -> Result<(), Refused> {
+    make(skb, PROHIBITED, from)
+}
+
 /// A function of its own: it needs stack that its callers do not have to spare.
 #[inline(never)]
-pub fn answer(skb: &Skb, mtu: u16, from: &Ip) -> i32 {
-    let done = if skb.protocol() == ETH_P_IP { v4(skb, mtu, from) } else { v6(skb, mtu, from) };
-    match done {
-        Ok(()) => send_back(skb),
-        Err(Refused) => TC_ACT_SHOT,
-    }
+fn make(skb: &Skb, mtu: u16, from: &Ip) -> Result<(), Refused> {
+    if skb.protocol() == ETH_P_IP { v4(skb, mtu, from) } else { v6(skb, mtu, from) }
 }
 
 #[inline(always)]
@@ -56,7 +66,7 @@ fn v4(skb: &Skb, mtu: u16, from: &Ip) -> Result<(), Refused> {
     answer.set(12, &from.v4_octets());
     answer.copy::<4>(QUOTE + 12, 16);
     answer.set_v4_header(CONTROL, V4 as u32 + len, ICMP);
-    let [kind, code] = UNREACHABLE;
+    let [kind, code] = if mtu == PROHIBITED { PROHIBITED_V4 } else { FRAGMENTATION_NEEDED };
     let [high, low] = mtu.to_be_bytes();
     answer.set(V4, &[kind, code, 0, 0, 0, 0, high, low]);
     let checksum = answer.checksum_v4(len);
@@ -79,7 +89,7 @@ fn v6(skb: &Skb, mtu: u16, from: &Ip) -> Result<(), Refused> {
     answer.set(8, &from.octets);
     answer.copy::<16>(QUOTE + 8, 24);
     answer.set_v6_header(len, ICMPV6, HOP_LIMIT);
-    let [kind, code] = PACKET_TOO_BIG;
+    let [kind, code] = if mtu == PROHIBITED { PROHIBITED_V6 } else { PACKET_TOO_BIG };
     let [high, low] = mtu.to_be_bytes();
     answer.set(V6, &[kind, code, 0, 0, 0, 0, high, low]);
     let checksum = answer.pseudo_checksum_v6(ICMPV6, len);

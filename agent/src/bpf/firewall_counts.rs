@@ -1,0 +1,307 @@
+//! What firewalls have counted, denied and learnt, read from the pinned maps: for metrics, the audit log and
+//! commands. `dir` is as of [`super::pin_dir`] everywhere.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Array, HashMap, MapError, PerCpuArray};
+use datapath::keys::{
+    self, Denial, DenialKey, Flow, FlowKey, Learnt, LearntKey, NameEvent, Pod, PodId, PodName, RuleCount,
+    RuleCountKey, Ruleset, RulesetId, Winner,
+};
+
+use super::Error;
+use super::maps::{Plain, open};
+use crate::firewall::show;
+
+// enum bpf_cmd (include/uapi/linux/bpf.h)
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
+
+/// Entries of a call. A call that finds a longer hash bucket than it has room for fails; these are of a few entries.
+const AT_ONCE: usize = 4096;
+
+/// Reads a whole hash map.
+pub fn read<K: keys::MapData + Ord, V: keys::MapData>(
+    dir: &Path,
+    name: &'static str,
+) -> Result<BTreeMap<K, V>, Error> {
+    let mut all = BTreeMap::new();
+    each(dir, name, |key, value| {
+        all.insert(*key, *value);
+    })?;
+    Ok(all)
+}
+
+/// What pods have been denied lately.
+pub fn denials(dir: &Path) -> Result<BTreeMap<DenialKey, Denial>, Error> {
+    read(dir, "DENIALS")
+}
+
+/// What rules have decided.
+pub fn rule_counts(dir: &Path) -> Result<BTreeMap<RuleCountKey, RuleCount>, Error> {
+    read(dir, "RULE_COUNTS")
+}
+
+/// Bytes of the flows that rules have let go and that live, by rule.
+pub fn flow_bytes(dir: &Path) -> Result<BTreeMap<RuleCountKey, u64>, Error> {
+    let mut all: BTreeMap<RuleCountKey, u64> = BTreeMap::new();
+    each(dir, "FLOWS", |_: &FlowKey, flow: &Flow| {
+        if flow.ruleset != 0 && flow.rule < Winner::NOT_READY {
+            *all.entry(RuleCountKey { ruleset: flow.ruleset, rule: flow.rule }).or_default() += flow.bytes;
+        }
+    })?;
+    Ok(all)
+}
+
+/// Names of this node's pods.
+pub fn pod_names(dir: &Path) -> Result<BTreeMap<PodId, PodName>, Error> {
+    read(dir, "POD_NAMES")
+}
+
+/// How often each thing has happened to names, over all CPUs.
+pub fn name_events(dir: &Path) -> Result<Vec<(&'static str, u64)>, Error> {
+    let name = "NAME_EVENTS";
+    let of = |source| Error::Map { name, source };
+    let map: PerCpuArray<_, u64> = PerCpuArray::try_from(open(dir, name)?).map_err(of)?;
+    NameEvent::ALL
+        .iter()
+        .map(|(event, text)| Ok((*text, map.get(&(*event as u32), 0).map_err(of)?.iter().sum())))
+        .collect()
+}
+
+/// The names that an address was learnt for.
+pub fn learnt(dir: &Path, key: &LearntKey) -> Result<Option<Learnt>, Error> {
+    let name = "LEARNT";
+    let of = |source| Error::Map { name, source };
+    let map: HashMap<_, Plain<LearntKey>, Plain<Learnt>> = HashMap::try_from(open(dir, name)?).map_err(of)?;
+    match map.get(&Plain(*key), 0) {
+        Ok(learnt) => Ok(Some(learnt.0)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(source) => Err(of(source)),
+    }
+}
+
+/// The versions of rules that are in force, by namespace. Only of namespaces that have pods here.
+pub fn in_force(dir: &Path) -> Result<BTreeMap<String, (RulesetId, Ruleset)>, Error> {
+    let name = "FIREWALLS";
+    let of = |source| Error::Map { name, source };
+    let places: Array<_, u32> = Array::try_from(open(dir, name)?).map_err(of)?;
+    let rulesets: BTreeMap<RulesetId, Ruleset> = read(dir, "RULESETS")?;
+    let names = pod_names(dir)?;
+    let mut of_namespaces: BTreeMap<String, u32> = BTreeMap::new();
+    each(dir, "PODS", |_: &datapath::addr::Ip, pod: &Pod| {
+        if let (1.., Some(name)) = (pod.firewall, names.get(&pod.id)) {
+            of_namespaces.insert(show::namespace(name), pod.firewall);
+        }
+    })?;
+    let mut all = BTreeMap::new();
+    for (namespace, place) in of_namespaces {
+        let id = places.get(&place, 0).map_err(of)?;
+        if let Some(ruleset) = rulesets.get(&id) {
+            all.insert(namespace, (id, *ruleset));
+        }
+    }
+    Ok(all)
+}
+
+/// What one namespace's rules have decided since they are in force.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// The namespace.
+    pub namespace: String,
+    /// How many rules there are.
+    pub rules: u32,
+    /// What those that have decided anything have, by [`Winner::order`].
+    pub decided: BTreeMap<u32, RuleCount>,
+}
+
+/// Reads what rules have decided, bytes of live flows included. No count goes down while its version is in force,
+/// though flows end between two looks.
+#[derive(Debug)]
+pub struct Reader {
+    dir: PathBuf,
+    told: RefCell<BTreeMap<RuleCountKey, RuleCount>>,
+}
+
+impl Reader {
+    /// A reader that has told nothing yet.
+    #[must_use]
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_path_buf(), told: RefCell::default() }
+    }
+
+    /// Reads.
+    pub fn read(&self) -> Result<Vec<Counts>, Error> {
+        let versions = in_force(&self.dir)?;
+        if versions.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Flows last: one that ends in between is missed, and is there the next time.
+        let counted = rule_counts(&self.dir)?;
+        let alive = flow_bytes(&self.dir)?;
+        let mut told = self.told.borrow_mut();
+        let (counts, now) = merge(&versions, &counted, &alive, &told);
+        *told = now;
+        Ok(counts)
+    }
+}
+
+/// Puts the counts of the versions in force together; and what is told by that.
+fn merge(
+    versions: &BTreeMap<String, (RulesetId, Ruleset)>,
+    counted: &BTreeMap<RuleCountKey, RuleCount>,
+    alive: &BTreeMap<RuleCountKey, u64>,
+    told: &BTreeMap<RuleCountKey, RuleCount>,
+) -> (Vec<Counts>, BTreeMap<RuleCountKey, RuleCount>) {
+    let mut now: BTreeMap<RuleCountKey, RuleCount> = counted.clone();
+    for (key, bytes) in alive {
+        now.entry(*key).or_default().bytes += bytes;
+    }
+    for (key, before) in told {
+        let count = now.entry(*key).or_default();
+        *count = RuleCount { hits: count.hits.max(before.hits), bytes: count.bytes.max(before.bytes) };
+    }
+    now.retain(|key, _| versions.values().any(|(id, _)| *id == key.ruleset));
+    let of = |(namespace, (id, ruleset)): (&String, &(RulesetId, Ruleset))| {
+        let from = RuleCountKey { ruleset: *id, rule: 0 };
+        let to = RuleCountKey { ruleset: *id, rule: u32::MAX };
+        Counts {
+            namespace: namespace.clone(),
+            rules: ruleset.rules,
+            decided: now.range(from..=to).map(|(key, count)| (key.rule, *count)).collect(),
+        }
+    };
+    (versions.iter().map(of).collect(), now)
+}
+
+/// Looks at every entry of a hash map, many with one system call: it may have hundreds of thousands. One that is
+/// there all the time is seen once, whatever comes and goes meanwhile.
+fn each<K: keys::MapData, V: keys::MapData>(
+    dir: &Path,
+    name: &'static str,
+    mut look: impl FnMut(&K, &V),
+) -> Result<(), Error> {
+    let of = |error: io::Error| Error::Map { name, source: MapError::from(error) };
+    let path = dir.join("maps").join(name);
+    if !path.exists() {
+        return Err(Error::NoMap { name, dir: dir.to_path_buf() });
+    }
+    let map = aya::maps::MapData::from_pin(&path).map_err(|source| Error::Map { name, source })?;
+    let mut place = Place::default();
+    loop {
+        let (keys, values, more) = some(map.fd().as_fd(), &mut place).map_err(of)?;
+        for (key, value) in keys.iter().zip(&values) {
+            look(key, value);
+        }
+        if !more {
+            return Ok(());
+        }
+    }
+}
+
+/// Where the next call goes on: a hash map's bucket. The kernel may write as much as a key (`struct bpf_attr.batch`,
+/// include/uapi/linux/bpf.h), and ours are smaller than this.
+#[derive(Default)]
+struct Place {
+    bucket: [u64; 8],
+    begun: bool,
+}
+
+/// Some entries, and whether there may be more.
+fn some<K: keys::MapData, V: keys::MapData>(
+    map: BorrowedFd<'_>,
+    place: &mut Place,
+) -> io::Result<(Vec<K>, Vec<V>, bool)> {
+    /// `bpf_attr.batch` (include/uapi/linux/bpf.h).
+    #[repr(C)]
+    struct Batch {
+        from: u64,
+        to: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    const { assert!(size_of::<K>() <= 64) };
+    let mut keys: Vec<K> = Vec::with_capacity(AT_ONCE);
+    let mut values: Vec<V> = Vec::with_capacity(AT_ONCE);
+    let bucket = place.bucket.as_mut_ptr();
+    let mut batch = Batch {
+        from: if place.begun { bucket.expose_provenance() as u64 } else { 0 },
+        to: bucket.expose_provenance() as u64,
+        keys: keys.as_mut_ptr().expose_provenance() as u64,
+        values: values.as_mut_ptr().expose_provenance() as u64,
+        count: AT_ONCE as u32,
+        map: map.as_raw_fd().cast_unsigned(),
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: `batch` is laid out as the kernel has it and outlives the call, as do the vectors, which have room for
+    // `count` elements, and the place, which has room for a key. `maps::check_pinned` has found the map to have
+    // elements of these sizes.
+    #[expect(unsafe_code, reason = "a system call that aya has no word for")]
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut batch, size_of::<Batch>()) };
+    let error = (result != 0).then(io::Error::last_os_error);
+    let more = match error {
+        None => true,
+        // The end; with the last entries (__htab_map_lookup_and_delete_batch, kernel/bpf/hashtab.c).
+        Some(error) if error.raw_os_error() == Some(libc::ENOENT) => false,
+        Some(error) => return Err(error),
+    };
+    let count = (batch.count as usize).min(AT_ONCE);
+    // SAFETY: the kernel has written so many, and every pattern of bytes is a value of these types.
+    #[expect(unsafe_code, reason = "the kernel has filled them")]
+    unsafe {
+        keys.set_len(count);
+        values.set_len(count);
+    }
+    place.begun = true;
+    Ok((keys, values, more))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_those_of_the_version_in_force_and_never_go_down() {
+        let key = |ruleset, rule| RuleCountKey { ruleset, rule };
+        let count = |hits, bytes| RuleCount { hits, bytes };
+        let versions = BTreeMap::from([
+            ("a".to_owned(), (5, Ruleset { rules: 3, ..Ruleset::default() })),
+            ("b".to_owned(), (7, Ruleset { rules: 1, ..Ruleset::default() })),
+        ]);
+        let counted = BTreeMap::from([
+            (key(4, 1), count(9, 900)),
+            (key(5, 1), count(2, 100)),
+            (key(5, 4), count(3, 180)),
+            (key(6, 0), count(9, 900)),
+        ]);
+        let alive = BTreeMap::from([(key(5, 1), 50), (key(5, 3), 7)]);
+        let (counts, told) = merge(&versions, &counted, &alive, &BTreeMap::new());
+        let a = [(1, count(2, 150)), (3, count(0, 7)), (4, count(3, 180))];
+        assert_eq!(
+            counts,
+            [
+                Counts { namespace: "a".into(), rules: 3, decided: a.into() },
+                Counts { namespace: "b".into(), rules: 1, decided: BTreeMap::new() }
+            ]
+        );
+        // A flow has ended between the looks at counts and at flows.
+        let (counts, told) = merge(&versions, &counted, &BTreeMap::new(), &told);
+        assert_eq!(counts[0].decided, a.into());
+        let counted = BTreeMap::from([(key(5, 1), count(2, 250))]);
+        let (counts, _) = merge(&versions, &counted, &BTreeMap::new(), &told);
+        assert_eq!(counts[0].decided[&1], count(2, 250));
+        // A new version begins anew.
+        let versions = BTreeMap::from([("a".to_owned(), (8, Ruleset::default()))]);
+        let (counts, told) = merge(&versions, &BTreeMap::new(), &BTreeMap::new(), &told);
+        assert!(counts[0].decided.is_empty() && told.is_empty());
+    }
+}
