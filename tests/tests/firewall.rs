@@ -382,7 +382,7 @@ fn nodes_and_link_local_addresses_are_judged() {
     everywhere(&[(NODE_A, OPEN), (NODE_B, OPEN), (WEB, OPEN)]);
     eventually_ok("status says that the selector matches nothing", LIMIT, || {
         let status = lab.status().to_string();
-        if status.contains("role") && status.contains("match") { Ok(()) } else { Err(status) }
+        if status.contains("spec.egress[0] matches no node") { Ok(()) } else { Err(status) }
     });
 }
 
