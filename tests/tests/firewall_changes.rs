@@ -136,7 +136,9 @@ fn live_flows_follow_changes() {
         stream.finish().expect_lossless_from(NODE_A);
     }
     drop(denied);
-    live_flows_are_judged_again(&cluster, &[pod], NODE_A);
+    // Another pod: what is left of the denied connection is sent again for a while.
+    let fresh = cluster.lab.run_pod("node-a", &PodSpec::new("prod", "fresh"));
+    live_flows_are_judged_again(&cluster, &[fresh], NODE_A);
     // And those of pods with an egress IP, on its owner and elsewhere.
     cluster.lab.objects.egress_ip("prod", &[EGRESS], &[("env", "prod")], &[]);
     assert_eq!(cluster.lab.wait_owner(EGRESS), "node-b");
