@@ -189,7 +189,10 @@ fn the_documentations_example_does_what_it_says() {
     }
     // It is not the name that is written that counts, but the one that is asked for.
     let late = cluster.pod("node-a", "prod", "late");
-    assert!(curl(&late, "http://www.example.com/").success());
+    eventually_ok("a pod that comes now", LIMIT, || {
+        let page = curl(&late, "http://www.example.com/");
+        if page.success() { Ok(()) } else { Err(page.explain()) }
+    });
     lab.objects.firewall("prod", &[deny("0.0.0.0/0"), allow("1.2.3.0/24"), allow("www.example.com")]);
     for pod in &pods {
         reaches(&pod.netns, "198.18.7.7", false);
@@ -267,11 +270,12 @@ fn answers_of_every_form_are_learnt_and_nothing_else() {
     let chain: Vec<_> = (0..7).map(|n| format!("c{n}.example.com 5 CNAME c{}.example.com", n + 1)).collect();
     let mut entries: Vec<&str> = chain.iter().map(String::as_str).collect();
     entries.extend([
-        "c7.example.com 5 A 198.18.20.1",
-        "www.example.com 5 A 198.18.21.1 2001:db8:5::1",
+        "c7.example.com 0 SPIN 198.18.20.0",
+        "www.example.com 0 SPIN 198.18.21.0",
+        "six.example.com 5 A 198.18.19.1 2001:db8:5::1",
         "ports.example.com 5 A 198.18.21.2",
         "alias.example.net 5 CNAME www2.cdn.example",
-        "www2.cdn.example 5 A 198.18.22.1 198.18.22.3 2001:db8:5::22",
+        "www2.cdn.example 0 SPIN 198.18.22.0",
         "few.example.com 5 MANY 198.18.23.0 12",
         "many.example.com 5 MANY 198.18.24.0 60",
         "huge.example.com 5 MANY 198.18.25.0 200",
@@ -296,6 +300,7 @@ fn answers_of_every_form_are_learnt_and_nothing_else() {
             deny("198.18.25.7/32"),
             allow("c0.example.com"),
             allow("Www.Example.COM."),
+            allow("six.example.com"),
             allow("ports.example.com").port("TCP", ECHO),
             allow("alias.example.net"),
             allow("few.example.com"),
@@ -309,6 +314,7 @@ fn answers_of_every_form_are_learnt_and_nothing_else() {
     );
     let pod = &pods[0].netns;
     let rounds = |name: &str, more: &[&str]| pod.rounds(CLUSTER_DNS, name, 1, more);
+    // The agent knows all names of the rules by its own look-ups, but not the addresses of the moment.
     for name in ["evil.example.net", "evil2.example.net", "stray.example.com", "elsewhere.example"] {
         rounds(name, &[]).expect_denied();
     }
@@ -319,12 +325,11 @@ fn answers_of_every_form_are_learnt_and_nothing_else() {
     rounds("c1.example.com", &[]).expect_denied();
     rounds("www2.cdn.example", &[]).expect_denied();
     rounds("c0.example.com", &["--never"]).expect_all(1, 1);
-    rounds("alias.example.net", &["--never"]).expect_all(2, 2);
-    rounds("alias.example.net", &["--never", "--aaaa"]).expect_all(1, 1);
+    rounds("alias.example.net", &["--never"]).expect_all(1, 1);
 
     // As 0x20 writes it (draft-vixie-dnsext-dns0x20), and with the other family.
     rounds("wWw.eXaMPLE.cOm", &["--never"]).expect_all(1, 1);
-    rounds("www.EXAMPLE.com", &["--never", "--aaaa", "--edns", "1232"]).expect_all(1, 1);
+    rounds("six.EXAMPLE.com", &["--never", "--aaaa", "--edns", "1232"]).expect_all(1, 1);
     rounds("ports.example.com", &[]).expect_all(1, 1);
     assert_ne!(pod.reach(&["udp/198.18.21.2:7777"]), ["open"]);
     assert_eq!(pod.ping("198.18.21.2", 1, "0.01"), 0);
@@ -346,14 +351,13 @@ fn answers_of_every_form_are_learnt_and_nothing_else() {
     pod.rounds(CLUSTER_DNS, "split.example.com", 3, &["--tcp", "--never"]).expect_all(3, 3);
     pods[1].netns.rounds(&dns.ip, "split.example.com", 3, &["--tcp", "--never"]).expect_all(3, 3);
 
-    // Of two names of an address the first rule decides, once it is known to be the name's.
-    rounds("shared.example.com", &[]).expect_all(1, 1);
+    // Of two names of an address the first rule decides, whatever the pod asked for.
     rounds("denied.example.com", &[]).expect_denied();
     rounds("shared.example.com", &[]).expect_denied();
     // A changed firewall keeps what was learnt: nobody looks up again because of it.
-    cluster.firewall(&[&pods[0], &pods[1]], &[allow("shared.example.com"), allow("c0.example.com")]);
+    cluster.firewall(&[&pods[0], &pods[1]], &[allow("shared.example.com"), allow("six.example.com")]);
     reaches(pod, "198.18.28.1", true);
-    reaches(pod, "198.18.20.1", true);
+    reaches(pod, "198.18.19.1", true);
     reaches(pod, "198.18.27.1", false);
 }
 
