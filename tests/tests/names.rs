@@ -425,7 +425,7 @@ fn forged_answers_gain_nothing() {
         (&others[1].netns, "node-b", &others[1].ip),
     ];
     let source_port = PORT.to_string();
-    let options = ["--source-port", &source_port, "--limit-ms", "700"];
+    let options = ["--source-port", &source_port, "--limit-ms", "10000"];
     let victim_end = (octets(&victim.ip), PORT);
     for (at, (attacker, node, own)) in attackers.into_iter().enumerate() {
         for (turn, resolver) in [CLUSTER_DNS, &dns.ip, NODE_A, OTHER].into_iter().enumerate() {
@@ -446,10 +446,11 @@ fn forged_answers_gain_nothing() {
                 tcp(as_resolver, victim_end, ACK).payload(&framed),
                 udp((octets(resolver), 5353), victim_end).payload(&answer),
             ]);
-            let came = answered(&asking.wait(Duration::from_secs(5)));
-            assert!(came.is_err(), "{resolver}'s answer forged by {}: {came:?}", attacker.name());
             assert!(spoofed(node) >= before + 5, "of {before}: {:?}", lab.drops(node));
             never_reaches(pod, &address);
+            // It waits still.
+            let came = asking.stdout();
+            assert!(!came.contains('{'), "{resolver}'s answer forged by {}: {came}", attacker.name());
         }
     }
 
@@ -461,14 +462,15 @@ fn forged_answers_gain_nothing() {
         udp(as_dns, (octets(&victim.ip), PORT + 1)).payload(&forged(&question, "198.18.80.2")),
         udp((octets(&dns.ip), 54), victim_end).payload(&forged(&question, "198.18.80.3")),
     ]);
-    assert!(answered(&asking.wait(Duration::from_secs(5))).is_err());
     for address in ["198.18.80.1", "198.18.80.2", "198.18.80.3"] {
         never_reaches(pod, address);
     }
+    drop(asking);
     // The very same packets are believed when they come from where they should: nothing else was wrong with them.
     let asking = pod.asking(&dns.ip, &question.name, &options);
     dns.netns.send_packets(&[udp(as_dns, victim_end).payload(&forged(&question, "198.18.80.4"))]);
-    assert!(answered(&asking.wait(Duration::from_secs(5))).is_ok());
+    let came = answered(&asking.wait(Duration::from_secs(15)));
+    assert!(came.is_ok(), "{came:?}");
     reaches(pod, "198.18.80.4", true);
     pod.rounds(CLUSTER_DNS, "real.example.com", 1, &["--never"]).expect_all(1, 1);
 }
