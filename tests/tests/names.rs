@@ -20,6 +20,7 @@ const EGRESS: &str = "172.18.0.101";
 const WEB: &str = "203.0.113.10";
 const OTHER: &str = "203.0.113.20";
 const NODE_A: &str = "172.18.0.11";
+const NODE_B: &str = "172.18.0.12";
 /// The service of the cluster's DNS.
 const CLUSTER_DNS: &str = "10.96.0.53";
 const NODE_LOCAL_DNS: &str = "169.254.20.10";
@@ -388,13 +389,14 @@ fn forged_answers_gain_nothing() {
     let entries = ["silent.example.com 0 SILENT", "real.example.com 5 A 198.18.30.1"];
     let (dns, _server) = cluster.cluster_dns(KUBERNETES, &entries);
     let evil_entries = ["silent.example.com 5 A 198.18.67.1", "real.example.com 5 A 198.18.67.2"];
-    let _silent = [(&lab.node("node-a").netns, NODE_A), (&lab.other.netns, OTHER)]
+    let _silent = [(&lab.node("node-b").netns, NODE_B), (&lab.other.netns, OTHER)]
         .map(|(netns, address)| lab.resolver_on(netns, address, 53, &entries));
     let _neighbour_dns = lab.resolver_on(&lab.neighbour.netns, "172.18.0.250", 53, &evil_entries);
-    let [victim, elsewhere] = cluster.pods();
-    let impostor = lab.run_pod("node-a", &PodSpec::new("prod", "impostor").label("k8s-app", "kube-dns"));
+    // On the resolver's own node nothing is masqueraded between them: a clash in conntrack would drop what is forged.
+    let [elsewhere, victim] = cluster.pods();
+    let impostor = lab.run_pod("node-b", &PodSpec::new("prod", "impostor").label("k8s-app", "kube-dns"));
     let _impostor_dns = lab.resolver_on(&impostor.netns, "0.0.0.0", 53, &evil_entries);
-    let others = [cluster.pod("node-a", "dev", "near"), cluster.pod("node-b", "dev", "far")];
+    let others = [cluster.pod("node-b", "dev", "near"), cluster.pod("node-a", "dev", "far")];
     cluster.firewall(
         &[&victim],
         &[
@@ -418,17 +420,17 @@ fn forged_answers_gain_nothing() {
     // Each from its place, as each of the resolvers, while the pod waits for that one's answer.
     let spoofed = |node: &str| lab.drops(node).get("SpoofedSource").copied().unwrap_or(0);
     let attackers: [(&Netns, &str, &str); 5] = [
-        (pod, "node-a", &victim.ip),
-        (&elsewhere.netns, "node-b", &elsewhere.ip),
-        (&impostor.netns, "node-a", &impostor.ip),
-        (&others[0].netns, "node-a", &others[0].ip),
-        (&others[1].netns, "node-b", &others[1].ip),
+        (pod, "node-b", &victim.ip),
+        (&elsewhere.netns, "node-a", &elsewhere.ip),
+        (&impostor.netns, "node-b", &impostor.ip),
+        (&others[0].netns, "node-b", &others[0].ip),
+        (&others[1].netns, "node-a", &others[1].ip),
     ];
     let source_port = PORT.to_string();
     let options = ["--source-port", &source_port, "--limit-ms", "10000"];
     let victim_end = (octets(&victim.ip), PORT);
     for (at, (attacker, node, own)) in attackers.into_iter().enumerate() {
-        for (turn, resolver) in [CLUSTER_DNS, &dns.ip, NODE_A, OTHER].into_iter().enumerate() {
+        for (turn, resolver) in [CLUSTER_DNS, &dns.ip, NODE_B, OTHER].into_iter().enumerate() {
             let address = format!("198.18.{}.{}", 70 + at, turn + 1);
             let answer = forged(&question, &address);
             let before = spoofed(node);
