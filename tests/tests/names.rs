@@ -380,7 +380,6 @@ fn in_two(whole: &Built) -> [Built; 2] {
 #[test]
 fn forged_answers_gain_nothing() {
     const ID: u16 = 4660;
-    const PORT: u16 = 40_000;
     // Without reverse-path filters nothing but the programs stands between.
     let config = format!("  denyAction: Reject\n  resolvers: [\"{OTHER}\"]\n");
     let cluster = Cluster::new(LabSpec::default().rp_filter(0), &config, "");
@@ -426,15 +425,18 @@ fn forged_answers_gain_nothing() {
         (&others[0].netns, "node-b", &others[0].ip),
         (&others[1].netns, "node-a", &others[1].ip),
     ];
-    let source_port = PORT.to_string();
-    let options = ["--source-port", &source_port, "--limit-ms", "10000"];
-    let victim_end = (octets(&victim.ip), PORT);
+    // Each time from another port: conntrack remembers the NAT of the last one.
+    let ask = |resolver: &str, port: u16| {
+        pod.asking(resolver, &question.name, &["--source-port", &port.to_string(), "--limit-ms", "10000"])
+    };
+    let at_port = |port: u16| (octets(&victim.ip), port);
     for (at, (attacker, node, own)) in attackers.into_iter().enumerate() {
         for (turn, resolver) in [CLUSTER_DNS, &dns.ip, NODE_B, OTHER].into_iter().enumerate() {
             let address = format!("198.18.{}.{}", 70 + at, turn + 1);
             let answer = forged(&question, &address);
             let before = spoofed(node);
-            let asking = pod.asking(resolver, &question.name, &options);
+            let port = 40_000 + 10 * at as u16 + turn as u16;
+            let (asking, victim_end) = (ask(resolver, port), at_port(port));
             let framed = [&u16::try_from(answer.len()).expect("short").to_be_bytes()[..], &answer].concat();
             let as_resolver = (octets(resolver), 53);
             let whole = udp(as_resolver, victim_end).payload(&answer);
@@ -458,10 +460,10 @@ fn forged_answers_gain_nothing() {
 
     // The resolver's own pod may answer, but only what it was asked: not another number, nor to or from another port.
     let as_dns = (octets(&dns.ip), 53);
-    let asking = pod.asking(&dns.ip, &question.name, &options);
+    let (asking, victim_end) = (ask(&dns.ip, 41_000), at_port(41_000));
     dns.netns.send_packets(&[
         udp(as_dns, victim_end).payload(&forged(&Question { id: ID + 1, ..question.clone() }, "198.18.80.1")),
-        udp(as_dns, (octets(&victim.ip), PORT + 1)).payload(&forged(&question, "198.18.80.2")),
+        udp(as_dns, at_port(41_001)).payload(&forged(&question, "198.18.80.2")),
         udp((octets(&dns.ip), 54), victim_end).payload(&forged(&question, "198.18.80.3")),
     ]);
     for address in ["198.18.80.1", "198.18.80.2", "198.18.80.3"] {
@@ -469,7 +471,7 @@ fn forged_answers_gain_nothing() {
     }
     drop(asking);
     // The very same packets are believed when they come from where they should: nothing else was wrong with them.
-    let asking = pod.asking(&dns.ip, &question.name, &options);
+    let (asking, victim_end) = (ask(&dns.ip, 41_010), at_port(41_010));
     dns.netns.send_packets(&[udp(as_dns, victim_end).payload(&forged(&question, "198.18.80.4"))]);
     let came = answered(&asking.wait(Duration::from_secs(15)));
     assert!(came.is_ok(), "{came:?}");
