@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::command::{Output, Process, eventually, eventually_ok};
 use crate::lab::{Lab, Node, utf8};
 use crate::netns::Netns;
+use crate::objects::Labels;
 
 /// Where every agent serves its metrics, each in its own node.
 const METRICS: &str = "127.0.0.1:9090";
@@ -42,6 +43,12 @@ impl Lab {
     /// Writes one node's object.
     pub fn describe_node(&self, node: &Node, assignable: bool, ready: bool) {
         self.objects.node(&node.name, &node.addresses(), &node.pod_networks(), assignable, ready);
+    }
+
+    /// Writes one ready node's object with further labels.
+    pub fn label_node(&self, node: &Node, assignable: bool, labels: Labels) {
+        let networks = node.pod_networks();
+        self.objects.labelled_node(&node.name, &node.addresses(), &networks, assignable, true, labels);
     }
 
     /// Starts the agents of all nodes and waits until they are ready.

@@ -77,12 +77,30 @@ impl Objects {
     /// A Node that may own egress IPs if `assignable`, as its kubelet reports it. The first of the pods' networks
     /// is the cluster's primary one.
     pub fn node(&self, name: &str, addresses: &[&str], pod_cidrs: &[String], assignable: bool, ready: bool) {
+        self.labelled_node(name, addresses, pod_cidrs, assignable, ready, &[]);
+    }
+
+    /// The same with further labels.
+    pub fn labelled_node(
+        &self,
+        name: &str,
+        addresses: &[&str],
+        pod_cidrs: &[String],
+        assignable: bool,
+        ready: bool,
+        labels: Labels,
+    ) {
         let internal = addresses.iter().fold(String::new(), |mut text, address| {
             let _ = write!(text, "\n  - type: InternalIP\n    address: \"{address}\"");
             text
         });
         let (pod_cidr, pod_cidrs) = (&pod_cidrs[0], list(pod_cidrs));
-        let label = if assignable { "\n    k8s.ovn.org/egress-assignable: \"\"" } else { "" };
+        let mut more = String::new();
+        for (key, value) in
+            assignable.then_some(&("k8s.ovn.org/egress-assignable", "")).into_iter().chain(labels)
+        {
+            let _ = write!(more, "\n    {key}: \"{value}\"");
+        }
         let status = if ready { "True" } else { "False" };
         self.write(
             &format!("node-{name}.yaml"),
@@ -93,7 +111,7 @@ metadata:
   name: {name}
   uid: uid-{name}
   labels:
-    kubernetes.io/hostname: {name}{label}
+    kubernetes.io/hostname: {name}{more}
 spec:
   podCIDR: \"{pod_cidr}\"
   podCIDRs:{pod_cidrs}

@@ -72,6 +72,13 @@ impl Lab {
     pub fn dnsmasq(&self, netns: &Netns) -> Process {
         let answer = |address: &str| format!("--address=/web.example/{address}");
         let [v4, v6] = [answer(&self.web.address), answer(&self.web.address6)];
+        if self.v6 { self.dnsmasq_with(netns, &[&v4, &v6]) } else { self.dnsmasq_with(netns, &[&v4]) }
+    }
+
+    /// dnsmasq on port 53, which knows what its further options say.
+    #[track_caller]
+    #[must_use]
+    pub fn dnsmasq_with(&self, netns: &Netns, options: &[&str]) -> Process {
         let mut words = vec![
             "dnsmasq",
             "--keep-in-foreground",
@@ -81,13 +88,29 @@ impl Lab {
             "--pid-file=",
             "--user=root",
             "--bind-interfaces",
-            &*v4,
         ];
-        if self.v6 {
-            words.push(&v6);
-        }
+        words.extend(options);
         let process = netns.spawn("dnsmasq", &words, &[]);
         netns.wait_listening("udp", 53);
+        process
+    }
+
+    /// The lab's own resolver on an address and port, with what `dns serve --help` calls entries.
+    #[track_caller]
+    #[must_use]
+    pub fn resolver_on<T: AsRef<str>>(
+        &self,
+        netns: &Netns,
+        address: &str,
+        port: u16,
+        entries: &[T],
+    ) -> Process {
+        let helper = helper_path("dns");
+        let address = endpoint(address, port);
+        let entries: Vec<_> = entries.iter().map(AsRef::as_ref).collect();
+        let words = [&[utf8(&helper), "serve", &address], &entries[..]].concat();
+        let mut process = netns.spawn("dns", &words, &[]);
+        process.wait_stdout("ready", Duration::from_secs(10));
         process
     }
 }

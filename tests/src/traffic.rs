@@ -71,6 +71,21 @@ impl Stream {
     }
 }
 
+/// Datagrams that go on until they are told to end.
+#[derive(Debug)]
+pub struct Spray(Process);
+
+impl Spray {
+    /// Ends them; gives how many were sent to each address.
+    #[track_caller]
+    #[must_use]
+    pub fn finish(self) -> BTreeMap<String, u64> {
+        let text = self.0.finish(Duration::from_secs(10)).expect_success();
+        let line = text.lines().rfind(|line| line.starts_with('{')).unwrap_or_default();
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+}
+
 /// Pings, a hundred a second, until told to end.
 #[derive(Debug)]
 pub struct Pings(Process);
@@ -131,6 +146,35 @@ impl Netns {
     #[track_caller]
     pub fn udp_source(&self, destination: &str, limit: Duration) -> Result<String, String> {
         self.source("udp", destination, limit)
+    }
+
+    /// What comes of trying each of `tcp/address:port` and `udp/address:port` of the lab's server, all at the same
+    /// time: `open`, `silent` for 300 ms, `refused`, `unreachable` or `prohibited`.
+    #[track_caller]
+    #[must_use]
+    pub fn reach(&self, targets: &[&str]) -> Vec<String> {
+        self.reach_within(targets, Duration::from_millis(300))
+    }
+
+    /// The same with another limit.
+    #[track_caller]
+    #[must_use]
+    pub fn reach_within(&self, targets: &[&str], limit: Duration) -> Vec<String> {
+        let (helper, limit) = (helper_path("peer"), limit.as_millis().to_string());
+        let words = [&[utf8(&helper), "reach", "--limit-ms", &limit], targets].concat();
+        let text = self.exec(&words);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// Sends UDP datagrams to all of some destinations in turn, each from a new socket, until told to end.
+    #[track_caller]
+    #[must_use]
+    pub fn spray(&self, destinations: &[&str]) -> Spray {
+        let helper = helper_path("peer");
+        let words = [&[utf8(&helper), "spray"], destinations].concat();
+        let mut process = self.spawn("spray", &words, &[]);
+        process.wait_stdout("running", Duration::from_secs(10));
+        Spray(process)
     }
 
     /// A numbered message every `interval` over one connection (`tcp`) or socket (`udp`), until told to end.

@@ -222,3 +222,47 @@ fn a_killed_owner_leaves_nothing() {
     let gone = eventually(Duration::from_secs(10), || traces(id).is_empty().then_some(()));
     assert!(gone.is_some(), "{:?}", traces(id));
 }
+
+/// The lab's own resolver and its clients, by the ways that pods look names up.
+#[test]
+fn resolvers_answer_as_they_are_told() {
+    let lab = Lab::with(&LabSpec::default().nodes(2));
+    lab.router.ip(&["route add 198.18.0.0/15 via 203.0.113.10"]);
+    lab.web.netns.ip(&["route add local 198.18.0.0/15 dev lo"]);
+    let _echo = lab.echo(&lab.web.netns);
+    let server = &lab.other.address;
+    let entries = [
+        "spin.example 0 SPIN 198.18.0.0",
+        "alias.example 5 CNAME spin.example",
+        "many.example 5 MANY 198.18.1.0 200",
+        "split.example 5 A 198.18.2.1",
+        "nowhere.example 5 A 192.0.2.1",
+        "silent.example 5 SILENT",
+    ];
+    let _dns = lab.resolver_on(&lab.other.netns, server, 53, &entries);
+    let pod = lab.run_pod("node-a", &PodSpec::new("prod", "client"));
+    let pod = &pod.netns;
+    pod.rounds(server, "SPIN.example", 20, &[]).expect_all(20, 20);
+    pod.rounds(server, "alias.example", 2, &["--tcp"]).expect_all(2, 2);
+    assert!(
+        !pod.rounds(server, "spin.example", 1, &["--never"]).wrong.as_array().expect("a list").is_empty()
+    );
+    for (options, truncated) in [(&[][..], 1), (&["--edns", "1232"], 1), (&["--edns", "4096"], 0)] {
+        let rounds = pod.rounds(server, "many.example", 1, options);
+        rounds.expect_all(200, 200);
+        assert_eq!(rounds.truncated, truncated, "{options:?}");
+    }
+    pod.rounds(server, "split.example", 1, &["--tcp"]).expect_all(1, 1);
+    pod.rounds(server, "nowhere.example", 1, &["--limit-ms", "100"]).expect_denied();
+    assert_eq!(pod.ask(server, "split.example", &["--aaaa"]), Ok(vec![]));
+    assert!(pod.ask(server, "silent.example", &["--limit-ms", "100"]).is_err());
+    let targets = ["tcp/198.18.0.9:7777", "udp/203.0.113.10:7777", "tcp/203.0.113.20:9", "tcp/192.0.2.1:9"];
+    let limit = Duration::from_secs(1);
+    assert_eq!(pod.reach_within(&targets, limit)[..3], ["open", "open", "refused"]);
+    // A real client, and another resolver.
+    let text =
+        pod.exec_with_resolver(&lab, server, &["getent", "ahostsv4", "split.example"]).expect_success();
+    assert!(text.starts_with("198.18.2.1 "), "{text}");
+    let dig = ["dig", "+short", "+tcp", &format!("@{server}"), "alias.example"];
+    assert!(pod.exec(&dig).starts_with("spin.example.\n198.18."));
+}

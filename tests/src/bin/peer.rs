@@ -68,6 +68,20 @@ enum Mode {
         #[arg(long, default_value_t = 10)]
         interval_ms: u64,
     },
+    /// Try all of `tcp/address:port` and `udp/address:port` at the same time, once; say what came of each.
+    Reach {
+        targets: Vec<Target>,
+        #[arg(long, default_value_t = 300)]
+        limit_ms: u64,
+    },
+    /// UDP datagrams to all destinations in turn, each from a new socket, until standard input ends; say how many to
+    /// each.
+    Spray {
+        destinations: Vec<SocketAddr>,
+        /// Between two rounds over all destinations.
+        #[arg(long, default_value_t = 2)]
+        interval_ms: u64,
+    },
     /// Wait for the end of a lab's owner and remove the lab.
     Reap { lab: String },
     /// Remove labs that were kept.
@@ -84,6 +98,26 @@ enum Mode {
 enum Protocol {
     Tcp,
     Udp,
+}
+
+#[derive(Clone)]
+struct Target {
+    tcp: bool,
+    address: SocketAddr,
+}
+
+impl std::str::FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (protocol, address) = text.split_once('/').ok_or("want tcp/… or udp/…")?;
+        let tcp = match protocol {
+            "tcp" => true,
+            "udp" => false,
+            _ => return Err("want tcp/… or udp/…".to_owned()),
+        };
+        Ok(Self { tcp, address: address.parse().map_err(|error| format!("{error}"))? })
+    }
 }
 
 fn main() -> io::Result<()> {
@@ -122,6 +156,11 @@ fn main() -> io::Result<()> {
             fresh(protocol, destination, Duration::from_millis(interval_ms));
             Ok(())
         }
+        Mode::Reach { targets, limit_ms } => {
+            reach(&targets, Duration::from_millis(limit_ms));
+            Ok(())
+        }
+        Mode::Spray { destinations, interval_ms } => spray(&destinations, Duration::from_millis(interval_ms)),
         Mode::Reap { lab } => lab::lab::reap(&lab),
         Mode::Remove { labs, all } => remove(labs, all),
     }
@@ -279,6 +318,52 @@ fn udp_exchange(socket: &UdpSocket, data: &[u8]) -> io::Result<String> {
         Some((source, echoed)) if echoed == data => Ok(String::from_utf8_lossy(source).into_owned()),
         _ => Err(io::Error::other(format!("answered {length} bytes that are not what was sent"))),
     }
+}
+
+/// Tries each target in a thread of its own, so that silence costs the limit once.
+fn reach(targets: &[Target], limit: Duration) {
+    let outcomes: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> =
+            targets.iter().map(|target| scope.spawn(move || outcome(target, limit))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| "panicked".to_owned())).collect()
+    });
+    println!("{}", json!(outcomes));
+}
+
+/// `open`, `silent`, `refused`, `unreachable`, `prohibited`; or the error.
+#[expect(clippy::wildcard_enum_match_arm, reason = "any other error shows as it is")]
+fn outcome(target: &Target, limit: Duration) -> String {
+    let result = if target.tcp {
+        open(target.address, limit).and_then(|(mut reader, _)| exchange(&mut reader))
+    } else {
+        udp_socket(target.address, 0, limit).and_then(|socket| udp_exchange(&socket, b"hello")).map(drop)
+    };
+    match result {
+        Ok(()) => "open".to_owned(),
+        Err(error) => match error.kind() {
+            io::ErrorKind::ConnectionRefused => "refused".to_owned(),
+            io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "unreachable".to_owned(),
+            io::ErrorKind::PermissionDenied => "prohibited".to_owned(),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => "silent".to_owned(),
+            _ => error.to_string(),
+        },
+    }
+}
+
+fn spray(destinations: &[SocketAddr], interval: Duration) -> io::Result<()> {
+    let stop = ended();
+    let mut sent = BTreeMap::new();
+    println!("running");
+    while !stop.load(Ordering::Relaxed) {
+        for destination in destinations {
+            let socket = UdpSocket::bind((any(*destination), 0))?;
+            socket.send_to(b"hello", destination)?;
+            *sent.entry(destination.ip().to_string()).or_insert(0_u64) += 1;
+        }
+        thread::sleep(interval);
+    }
+    println!("{}", json!(sent));
+    Ok(())
 }
 
 /// Becomes true when standard input ends.
