@@ -215,9 +215,16 @@ pub fn reset(skb: &Skb, headers: &Headers) -> i32 {
     turned_round(skb, reset::turn(skb, headers))
 }
 
-/// Has an answer come in by the uplink that the packet was to leave by.
+/// Has an answer come in by the uplink that the packet was to leave by. One that came past the host's stack is answered
+/// past it, out of the interface that it came by: the stack's connection tracking would call the answer invalid.
 #[inline(always)]
 fn turned_round(skb: &Skb, made: Result<(), Refused>) -> i32 {
+    if made.is_ok() && Maps.took_direct() {
+        skb.clear_hash();
+        skb.clear_mark();
+        // SAFETY: plain integers.
+        return unsafe { bpf_redirect(skb.ingress_ifindex(), 0) as i32 };
+    }
     let Some(interface) = Maps.interface(skb.ifindex()) else { return TC_ACT_SHOT };
     // The stack takes what is addressed to the interface's own hardware address.
     if made.is_err() || skb.store(0, &interface.mac).is_err() {

@@ -307,6 +307,13 @@ impl Maps {
         });
     }
 
+    /// Whether the packet whose token this CPU has taken last came past the host's stack.
+    #[inline(always)]
+    pub fn took_direct(&self) -> bool {
+        // SAFETY: this CPU's own entry; programs of one CPU do not interrupt each other at TC.
+        maps::TAKEN_TOKEN.get(0).is_some_and(|token| token.direct != 0)
+    }
+
     /// Puts the token back that this CPU has taken last, under its number.
     #[inline(always)]
     pub fn give_token_back(&self, hash: u32) {

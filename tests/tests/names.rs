@@ -163,6 +163,7 @@ fn never_reaches(pod: &Netns, address: &str) {
 fn the_documentations_example_does_what_it_says() {
     let cluster = Cluster::new(LabSpec::default(), "", "");
     let lab = &cluster.lab;
+    lab.tolerate("cannot be looked up");
     let dns = lab.run_pod("node-b", &PodSpec::new("kube-system", "dns").label("k8s-app", "kube-dns"));
     let _dns = lab.dnsmasq_with(
         &dns.netns,
@@ -527,7 +528,7 @@ fn names_are_in_force_for_pods_that_did_not_look_them_up() {
 #[test]
 fn answers_come_while_the_agent_is_dead() {
     let mut cluster = Cluster::new(LabSpec::default(), "  denyAction: Reject\n", "");
-    let entries = ["spin.example.com 0 SPIN 198.18.50.0", "many.example.com 5 MANY 198.18.51.0 60"];
+    let entries = ["spin.example.com 0 SPIN 198.18.50.0", "many.example.com 5 MANY 198.18.59.0 60"];
     let (_dns, _server) = cluster.cluster_dns(KUBERNETES, &entries);
     let pods = cluster.pods();
     let rules = [allow("spin.example.com"), allow("many.example.com")];
@@ -561,20 +562,24 @@ fn addresses_live_as_long_as_their_connections() {
     let cluster = Cluster::new(LabSpec::default(), config, &format!("nameserver {OTHER}\n"));
     let lab = &cluster.lab;
     lab.tolerate("look");
-    let entries = ["used.example.com 1 A 198.18.60.1", "idle.example.com 1 A 198.18.60.2"];
-    let (_dns, _server) = cluster.cluster_dns(KUBERNETES, &entries);
-    let nodes_resolver = lab.resolver_on(&lab.other.netns, OTHER, 53, &["bad.example.com 1 A 198.18.61.1"]);
+    let entries = [
+        "used.example.com 1 A 198.18.60.1",
+        "idle.example.com 1 A 198.18.60.2",
+        "bad.example.com 1 A 198.18.61.1",
+    ];
+    let resolver = lab.resolver_on(&lab.other.netns, OTHER, 53, &entries);
     let [pod, _] = cluster.pods();
-    let rules = ["used.example.com", "idle.example.com", "198.18.61.0/24"].map(allow);
+    let resolvers = format!("{OTHER}/32");
+    let rules = ["used.example.com", "idle.example.com", "198.18.61.0/24", &resolvers].map(allow);
     cluster.firewall(&[&pod], &[&[deny("bad.example.com")], &rules[..]].concat());
     reaches(&pod.netns, "198.18.61.1", false);
     reaches(&pod.netns, "198.18.61.2", true);
-    drop(nodes_resolver);
-    pod.netns.rounds(CLUSTER_DNS, "used.example.com", 1, &["--never"]).expect_all(1, 1);
+    pod.netns.rounds(OTHER, "used.example.com", 1, &["--never"]).expect_all(1, 1);
     let to = endpoint("198.18.60.1", ECHO);
     let streams = ["tcp", "udp"].map(|protocol| pod.netns.stream(protocol, &to, Duration::from_millis(50)));
     // Known by now, but connected to by nobody: that would keep it.
-    assert_eq!(pod.netns.ask(CLUSTER_DNS, "idle.example.com", &[]).map(|all| all.len()), Ok(1));
+    assert_eq!(pod.netns.ask(OTHER, "idle.example.com", &[]).map(|all| all.len()), Ok(1));
+    drop(resolver);
     let grace = Duration::from_secs(u64::from(NAME_GRACE_SECONDS));
     std::thread::sleep(grace + Duration::from_secs(4));
     let targets = ["198.18.60.1", "198.18.60.2", "198.18.61.1", "198.18.61.2"];
