@@ -19,7 +19,7 @@ const CREDIT: &str = "credit";
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
 
-/// LRU maps among them; small, as [`super::LRU_ENTRIES`].
+/// LRU maps among them; small, as [`super::ENTRIES`].
 pub(super) const LRU: [&str; 3] = ["ASKED", "HELD", "LEARNT"];
 
 /// The maps. Handles of their own, so that others may have theirs.
@@ -90,11 +90,16 @@ impl Kernel {
         }
         names.rulesets.set(&tables.rulesets);
         names.names.set(&tables.names);
-        names.resolvers.set(&tables.resolvers);
         names.asked.set(&tables.asked.borrow());
-        names.learnt.set(&tables.learnt.borrow());
-        names.held.set(&BTreeMap::new());
+        self.write_learnt(tables);
+        self.names.held.set(&BTreeMap::new());
         let _ = self.segments();
+    }
+
+    /// Makes `RESOLVERS` and `LEARNT` equal to tables in memory: what packets are judged with, beside the rules.
+    pub fn write_learnt(&mut self, tables: &Memory) {
+        self.names.resolvers.set(&tables.resolvers);
+        self.names.learnt.set(&tables.learnt.borrow());
     }
 
     /// The questions that were noted.
