@@ -23,8 +23,8 @@ use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
 use datapath::keys::{
     self, Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
-    FragmentKey, GranuleTable, Interface, Lease, Network, Node, Opener, Pod, Policy, Reply, ReplyKey, RuleCount,
-    RuleCountKey, Settings, Token,
+    FragmentKey, GranuleTable, Interface, Lease, Network, Node, Opener, Pod, Policy, Reply, ReplyKey,
+    RuleCount, RuleCountKey, Settings, Token,
 };
 use datapath::memory::Memory;
 use datapath::verdict::DropReason;

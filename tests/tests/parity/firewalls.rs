@@ -5,14 +5,15 @@ use std::net::IpAddr;
 use datapath::addr::Ip;
 use datapath::conntrack::seconds;
 use datapath::keys::{
-    FirewallId, Flow, FlowKey, LearntKey, NameId, RESOLVER, RESOLVER_ON_NODE, Ruleset, RulesetId, Tuple,
-    Winner,
+    FirewallId, Flow, FlowKey, LearntKey, NameId, RESOLVER, RESOLVER_ON_NODE, RuleCountKey, Ruleset,
+    RulesetId, Tuple, Winner,
 };
 use datapath::memory::Memory;
 use datapath::names::word;
 use datapath::packet::{SCTP, TCP, UDP};
 use datapath::tables::Tables as _;
 use ipnet::IpNet;
+use lab::kernel::State;
 use outgate::firewall::compile::compile;
 use outgate::firewall::{Destination, Name, Ports, Rule};
 
@@ -207,4 +208,72 @@ pub(crate) fn judge(rng: &mut Rng, t: &Memory, source: &Ip, key: &FlowKey, flow:
 pub(crate) fn untranslated_remote(rng: &mut Rng, family: &Family, everywhere: bool) -> Ip {
     let near = [family.nodes[0], family.nodes[1], family.inside[5]];
     if everywhere && rng.percent(60) { rng.pick(&family.outside) } else { rng.pick(&near) }
+}
+
+/// What some case must have done to the maps.
+pub(crate) const EVENTS: [&str; 14] = [
+    "FromPod: a flow is judged again: it goes on",
+    "FromPod: a flow is judged again: removed",
+    "FromPod: an untranslated flow is judged again: it goes on",
+    "FromPod: an untranslated flow is judged again: removed",
+    "FromPod: a denial of a rule",
+    "FromPod: a denial of no rule",
+    "FromPod: a question is noted",
+    "ToUplink: a flow is judged again: it goes on",
+    "ToUplink: a flow is judged again: removed",
+    "ToUplink: an untranslated flow is made",
+    "ToUplink: a flow is made by a rule",
+    "ToUplink: a flow is made by a name",
+    "ToUplink: a removed flow's bytes are counted",
+    "ToUplink: a denial again",
+];
+
+/// What a packet has done to the maps.
+pub(crate) fn events(before: &State, after: &State) -> Vec<&'static str> {
+    let mut events = vec![];
+    for (key, flow) in &after.flows {
+        match before.flows.get(key) {
+            Some(old) if old.ruleset != flow.ruleset => events.push(match flow.egress {
+                0 => "an untranslated flow is judged again: it goes on",
+                _ => "a flow is judged again: it goes on",
+            }),
+            Some(_) => {}
+            None => {
+                if flow.egress == 0 {
+                    events.push("an untranslated flow is made");
+                }
+                if flow.name != 0 {
+                    events.push("a flow is made by a name");
+                } else if flow.ruleset != 0 && flow.rule < Winner::NOT_READY {
+                    events.push("a flow is made by a rule");
+                }
+            }
+        }
+    }
+    let denied = after.denials.iter().find(|(key, denial)| before.denials.get(key) != Some(denial));
+    for (_, flow) in before.flows.iter().filter(|(key, _)| !after.flows.contains_key(key)) {
+        match (denied, flow.egress) {
+            (Some(_), 0) => events.push("an untranslated flow is judged again: removed"),
+            (Some(_), _) => events.push("a flow is judged again: removed"),
+            (None, _) => {}
+        }
+        let count = RuleCountKey { ruleset: flow.ruleset, rule: flow.rule };
+        let bytes = |state: &State| state.rule_counts.get(&count).map_or(0, |count| count.bytes);
+        if bytes(after) - bytes(before) >= flow.bytes {
+            events.push("a removed flow's bytes are counted");
+        }
+    }
+    if let Some((_, denial)) = denied {
+        events.push(match denial.rule {
+            Winner::NOT_READY => "a denial of no rule",
+            _ => "a denial of a rule",
+        });
+        if denial.packets > 1 {
+            events.push("a denial again");
+        }
+    }
+    if before.asked != after.asked {
+        events.push("a question is noted");
+    }
+    events
 }
