@@ -61,23 +61,31 @@ pub(crate) fn fill(rng: &mut Rng, t: &mut Memory) {
         }
     }
     learnt(rng, t);
-    for family in [&V4, &V6] {
-        let on_node = RESOLVER | RESOLVER_ON_NODE;
-        for (ip, flags, chance) in [
-            (family.nodes[0], on_node, 60),
-            (family.nodes[1], on_node, 40),
-            (family.inside[5], on_node, 40),
-            (family.inside[2], RESOLVER, 60),
-            (family.outside[5], RESOLVER, 60),
-            (family.outside[3], RESOLVER, 30),
-            (family.pods[3].0, RESOLVER, 30),
-            (family.strangers[0], RESOLVER, 30),
-        ] {
-            if rng.percent(chance) {
-                t.resolvers.insert(ip, flags);
-            }
+    for (ip, flags, chance) in resolvers(&V4).into_iter().chain(resolvers(&V6)) {
+        if rng.percent(chance) {
+            t.resolvers.insert(ip, flags);
         }
     }
+}
+
+/// Who may be a resolver: flags, and how likely, in percent.
+const fn resolvers(family: &Family) -> [(Ip, u32, usize); 8] {
+    const ON_NODE: u32 = RESOLVER | RESOLVER_ON_NODE;
+    [
+        (family.nodes[0], ON_NODE, 60),
+        (family.nodes[1], ON_NODE, 40),
+        (family.inside[5], ON_NODE, 40),
+        (family.inside[2], RESOLVER, 60),
+        (family.outside[5], RESOLVER, 60),
+        (family.outside[3], RESOLVER, 30),
+        (family.pods[3].0, RESOLVER, 30),
+        (family.strangers[0], RESOLVER, 30),
+    ]
+}
+
+/// One who may be a resolver.
+pub(crate) fn resolver(rng: &mut Rng, family: &Family) -> Ip {
+    rng.pick(&resolvers(family)).0
 }
 
 /// Addresses have names, some of them of late; several may share an address.
@@ -211,13 +219,14 @@ pub(crate) fn untranslated_remote(rng: &mut Rng, family: &Family, everywhere: bo
 }
 
 /// What some case must have done to the maps.
-pub(crate) const EVENTS: [&str; 14] = [
+pub(crate) const EVENTS: [&str; 15] = [
     "FromPod: a flow is judged again: it goes on",
     "FromPod: a flow is judged again: removed",
     "FromPod: an untranslated flow is judged again: it goes on",
     "FromPod: an untranslated flow is judged again: removed",
     "FromPod: a denial of a rule",
     "FromPod: a denial of no rule",
+    "FromPod: a denial where there is no flow",
     "FromPod: a question is noted",
     "ToUplink: a flow is judged again: it goes on",
     "ToUplink: a flow is judged again: removed",
@@ -268,6 +277,9 @@ pub(crate) fn events(before: &State, after: &State) -> Vec<&'static str> {
             Winner::NOT_READY => "a denial of no rule",
             _ => "a denial of a rule",
         });
+        if before.flows.len() == after.flows.len() {
+            events.push("a denial where there is no flow");
+        }
         if denial.packets > 1 {
             events.push("a denial again");
         }
