@@ -26,7 +26,7 @@ pub(super) const LRU: [&str; 3] = ["ASKED", "HELD", "LEARNT"];
 pub(super) struct Names {
     firewalls: Array<MapData, u32>,
     rulesets: Table<u32, Ruleset>,
-    names: Table<NameKey, u32>,
+    ids: Table<NameKey, u32>,
     resolvers: Table<Ip, u32>,
     asked: Table<AskedKey, Asked>,
     held: Table<HeldKey, Held>,
@@ -43,7 +43,7 @@ impl Names {
         Self {
             firewalls: Array::try_from(handle(e, "FIREWALLS")).expect("FIREWALLS"),
             rulesets: table(e, "RULESETS"),
-            names: table(e, "NAMES"),
+            ids: table(e, "NAMES"),
             resolvers: table(e, "RESOLVERS"),
             asked: table(e, "ASKED"),
             held: table(e, "HELD"),
@@ -89,7 +89,7 @@ impl Kernel {
             }
         }
         names.rulesets.set(&tables.rulesets);
-        names.names.set(&tables.names);
+        names.ids.set(&tables.names);
         names.asked.set(&tables.asked.borrow());
         self.write_learnt(tables);
         self.names.held.set(&BTreeMap::new());

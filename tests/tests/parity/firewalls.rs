@@ -100,7 +100,8 @@ fn learnt(rng: &mut Rng, t: &Memory) {
                 let key = LearntKey { firewall: place, ip };
                 let mut learnt = t.learnt.borrow_mut();
                 let names = &mut learnt.entry(key).or_default().names;
-                for slot in 0..rng.pick(&[1, 1, 2, 3, 16]) {
+                let some = rng.pick(&[1, 1, 2, 3, 16]);
+                for slot in names.iter_mut().take(some) {
                     let until = if rng.percent(70) {
                         now.wrapping_add(seconds(rng.pick(&[60, 3600])))
                     } else {
@@ -109,7 +110,7 @@ fn learnt(rng: &mut Rng, t: &Memory) {
                     // One that no rule is for, too, and places that are free.
                     let name = rng.below(NAMES as usize + 2) as u32;
                     let name = if name == 0 { 0 } else { 10 * place + name };
-                    names[slot] = word(name, until);
+                    *slot = word(name, until);
                 }
             }
         }
