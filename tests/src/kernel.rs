@@ -22,8 +22,9 @@ use aya::{Ebpf, EbpfLoader};
 use datapath::addr::Ip;
 use datapath::conntrack::{Ticks, ticks};
 use datapath::keys::{
-    self, Delivery, DropCount, EgressIp, Flow, FlowKey, FragmentHead, FragmentKey, GranuleTable, Interface,
-    Lease, Network, Node, Opener, Pod, Policy, Reply, ReplyKey, Settings, Token,
+    self, Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
+    FragmentKey, GranuleTable, Interface, Lease, Network, Node, Opener, Pod, Policy, Reply, ReplyKey,
+    RuleCount, RuleCountKey, Settings, Token,
 };
 use datapath::memory::Memory;
 use datapath::verdict::DropReason;
@@ -163,6 +164,12 @@ pub struct State {
     pub fragments: BTreeMap<FragmentKey, FragmentHead>,
     /// `TOKENS`.
     pub tokens: BTreeMap<u32, Token>,
+    /// `ASKED`.
+    pub asked: BTreeMap<AskedKey, Asked>,
+    /// `RULE_COUNTS`.
+    pub rule_counts: BTreeMap<RuleCountKey, RuleCount>,
+    /// `DENIALS`.
+    pub denials: BTreeMap<DenialKey, Denial>,
 }
 
 /// A hash map of known types.
@@ -216,13 +223,17 @@ pub struct Kernel {
     openers: Table<FlowKey, Opener>,
     fragments: Table<FragmentKey, FragmentHead>,
     tokens: Table<u32, Token>,
+    rule_counts: Table<RuleCountKey, RuleCount>,
+    denials: Table<DenialKey, Denial>,
     drops: PerCpuArray<MapData, Plain<DropCount>>,
     // Last: the harness's table does not keep programs alive once its last handle is gone.
     programs: (ProgramArray<MapData>, Ebpf),
 }
 
-/// Entries of the LRU maps under test: small, because reading a map looks at each of its buckets.
-const LRU_ENTRIES: u32 = 1024;
+/// Entries of the maps under test that programs write: small, because reading a map looks at each of its buckets.
+const ENTRIES: u32 = 1024;
+/// These maps, but the flows' own.
+const WRITTEN: [&str; 7] = ["DENIALS", "FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "RULE_COUNTS", "TOKENS"];
 
 impl Kernel {
     /// Loads the object that `OUTGATE_BPF_OBJECT` names, else `target/bpf/outgate.o`, with room for
@@ -236,8 +247,8 @@ impl Kernel {
         for name in ["FLOWS", "REPLIES"] {
             loader.map_max_entries(name, flow_capacity);
         }
-        for name in ["FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "TOKENS"].into_iter().chain(names::LRU) {
-            loader.map_max_entries(name, LRU_ENTRIES);
+        for name in WRITTEN.into_iter().chain(names::LRU) {
+            loader.map_max_entries(name, ENTRIES);
         }
         let mut ebpf = loader.load(&object).expect("the object loads");
         let mut harness = Ebpf::load(&harness::object()).expect("the harness loads");
@@ -276,6 +287,8 @@ impl Kernel {
             openers: Table::new(e, "OPENERS"),
             fragments: Table::new(e, "FRAGMENTS"),
             tokens: Table::new(e, "TOKENS"),
+            rule_counts: Table::new(e, "RULE_COUNTS"),
+            denials: Table::new(e, "DENIALS"),
             drops: PerCpuArray::try_from(take(e, "DROPS")).expect("DROPS"),
             programs: (table, ebpf),
         }
@@ -320,6 +333,9 @@ impl Kernel {
         self.openers.set(&state.openers);
         self.fragments.set(&state.fragments);
         self.tokens.set(&state.tokens);
+        self.set_asked(&state.asked);
+        self.rule_counts.set(&state.rule_counts);
+        self.denials.set(&state.denials);
     }
 
     /// Reads the maps that programs write.
@@ -332,6 +348,9 @@ impl Kernel {
             openers: self.openers.read(),
             fragments: self.fragments.read(),
             tokens: self.tokens.read(),
+            asked: self.asked(),
+            rule_counts: self.rule_counts.read(),
+            denials: self.denials.read(),
         }
     }
 
@@ -473,6 +492,9 @@ impl State {
             openers: tables.openers.borrow().clone(),
             fragments: tables.fragments.borrow().clone(),
             tokens: tables.tokens.borrow().clone(),
+            asked: tables.asked.borrow().clone(),
+            rule_counts: tables.rule_counts.borrow().clone(),
+            denials: tables.denials.borrow().clone(),
         }
     }
 }

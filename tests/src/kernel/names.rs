@@ -19,14 +19,14 @@ const CREDIT: &str = "credit";
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
 
-/// LRU maps among them; small, as [`super::LRU_ENTRIES`].
+/// LRU maps among them; small, as [`super::ENTRIES`].
 pub(super) const LRU: [&str; 3] = ["ASKED", "HELD", "LEARNT"];
 
 /// The maps. Handles of their own, so that others may have theirs.
 pub(super) struct Names {
     firewalls: Array<MapData, u32>,
     rulesets: Table<u32, Ruleset>,
-    names: Table<NameKey, u32>,
+    ids: Table<NameKey, u32>,
     resolvers: Table<Ip, u32>,
     asked: Table<AskedKey, Asked>,
     held: Table<HeldKey, Held>,
@@ -43,7 +43,7 @@ impl Names {
         Self {
             firewalls: Array::try_from(handle(e, "FIREWALLS")).expect("FIREWALLS"),
             rulesets: table(e, "RULESETS"),
-            names: table(e, "NAMES"),
+            ids: table(e, "NAMES"),
             resolvers: table(e, "RESOLVERS"),
             asked: table(e, "ASKED"),
             held: table(e, "HELD"),
@@ -89,12 +89,17 @@ impl Kernel {
             }
         }
         names.rulesets.set(&tables.rulesets);
-        names.names.set(&tables.names);
-        names.resolvers.set(&tables.resolvers);
+        names.ids.set(&tables.names);
         names.asked.set(&tables.asked.borrow());
-        names.learnt.set(&tables.learnt.borrow());
-        names.held.set(&BTreeMap::new());
+        self.write_learnt(tables);
+        self.names.held.set(&BTreeMap::new());
         let _ = self.segments();
+    }
+
+    /// Makes `RESOLVERS` and `LEARNT` equal to tables in memory: what packets are judged with, beside the rules.
+    pub fn write_learnt(&mut self, tables: &Memory) {
+        self.names.resolvers.set(&tables.resolvers);
+        self.names.learnt.set(&tables.learnt.borrow());
     }
 
     /// The questions that were noted.

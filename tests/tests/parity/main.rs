@@ -1,6 +1,6 @@
-//! The decisions in memory against the loaded programs: random tables, flows and packets of both families, whole
-//! and in fragments, compared in verdict, drop counters, bytes, skb hash, tunnel metadata, and what the maps hold
-//! afterwards. Of answers that a program makes itself the bytes are `answers.rs`'s to compare.
+//! The decisions in memory against the loaded programs: random tables, firewalls, flows and packets of both
+//! families, whole and in fragments, compared in verdict, drop counters, bytes, skb hash, tunnel metadata, and what
+//! the maps hold afterwards, counts of rules and denials too. Of answers that a program makes itself the bytes are `answers.rs`'s to compare.
 //!
 //! `OUTGATE_PARITY_CASES` sets how many cases run, `OUTGATE_PARITY_SEED` where the generator starts. The kernel
 //! draws its own ports and tokens: the decisions in memory are handed what it drew ([`Replay`]), and fail to
@@ -10,6 +10,8 @@
     clippy::wildcard_enum_match_arm,
     reason = "verdicts that two programs share are handed on together"
 )]
+
+mod firewalls;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -30,7 +32,8 @@ use datapath::keys::{
 };
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use datapath::memory::Memory;
-use datapath::packet::{ACK, FIN, ICMP, ICMPV6, Packet, Part, RST, SCTP, SYN, TCP, UDP};
+use datapath::names;
+use datapath::packet::{ACK, FIN, ICMP, ICMPV6, Kind, Packet, Part, RST, SCTP, SYN, TCP, UDP};
 use datapath::ports::nth_port;
 use datapath::tables::{InsertError, Tables};
 use datapath::verdict::{DropReason, FromOutside, FromPod, HostStack, Keep, ReverseSnat, ToUplink, Way};
@@ -111,7 +114,7 @@ static V4: Family = {
             (Ip::v4([10, 244, 0, 0]), 96 + 16, NetworkKind::Pods),
             (Ip::v4([10, 244, 2, 0]), 96 + 24, NetworkKind::Pods),
             (Ip::v4([10, 96, 0, 0]), 96 + 16, NetworkKind::Services),
-            (nodes[0], 128, NetworkKind::Node),
+            (nodes[0], 128, NetworkKind::OwnNode),
             (nodes[1], 128, NetworkKind::Node),
             (Ip::v4([10, 0, 0, 0]), 96 + 8, NetworkKind::Services),
             (Ip::v4([8, 8, 8, 8]), 127, NetworkKind::Node),
@@ -164,7 +167,7 @@ static V6: Family = {
             (v6([0xfd00, 0x10, 0x244, 0, 0]), 48, NetworkKind::Pods),
             (v6([0xfd00, 0x10, 0x244, 2, 0]), 64, NetworkKind::Pods),
             (v6([0xfd00, 0x10, 0x96, 0, 0]), 48, NetworkKind::Services),
-            (nodes[0], 128, NetworkKind::Node),
+            (nodes[0], 128, NetworkKind::OwnNode),
             (nodes[1], 128, NetworkKind::Node),
             (v6([0xfd00, 0, 0, 0, 0]), 8, NetworkKind::Services),
             (v6([0x2001, 0x4860, 0, 0, 0x8888]), 127, NetworkKind::Node),
@@ -187,7 +190,8 @@ fn egress(id: EgressId) -> Ip {
     if id < V6.first_egress { V4.egress[id as usize - 1] } else { V6.egress[(id - V6.first_egress) as usize] }
 }
 
-const PORTS: [u16; 5] = [80, 53, 40000, 40001, TUNNEL_PORT];
+/// One of each: a resolver's, a resolver pod's, a NodePort.
+const PORTS: [u16; 7] = [80, 53, 5353, 40000, 40001, 30080, TUNNEL_PORT];
 /// Ages in seconds, none of them near an idle time.
 const AGES: [u32; 13] = [0, 0, 5, 20, 40, 55, 63, 70, 200, 250, 290, 310, 8000];
 
@@ -466,6 +470,9 @@ impl Oracle<'_> {
         if let (Some(place), Some(packet)) = (place, &mut packet) {
             recall(tables, place, packet);
         }
+        if let (Program::FromPod, Some(packet)) = (program, packet) {
+            self.note_question(tables, &packet);
+        }
         match (program, packet) {
             (Program::FromTunnel, None) => Fate::Drop(DropReason::TunnelNotAllowed),
             (Program::FromUplink, None) => self.arp(),
@@ -494,7 +501,10 @@ impl Oracle<'_> {
                         (Some(_), Some(decoded)) if decoded.l4 <= 256 => Fate::Answer(DropReason::NoFlow),
                         _ => Fate::Drop(DropReason::NoFlow),
                     },
-                    ToUplink::Reject => Fate::Answer(DropReason::FirewallDenied),
+                    ToUplink::Reject if self.memory.interface(uplink).is_none() => {
+                        Fate::Drop(DropReason::FirewallDenied)
+                    }
+                    ToUplink::Reject => self.rejected(),
                     ToUplink::Drop(reason) => Fate::Drop(reason),
                 }
             }
@@ -521,6 +531,36 @@ impl Oracle<'_> {
         }
     }
 
+    /// What `from_pod` does before it decides.
+    fn note_question(&self, tables: &Replay<'_>, packet: &Packet) {
+        let Some(decoded) = Decoded::of(&self.input.frame) else { return };
+        let at = decoded.l4 + 8;
+        // RFC 1035, 4.1.1: a header of twelve bytes, the id first.
+        if names::may_ask(packet) && at + 12 <= decoded.end {
+            let id = u16::from_be_bytes([self.input.frame[at], self.input.frame[at + 1]]);
+            names::asks(tables, self.input.ifindex, &packet.tuple, id);
+        }
+    }
+
+    /// A denied packet that is to be answered, if it may be: no error is, no RST, nothing without a header of its own.
+    fn rejected(&self) -> Fate {
+        let denied = DropReason::FirewallDenied;
+        let (Some(packet), Some(decoded)) = (self.packet, Decoded::of(&self.input.frame)) else {
+            return Fate::Drop(denied);
+        };
+        let header = if packet.tuple.source.is_v4() { 20 } else { 40 };
+        let answered = match packet.kind {
+            _ if packet.part == Part::Later => false,
+            // None goes to a segment that is deep in extension headers, which nobody sends.
+            Kind::Tcp => packet.tcp_flags & RST == 0 && decoded.l4 <= 256,
+            Kind::Udp | Kind::Sctp | Kind::EchoRequest => true,
+            // As much is quoted at least (RFC 792).
+            Kind::Other => decoded.end - 14 >= header + 8,
+            _ => false,
+        };
+        if answered { Fate::Answer(denied) } else { Fate::Drop(denied) }
+    }
+
     fn after_pod(&self, verdict: FromPod) -> Fate {
         let frame = self.input.frame.clone();
         match verdict {
@@ -540,7 +580,7 @@ impl Oracle<'_> {
                 let known = router != Ip::UNSPECIFIED;
                 if known { Fate::Answer(DropReason::TooBig) } else { Fate::Drop(DropReason::TooBig) }
             }
-            FromPod::Reject => Fate::Answer(DropReason::FirewallDenied),
+            FromPod::Reject => self.rejected(),
             FromPod::Drop(reason) => Fate::Drop(reason),
         }
     }
@@ -557,6 +597,8 @@ impl Oracle<'_> {
         let route = match network_of(destination) {
             // There is no such bridge.
             _ if port.bridge != 0 => Route::Host,
+            // With an IPv4-mapped address, which the stack refuses later: the families are taken for one.
+            _ if packet.tuple.source.is_v4() != destination.is_v4() => Route::By(UPLINK),
             _ if is_on_interface(destination) => Route::None,
             SECOND_NETWORK | BEHIND_SECOND => Route::By(SECOND_UPLINK),
             _ => Route::By(UPLINK),
@@ -755,12 +797,14 @@ fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
         rest: 65,
         router_v4: if rng.percent(70) { V4.nodes[0] } else { Ip::UNSPECIFIED },
         router_v6: if rng.percent(70) { V6.nodes[0] } else { Ip::UNSPECIFIED },
+        reject: u8::from(rng.percent(60)),
         ..Settings::default()
     };
     for (ip, id, ifindex) in V4.pods.into_iter().chain(V6.pods) {
-        let policy = rng.pick(&[0, 1, 1, 1, 1, 2]);
+        let firewall = firewalls::place(rng);
+        let policy = if firewall == 0 { rng.pick(&[0, 1, 1, 1, 1, 2]) } else { rng.pick(&[0, 0, 1, 1, 2]) };
         if rng.percent(93) {
-            t.pods.insert(ip, Pod { id, policy, ifindex, firewall: 0 });
+            t.pods.insert(ip, Pod { id, policy, ifindex, firewall });
         }
         let ifindex = if rng.percent(10) { 0 } else { ifindex };
         if rng.percent(93) {
@@ -816,6 +860,7 @@ fn tables(rng: &mut Rng, now: Ticks, capacity: usize) -> Memory {
             t.policies.insert(id, policy);
         }
     }
+    firewalls::fill(rng, &mut t);
     flow_tables(rng, &t);
     t
 }
@@ -892,22 +937,47 @@ fn flow_tables(rng: &mut Rng, t: &Memory) {
         }
     }
     for _ in 0..16 {
+        let known = {
+            let flows = t.flows.borrow();
+            let nth = rng.below(flows.len().max(1));
+            flows.keys().nth(nth).filter(|_| rng.percent(40)).copied()
+        };
         let crowded = crowded && rng.percent(70);
         let family = if crowded { crowd } else { either(rng) };
         let (source, pod, _) = rng.pick(&family.pods);
         let tuple = Tuple {
             source,
-            destination: if crowded { family.outside[0] } else { rng.pick(&family.outside) },
+            destination: match rng.below(10) {
+                _ if crowded => family.outside[0],
+                0 => family.nodes[1],
+                1 => family.inside[5],
+                _ => rng.pick(&family.outside),
+            },
             source_port: rng.pick(&PORTS),
             destination_port: if crowded { 80 } else { rng.pick(&PORTS) },
             protocol: if crowded { TCP } else { rng.pick(&[TCP, UDP, SCTP, family.icmp]) },
             pad: [0; 3],
         };
-        let policy = t.pods.get(&tuple.source).map_or(1, |pod| pod.policy);
+        // The next packet of a flow, or any.
+        let (pod, tuple) = known.map_or((pod, tuple), |key| {
+            let tuple = Tuple {
+                source: self::pod(key.pod).0,
+                destination: key.remote,
+                source_port: key.local_port,
+                destination_port: key.remote_port,
+                protocol: key.protocol,
+                pad: [0; 3],
+            };
+            (key.pod, tuple)
+        });
+        let sender = t.pods.get(&tuple.source);
+        let policy = sender.map_or(1, |pod| pod.policy);
         let policy = if rng.percent(92) { policy } else { rng.pick(&[0, 1, 2, 3]) };
+        let firewall = sender.map_or(0, |pod| pod.firewall);
+        let firewall = if rng.percent(95) { firewall } else { firewalls::place(rng) };
         t.tokens.borrow_mut().insert(
             rng.next() as u32 | 1,
-            Token { pod, policy, firewall: 0, tuple, direct: u32::from(rng.percent(20)) },
+            Token { pod, policy, firewall, tuple, direct: u32::from(rng.percent(20)) },
         );
     }
     for _ in 0..12 {
@@ -932,6 +1002,7 @@ fn fragment_head(rng: &mut Rng, t: &Memory) {
     let mut token = Token::default();
     let (source, destination, source_port, destination_port, mut protocol) = match place {
         Place::FromPod => (pod(key.pod).0, key.remote, key.local_port, key.remote_port, key.protocol),
+        Place::FromOutside if flow.egress == 0 => return,
         Place::FromOutside => {
             (key.remote, egress(flow.egress), key.remote_port, flow.egress_port, key.protocol)
         }
@@ -977,7 +1048,8 @@ fn random_flow(rng: &mut Rng, t: &Memory) -> (FlowKey, Flow) {
     let now = t.now.get();
     let family = either(rng);
     let (ip, pod, _) = rng.pick(&family.pods);
-    let policy = t.pods.get(&ip).map_or(1, |pod| pod.policy.max(1));
+    let sender = t.pods.get(&ip).copied().unwrap_or_default();
+    let policy = sender.policy.max(1);
     let policy = if rng.percent(92) { policy } else { rng.pick(&[1, 2]) };
     let fitting: Vec<_> = t
         .egress_ips
@@ -991,16 +1063,21 @@ fn random_flow(rng: &mut Rng, t: &Memory) -> (FlowKey, Flow) {
         rng.pick(&fitting)
     };
     let protocol = rng.pick(&[TCP, TCP, TCP, UDP, UDP, SCTP, family.icmp]);
+    let untranslated = sender.firewall != 0 && rng.percent(if sender.policy == 0 { 90 } else { 15 });
     let key = FlowKey {
         pod,
-        remote: rng.pick(&family.outside),
+        remote: if untranslated {
+            firewalls::untranslated_remote(rng, family, sender.policy == 0)
+        } else {
+            rng.pick(&family.outside)
+        },
         local_port: rng.pick(&PORTS),
         remote_port: if protocol == family.icmp { 0 } else { rng.pick(&PORTS) },
         protocol,
         path: u8::from(rng.percent(15)),
         pad: 0,
     };
-    let flow = Flow {
+    let mut flow = Flow {
         egress,
         policy,
         egress_port: own_port(rng, t, egress),
@@ -1011,6 +1088,10 @@ fn random_flow(rng: &mut Rng, t: &Memory) -> (FlowKey, Flow) {
         bytes: 300,
         ..Flow::default()
     };
+    if untranslated {
+        (flow.egress, flow.egress_port, flow.policy) = (0, 0, sender.policy);
+    }
+    firewalls::judge(rng, t, &ip, &key, &mut flow);
     (key, flow)
 }
 
@@ -1029,6 +1110,9 @@ fn add_flow(rng: &mut Rng, t: &Memory, key: FlowKey, flow: Flow, complete: usize
     let reply = Reply { pod: key.pod, local_port: key.local_port, path: key.path, pad: 0, local };
     if rng.percent(complete) {
         let _ = t.insert_flow(&key, &flow); // there may be one, or no room
+    }
+    if flow.egress == 0 {
+        return;
     }
     if rng.percent(complete) {
         let _ = t.insert_reply(&reply_key, &reply);
@@ -1053,7 +1137,9 @@ fn case(rng: &mut Rng, t: &Memory) -> (Program, Input) {
     let flow = {
         let flows = t.flows.borrow();
         let nth = rng.below(flows.len().max(1));
-        flows.iter().nth(nth).filter(|_| rng.percent(75)).map(|(key, flow)| (*key, *flow))
+        let known = flows.iter().nth(nth).filter(|_| rng.percent(75));
+        // A fragment under a token that is not its own may have made one of both families.
+        known.filter(|(key, _)| pod(key.pod).0.is_v4() == key.remote.is_v4()).map(|(key, flow)| (*key, *flow))
     };
     let mut input = Input { mark: rng.pick(&[0, 7]), ..Input::default() };
     if rng.percent(20) {
@@ -1071,7 +1157,10 @@ fn case(rng: &mut Rng, t: &Memory) -> (Program, Input) {
         Program::ToPod => {
             input.ifindex = rng.pick(&[POD, OTHER_POD, PORT]);
             let f = family;
-            let from = end(rng, &[f.outside[0], f.outside[1], f.inside[0], f.nodes[1], f.inside[5]]);
+            // What resolvers say is `names_run.rs`'s to compare.
+            let mut senders = vec![f.outside[0], f.outside[1], f.inside[0], f.nodes[1], f.inside[5]];
+            senders.retain(|ip| t.resolver(ip) == 0);
+            let from = end(rng, &senders);
             let to = end(rng, &f.pods.map(|(ip, ..)| ip));
             any_packet(rng, from, to)
         }
@@ -1162,8 +1251,23 @@ fn outward(rng: &mut Rng, family: &Family, flow: Option<(FlowKey, Flow)>, input:
         1 => rng.pick(&[family.strangers[0], family.strangers[1], family.pods[0].0, family.pods[1].0]),
         _ => rng.pick(&own),
     };
-    let (from, to) = (end(rng, &[source]), anybody(rng, family));
-    any_packet(rng, from, to)
+    let from = end(rng, &[source]);
+    match rng.below(8) {
+        // A question.
+        0 => {
+            let to = (firewalls::resolver(rng, family), rng.pick(&[53, 53, 5353]));
+            of_flow(rng, UDP, from, to, true)
+        }
+        // What the firewall judges here.
+        1 => {
+            let to = end(rng, &[family.nodes[0]]);
+            any_packet(rng, from, to)
+        }
+        _ => {
+            let to = anybody(rng, family);
+            any_packet(rng, from, to)
+        }
+    }
 }
 
 /// A packet at an uplink: what a token says, rewritten by the host or not; or anything.
@@ -1199,7 +1303,7 @@ fn at_uplink(rng: &mut Rng, family: &Family, t: &Memory, input: &mut Input) -> V
 
 /// A packet from outside, or from the tunnel to a source node: an answer to a flow, or anything.
 fn inward(rng: &mut Rng, family: &Family, t: &Memory, flow: Option<(FlowKey, Flow)>) -> Vec<u8> {
-    if let Some((key, flow)) = flow {
+    if let Some((key, flow)) = flow.filter(|(_, flow)| flow.egress != 0) {
         let port = if rng.percent(15) { flow.egress_port ^ 1 } else { flow.egress_port };
         let (from, to) = ((key.remote, key.remote_port), (egress(flow.egress), port));
         return of_flow(rng, key.protocol, from, to, false);
@@ -1442,6 +1546,11 @@ fn at_one_time(mut state: State, [before, after]: [Ticks; 2]) -> State {
     }
     state.fragments.values_mut().for_each(|head| settle(&mut head.seen));
     state.openers.values_mut().for_each(|opener| settle(&mut opener.seen));
+    state.asked.values_mut().for_each(|asked| settle(&mut asked.seen));
+    for denial in state.denials.values_mut() {
+        settle(&mut denial.first);
+        settle(&mut denial.last);
+    }
     for until in state.full.values_mut() {
         if *until == after.wrapping_add(seconds(1)) {
             *until = before.wrapping_add(seconds(1));
@@ -1469,7 +1578,7 @@ fn dropped(before: &[DropCount], after: &[DropCount], bytes: usize) -> Result<Op
 /// How often each outcome was met.
 type Met = BTreeMap<String, u32>;
 
-/// Runs one case in the kernel and in memory. Gives what differs.
+/// Runs one case in the kernel and in memory. Gives what differs; the tables are then as they were.
 fn compare(
     kernel: &mut Kernel,
     t: &mut Memory,
@@ -1529,6 +1638,9 @@ fn compare(
         let states = (at_one_time(State::of(&memory), times), at_one_time(after.clone(), times));
         if expected == found && states.0 == states.1 {
             *met.entry(label(program, packet.as_ref(), &expected)).or_default() += 1;
+            for event in firewalls::events(&before, &states.0) {
+                *met.entry(format!("{program:?}: {event}")).or_default() += 1;
+            }
             problem = None;
             break;
         }
@@ -1540,13 +1652,20 @@ fn compare(
         );
         problem = Some(difference);
     }
+    // The tables are shown as they were before.
+    if let Some(problem) = problem {
+        return Err(problem);
+    }
     t.flows.replace(after.flows);
     t.replies.replace(after.replies);
     t.full.replace(after.full);
     t.openers.replace(after.openers);
     t.fragments.replace(after.fragments);
     t.tokens.replace(after.tokens);
-    problem.map_or(Ok(()), Err)
+    t.asked.replace(after.asked);
+    t.rule_counts.replace(after.rule_counts);
+    t.denials.replace(after.denials);
+    Ok(())
 }
 
 /// Entries that are not in both.
@@ -1571,6 +1690,9 @@ fn changes(before: &State, after: &State) -> Vec<String> {
         of("OPENERS", &before.openers, &after.openers),
         of("FRAGMENTS", &before.fragments, &after.fragments),
         of("TOKENS", &before.tokens, &after.tokens),
+        of("ASKED", &before.asked, &after.asked),
+        of("RULE_COUNTS", &before.rule_counts, &after.rule_counts),
+        of("DENIALS", &before.denials, &after.denials),
     ]
     .concat()
 }
@@ -1612,7 +1734,7 @@ fn environment(name: &str) -> Option<u64> {
 }
 
 /// What some case must have met, beside the drops.
-const OUTCOMES: [&str; 32] = [
+const OUTCOMES: [&str; 36] = [
     "FromPod: IPv4 Tcp: Redirect",
     "FromPod: IPv4 Udp: Redirect",
     "FromPod: IPv4 Sctp: Redirect",
@@ -1620,6 +1742,7 @@ const OUTCOMES: [&str; 32] = [
     "FromPod: IPv4 IcmpError: Redirect",
     "FromPod: IPv4 Later fragment: Redirect",
     "FromPod: IPv4: answered, TooBig",
+    "FromPod: IPv4: answered, FirewallDenied",
     "FromPod: IPv6 Tcp: Redirect",
     "FromPod: IPv6 Udp: Redirect",
     "FromPod: IPv6 Sctp: Redirect",
@@ -1627,12 +1750,15 @@ const OUTCOMES: [&str; 32] = [
     "FromPod: IPv6 IcmpError: Redirect",
     "FromPod: IPv6 Later fragment: Redirect",
     "FromPod: IPv6: answered, TooBig",
+    "FromPod: IPv6: answered, FirewallDenied",
     "ToUplink: IPv4 Tcp: Redirect",
     "ToUplink: IPv4 Udp: Redirect",
     "ToUplink: IPv4: answered, NoFlow",
+    "ToUplink: IPv4: answered, FirewallDenied",
     "ToUplink: IPv6 Tcp: Redirect",
     "ToUplink: IPv6 Udp: Redirect",
     "ToUplink: IPv6: answered, NoFlow",
+    "ToUplink: IPv6: answered, FirewallDenied",
     "FromUplink: IPv4 Later fragment: Redirect",
     "FromUplink: IPv6 Tcp: Redirect",
     "FromUplink: IPv6 Udp: Redirect",
@@ -1658,23 +1784,27 @@ fn kernel_and_memory_agree() {
     println!("OUTGATE_PARITY_SEED={seed} OUTGATE_PARITY_CASES={cases}");
     enter_node_network();
     // One with room, one that is soon full.
-    let mut kernels = [(Kernel::load(600), 600), (Kernel::load(12), 12)];
+    let kernel = |capacity| (Kernel::load(capacity), capacity as usize, Memory::default());
+    let mut kernels = [kernel(600), kernel(12)];
     let begin = Instant::now();
     let mut met = Met::new();
     let mut done = 0;
     while done < cases {
         let world = done / CASES_PER_WORLD;
         let mut rng = Rng(seed.wrapping_add(world.wrapping_mul(0x1234_5678_9abc_def1)));
-        let (kernel, capacity) = &mut kernels[usize::from(world % 5 == 4)];
+        let (kernel, capacity, before) = &mut kernels[usize::from(world % 5 == 4)];
         let mut t = tables(&mut rng, kernel::now(), *capacity);
+        kernel.take_firewalls(before);
+        kernel.put_firewalls(&t);
+        before.clone_from(&t);
+        kernel.write_learnt(&t);
         kernel.write(&t);
         for _ in 0..CASES_PER_WORLD {
             let (program, input) = case(&mut rng, &t);
-            let before = t.clone();
             let observe = rng.percent(50);
             if let Err(problem) = compare(kernel, &mut t, program, &input, observe, &mut met) {
                 panic!(
-                    "{program:?} on {input:x?}, {}\n{problem}\ncase {done} of OUTGATE_PARITY_SEED={seed}\ntables: {before:?}",
+                    "{program:?} on {input:x?}, {}\n{problem}\ncase {done} of OUTGATE_PARITY_SEED={seed}\ntables: {t:?}",
                     if observe { "observed" } else { "run" }
                 );
             }
@@ -1694,10 +1824,12 @@ fn kernel_and_memory_agree() {
             DropReason::Rewrite,
             DropReason::NotAnUplink,
             DropReason::PodFlowLimit,
+            // `to_pod`'s own, which asks no decision in memory.
+            DropReason::AnswerHeld,
         ];
         let reasons = DropReason::ALL.iter().filter(|reason| !rare.contains(reason));
         let drops = reasons.map(|reason| format!(": {}", reason.name()));
-        for outcome in drops.chain(OUTCOMES.map(str::to_owned)) {
+        for outcome in drops.chain(OUTCOMES.into_iter().chain(firewalls::EVENTS).map(str::to_owned)) {
             assert!(met.keys().any(|met| met.contains(&outcome)), "no case met \"{outcome}\"");
         }
     }
