@@ -27,10 +27,11 @@ pub enum Departure {
     Drop(DropReason),
 }
 
-/// Whether the routes have to be asked: where the host's DNAT decides, they do not tell.
+/// Whether the routes have to be asked: where the host's DNAT decides, they do not tell. Later fragments go, or not, with
+/// their first.
 #[inline(always)]
 pub fn asks<T: Tables>(t: &T, packet: &Packet) -> bool {
-    packet.part == Part::Whole && t.network(&packet.tuple.destination) == 0
+    packet.part != Part::Later && t.network(&packet.tuple.destination) == 0
 }
 
 /// Decides. A route by an interface that leads to pods or local containers stays on the node; by any other that is
@@ -43,9 +44,11 @@ pub fn depart<T: Tables>(
     stack: HostStack,
     route: Route,
 ) -> Departure {
+    // What is in pieces goes by the stack, which may put it together.
+    let whole = packet.part == Part::Whole;
     let direct = match route {
-        _ if settings.offload == Offload::Always as u8 && stack == HostStack::Usual => true,
-        Route::None => stack != HostStack::Required,
+        _ if whole && settings.offload == Offload::Always as u8 && stack == HostStack::Usual => true,
+        Route::None => whole && stack != HostStack::Required,
         Route::Host => false,
         Route::By(ifindex) => {
             const UPLINK: u8 = InterfaceKind::Uplink as u8;
@@ -100,6 +103,14 @@ mod tests {
         );
         let lonely = Settings { uplink: 0, ..auto };
         assert_eq!(depart(&t, &lonely, &packet, HostStack::Usual, Route::None), Departure::Up);
+        // A first fragment stays on the host's path, but leaves by no other way than a whole packet.
+        let first = Packet { part: Part::First, ..packet };
+        assert!(asks(&t, &first) && !asks(&t, &Packet { part: Part::Later, ..packet }));
+        assert_eq!(depart(&t, &auto, &first, HostStack::Usual, Route::None), Departure::Up);
+        assert_eq!(
+            depart(&t, &auto, &first, HostStack::Usual, Route::By(InterfaceKind::Other as u32)),
+            Departure::Drop(DropReason::NotAnUplink)
+        );
         let always = Settings { offload: Offload::Always as u8, ..auto };
         assert_eq!(
             depart(&t, &always, &packet, HostStack::Usual, Route::By(InterfaceKind::Uplink as u32)),
