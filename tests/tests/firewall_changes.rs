@@ -331,8 +331,12 @@ fn eight_thousand_rules_are_replaced_in_one_step() {
         let rest = text.split_once(&format!("{address} counter packets ")).map(|(_, rest)| rest);
         rest.and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap_or(0)
     };
-    cluster.firewall(&version(0));
     let pods = cluster.pods();
+    // Until the agents know the pods, what they send is held.
+    for pod in &pods {
+        expect(&pod.netns, &[(WEB, OPEN)]);
+    }
+    cluster.firewall(&version(0));
     let in_force = |number: u32| {
         eventually_ok(&format!("version {number}"), Duration::from_secs(20), || {
             let before = [seen(x), seen(y)];
