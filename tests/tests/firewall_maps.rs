@@ -66,15 +66,6 @@ impl Cluster {
             )),
         })
     }
-
-    /// Waits until nothing but this version is in the maps.
-    fn wait_only(&self, maps: &Maps, version: Option<u32>) {
-        let wanted: BTreeSet<u32> = version.into_iter().collect();
-        eventually_ok("old versions are removed", SOON, || {
-            let found = maps.standing();
-            if found == wanted { Ok(()) } else { Err(format!("{found:?}, {wanted:?} is wanted")) }
-        });
-    }
 }
 
 /// The maps that a firewall is judged by.
@@ -85,6 +76,15 @@ struct Maps {
 }
 
 impl Maps {
+    /// Waits until nothing but this version is in the maps.
+    fn wait_only(&self, version: Option<u32>) {
+        let wanted: BTreeSet<u32> = version.into_iter().collect();
+        eventually_ok("old versions are removed", SOON, || {
+            let found = self.standing();
+            if found == wanted { Ok(()) } else { Err(format!("{found:?}, {wanted:?} is wanted")) }
+        });
+    }
+
     fn open(dir: &std::path::Path) -> Self {
         let open = |name: &str| {
             let path: PathBuf = dir.join(name);
@@ -189,7 +189,7 @@ fn whoever_looks_while_8000_rules_are_swapped_for_8000_others_finds_one_whole_ve
         }
         drop(stop);
     });
-    cluster.wait_only(&maps, Some(id));
+    maps.wait_only(Some(id));
     assert_eq!(cluster.lab.map("node-a", "RULES").len(), RULES as usize);
 }
 
@@ -235,7 +235,7 @@ fn versions_and_names_keep_their_numbers_over_restarts() {
     let second = cluster.wait_version(&maps, first);
     assert_eq!(second, first + 1);
     assert!(cluster.lab.map("node-a", "NAMES") == before[5], "the name is the same");
-    cluster.wait_only(&maps, Some(second));
+    maps.wait_only(Some(second));
 }
 
 #[test]
@@ -262,7 +262,7 @@ fn a_refused_update_leaves_the_version_before_in_force_and_a_removed_object_none
     };
     assert_eq!(pods(&cluster), [Some(1)]);
     cluster.lab.objects.remove(FILE);
-    cluster.wait_only(&maps, None);
+    maps.wait_only(None);
     assert_eq!(pods(&cluster), [Some(0)]);
     assert_eq!(maps.in_force(), None);
     assert!(cluster.lab.map("node-a", "NAMES").is_empty());

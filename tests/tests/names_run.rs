@@ -160,7 +160,8 @@ impl Rig {
         let now = now();
         let left = |word: u64| {
             let ticks = (word as Ticks).wrapping_sub(now);
-            (f64::from(ticks) * f64::from(1 << 24) / 1e9).round() as u32
+            let nanoseconds = u64::from(ticks) << 24;
+            ((nanoseconds + 500_000_000) / 1_000_000_000) as u32
         };
         learnt
             .names
@@ -429,11 +430,11 @@ fn a_segment_is_held_until_it_is_read() {
         // Sent again before the agent has read it: nothing new.
         rig.held(&packet);
         assert_eq!(rig.kernel.segments(), []);
-        let held = rig.kernel.held();
-        assert_eq!(held.keys().collect::<Vec<_>>(), [&key]);
-        assert_eq!(held[&key].read, 0);
+        let waiting = rig.kernel.held();
+        assert_eq!(waiting.keys().collect::<Vec<_>>(), [&key]);
+        assert_eq!(waiting[&key].read, 0);
         // Read: it passes, and so does its beginning.
-        rig.kernel.set_held(&BTreeMap::from([(key, Held { read: 9, ..held[&key] })]));
+        rig.kernel.set_held(&BTreeMap::from([(key, Held { read: 9, ..waiting[&key] })]));
         rig.passes(&packet);
         rig.passes(&segment(&family, 1000, ACK, b"an answ"));
         // More behind it is read anew.

@@ -59,7 +59,7 @@ fn call<K>(
         keys: keys.as_ptr().addr() as u64,
         values,
         count: keys.len() as u32,
-        map: map.as_raw_fd() as u32,
+        map: map.as_raw_fd().cast_unsigned(),
         element_flags: 0,
         flags: 0,
     };
