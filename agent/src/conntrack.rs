@@ -5,6 +5,9 @@
 //! comes back to the node's address finds no translation, so that the node answers it with a reset.
 //!
 //! The same for connections that a firewall's new version denies: what comes back for them finds no way to the pod.
+//!
+//! Before that the programs are told who opened the pods' UDP connections: an answer that is under way while the pod is
+//! taken up would look like an opening from outside, and the pod's packets like answers to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -15,7 +18,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use datapath::addr::Ip;
 use datapath::conntrack::Ticks;
 use datapath::firewall::{is_for, judge};
-use datapath::keys::{Learnt, LearntKey, Network, NetworkKey, NetworkKind, PodId, Ruleset, RulesetId, Tuple};
+use datapath::keys::{
+    FlowKey, Learnt, LearntKey, Network, NetworkKey, NetworkKind, PodId, Ruleset, RulesetId, Tuple,
+};
 use datapath::limits::NODE_PORTS;
 use datapath::memory::Memory;
 use datapath::packet::{SCTP, TCP, UDP};
@@ -49,13 +54,18 @@ const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
 const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
 const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
 
 type Networks = BTreeMap<NetworkKey, Network>;
 
-/// What the kernel has learnt of an address' names, and its clock.
+/// What the kernel knows besides an image.
 pub trait Names: Send {
+    /// Notes that the pod opened a connection.
+    fn opened_by_pod(&self, key: &FlowKey);
     /// The names of an address.
     fn learnt(&self, key: &LearntKey) -> Option<Learnt>;
     /// Time since boot.
@@ -68,6 +78,8 @@ struct Job {
     networks: Networks,
     /// Pods that became selected.
     selected: BTreeSet<Ip>,
+    /// The ids of these pods and the next.
+    pods: BTreeMap<Ip, PodId>,
     /// Pods that have come under another version, which it is.
     ruled: BTreeMap<Ip, RulesetId>,
     rulesets: BTreeMap<RulesetId, Arc<Rules>>,
@@ -109,7 +121,9 @@ impl Conntrack {
             newly_ruled.iter().filter_map(|ip| Some((*ip, self.ruled.get(ip)?.1))).collect();
         let ids: BTreeSet<_> = ruled.values().copied().collect();
         let rulesets = image.rulesets.iter().filter(|(id, _)| ids.contains(id));
+        let ours = newly_selected.iter().chain(&newly_ruled);
         let job = Job {
+            pods: ours.filter_map(|ip| Some((*ip, image.pods.get(ip)?.id))).collect(),
             networks: image.networks.clone(),
             selected: newly_selected,
             rulesets: rulesets.map(|(id, rules)| (*id, Arc::clone(rules))).collect(),
@@ -150,6 +164,7 @@ fn work(jobs: &Receiver<Job>, names: &dyn Names) {
         while let Ok(next) = jobs.try_recv() {
             job.networks = next.networks;
             job.selected.extend(next.selected);
+            job.pods.extend(next.pods);
             job.ruled.extend(next.ruled);
             job.rulesets.extend(next.rulesets);
             job.resolvers = next.resolvers;
@@ -161,7 +176,12 @@ fn work(jobs: &Receiver<Job>, names: &dyn Names) {
         for (family, v4) in [(NFPROTO_IPV4, true), (NFPROTO_IPV6, false)] {
             let pods: BTreeSet<Ip> =
                 job.selected.iter().chain(job.ruled.keys()).filter(|ip| ip.is_v4() == v4).copied().collect();
-            let is_old = |entry: &[u8]| is_old(entry, &job.selected, &job.networks) || judge.denies(entry);
+            let is_old = |entry: &[u8]| {
+                if let Some(key) = opened(entry, &job.pods) {
+                    names.opened_by_pod(&key);
+                }
+                is_old(entry, &job.selected, &job.networks) || judge.denies(entry)
+            };
             match remove(family, &pods, is_old) {
                 Ok(0) => {}
                 Ok(removed) => debug!("removed {removed} conntrack entries of {} pods", pods.len()),
@@ -241,6 +261,23 @@ impl<'a> Judge<'a> {
         }
         !judge(&self.tables, *id, &tuple).allows()
     }
+}
+
+/// A UDP connection that one of the pods opened, as the pod sees it.
+fn opened(entry: &[u8], pods: &BTreeMap<Ip, PodId>) -> Option<FlowKey> {
+    let original = attribute(entry, CTA_TUPLE_ORIG)?;
+    let (addresses, proto) = (attribute(original, CTA_TUPLE_IP)?, attribute(original, CTA_TUPLE_PROTO)?);
+    if *attribute(proto, CTA_PROTO_NUM)?.first()? != UDP {
+        return None;
+    }
+    let pod = *pods.get(&source(addresses)?)?;
+    let remote = match attribute(addresses, CTA_IP_V4_DST) {
+        Some(v4) => Ip::v4(v4.try_into().ok()?),
+        None => Ip { octets: attribute(addresses, CTA_IP_V6_DST)?.try_into().ok()? },
+    };
+    let port = |kind| Some(u16::from_be_bytes(attribute(proto, kind)?.try_into().ok()?));
+    let (local_port, remote_port) = (port(CTA_PROTO_SRC_PORT)?, port(CTA_PROTO_DST_PORT)?);
+    Some(FlowKey { pod, remote, local_port, remote_port, protocol: UDP, path: 0, pad: 0 })
 }
 
 /// A connection as its opener's packets are after the host's DNAT: they go where the answers come from.
@@ -398,6 +435,7 @@ mod tests {
     struct Known(BTreeMap<LearntKey, Learnt>);
 
     impl Names for Known {
+        fn opened_by_pod(&self, _key: &FlowKey) {}
         fn learnt(&self, key: &LearntKey) -> Option<Learnt> {
             self.0.get(key).copied()
         }

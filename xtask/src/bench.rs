@@ -12,7 +12,10 @@ pub(crate) struct Options {
     #[arg(long)]
     long: bool,
     /// One group of figures only
-    #[arg(long, value_enum)]
+    #[arg(value_enum)]
+    group: Option<Group>,
+    /// The same
+    #[arg(long, value_enum, conflicts_with = "group")]
     only: Option<Group>,
     /// Where the choice among flows starts: the same seed, the same packets
     #[arg(long, default_value_t = 1)]
@@ -77,7 +80,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.long {
         bench.arg("--long");
     }
-    if let Some(group) = options.only {
+    if let Some(group) = options.group.or(options.only) {
         bench.args(["--only", &name(&group)]);
     }
     process::run(&mut bench)

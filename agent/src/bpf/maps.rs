@@ -13,9 +13,9 @@ use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
     self, Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
     FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, NameEvent, NameKey,
-    NameRuleKey, Network, NetworkKey, Node, NodeId, Opener, Pod, PodName, Policy, PortPage, PortPageKey,
-    PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, Ruleset, Settings, Swept, Token,
-    Winner,
+    NameRuleKey, Network, NetworkKey, Node, NodeId, OpenedBy, Opener, Pod, PodName, Policy, PortPage,
+    PortPageKey, PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, Ruleset, Settings,
+    Swept, Token, Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -242,22 +242,32 @@ pub fn drops(dir: &Path) -> Result<Vec<(DropReason, DropCount)>, Error> {
     Ok(found)
 }
 
-/// What the kernel has learnt of names.
-pub struct LearntNames(HashMap<MapData, Plain<LearntKey>, Plain<Learnt>>);
+/// What the kernel has learnt of names, and who opened which connection.
+pub struct LearntNames {
+    learnt: HashMap<MapData, Plain<LearntKey>, Plain<Learnt>>,
+    openers: std::cell::RefCell<HashMap<MapData, Plain<FlowKey>, Plain<Opener>>>,
+}
 
 impl LearntNames {
     /// Opens the map. `dir` as of [`super::pin_dir`].
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        let name = "LEARNT";
-        let map = HashMap::try_from(open(dir, name)?).map_err(|source| Error::Map { name, source })?;
-        Ok(Self(map))
+        let of = |name| move |source| Error::Map { name, source };
+        let learnt = HashMap::try_from(open(dir, "LEARNT")?).map_err(of("LEARNT"))?;
+        let openers = HashMap::try_from(open(dir, "OPENERS")?).map_err(of("OPENERS"))?;
+        Ok(Self { learnt, openers: openers.into() })
     }
 }
 
 impl crate::conntrack::Names for LearntNames {
+    fn opened_by_pod(&self, key: &FlowKey) {
+        let opener = Opener { seen: now(), by: OpenedBy::Pod as u8, pad: [0; 3] };
+        // An LRU map makes room.
+        let _ = self.openers.borrow_mut().insert(Plain(*key), Plain(opener), 0);
+    }
+
     fn learnt(&self, key: &LearntKey) -> Option<Learnt> {
         // What cannot be read is not known.
-        self.0.get(&Plain(*key), 0).ok().map(|learnt| learnt.0)
+        self.learnt.get(&Plain(*key), 0).ok().map(|learnt| learnt.0)
     }
 
     fn now(&self) -> Ticks {

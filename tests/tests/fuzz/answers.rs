@@ -37,7 +37,10 @@ pub(crate) fn answered(
                 ("told too big", too_big(before, &asked))
             }
             Program::ToUplink if after.get(answer.destination()) == before.get(asked.source()) => {
-                ("reset", reset(before, &asked, mac_of(ifindex)))
+                // To the host's stack, which it comes in by; past it, back to whom it came from.
+                let stack = after.get(..6) == Some(&mac_of(ifindex)[..]);
+                let back = before.get(6..12).and_then(|mac| mac.try_into().ok()).unwrap_or_default();
+                ("reset", reset(before, &asked, if stack { mac_of(ifindex) } else { back }))
             }
             Program::FromPod
             | Program::ToPod
