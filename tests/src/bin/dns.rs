@@ -62,7 +62,7 @@ enum Mode {
         #[arg(long)]
         never: bool,
         /// For a connection.
-        #[arg(long, default_value_t = 900)]
+        #[arg(long, default_value_t = 2500)]
         limit_ms: u64,
     },
 }

@@ -485,6 +485,9 @@ impl Oracle<'_> {
                 self.untouched()
             }
             (Program::ToUplink, Some(packet)) => {
+                // What came past the host's stack is answered past it.
+                let direct =
+                    self.memory.tokens.borrow().get(&input.hash).is_some_and(|token| token.direct != 0);
                 let (uplink, hash) = (input.ifindex, input.hash);
                 let verdict =
                     datapath::to_uplink::to_uplink(tables, uplink, input.ingress, hash, &packet, &Keep);
@@ -496,12 +499,16 @@ impl Oracle<'_> {
                     ToUplink::Translate(snat) => {
                         self.translated(&input.frame, (snat.source, snat.source_port), snat.way, 0)
                     }
-                    ToUplink::Reset => match (self.memory.interface(uplink), Decoded::of(&input.frame)) {
+                    ToUplink::Reset => match Decoded::of(&input.frame) {
                         // No RST goes to a segment that is deep in extension headers, which nobody sends.
-                        (Some(_), Some(decoded)) if decoded.l4 <= 256 => Fate::Answer(DropReason::NoFlow),
+                        Some(decoded)
+                            if decoded.l4 <= 256 && (direct || self.memory.interface(uplink).is_some()) =>
+                        {
+                            Fate::Answer(DropReason::NoFlow)
+                        }
                         _ => Fate::Drop(DropReason::NoFlow),
                     },
-                    ToUplink::Reject if self.memory.interface(uplink).is_none() => {
+                    ToUplink::Reject if !direct && self.memory.interface(uplink).is_none() => {
                         Fate::Drop(DropReason::FirewallDenied)
                     }
                     ToUplink::Reject => self.rejected(),
