@@ -12,6 +12,7 @@ use crate::keys::{
     Settings, Token, Tuple, Unassigned,
 };
 use crate::limits::POD_FLOWS;
+use crate::names;
 use crate::packet::{Kind, Packet, Part, RST};
 use crate::ports::claim_port;
 use crate::snat::{choose_egress_ip, way_out};
@@ -123,11 +124,7 @@ fn decide<T: Tables, A: Act<ToUplink>>(
     let undisturbed = tuple.destination == token.tuple.destination
         && tuple.destination_port == token.tuple.destination_port;
     // A resolver's answers are read on the host's path, if there is one.
-    let read = translates
-        && ruled
-        && token.direct == 0
-        && firewall::is_dns_port(tuple.destination_port)
-        && t.resolver(&tuple.destination) != 0;
+    let read = translates && ruled && token.direct == 0 && names::by_host(t, token.firewall, tuple);
     let key = if undisturbed && !read && settings.offload != Offload::Never as u8 {
         flow_key(token.pod, &token.tuple, FlowPath::Offloaded)
     } else {

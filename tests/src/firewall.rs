@@ -3,6 +3,53 @@
 use std::fmt::Write as _;
 
 use crate::objects::Objects;
+use crate::{Agent, Lab, LabSpec, Pod, PodSpec, Process};
+
+/// Two nodes with agents, and the lab's own servers at the outside hosts.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The lab.
+    pub lab: Lab,
+    /// An agent on each node.
+    pub agents: Vec<Agent>,
+    /// Its servers, which end with it.
+    pub servers: Vec<Process>,
+}
+
+impl Cluster {
+    /// Brings it up.
+    #[must_use]
+    pub fn new(spec: LabSpec) -> Self {
+        let lab = Lab::with(&spec.nodes(2));
+        lab.describe_cluster(&["node-b"]);
+        let agents = lab.start_agents();
+        Self::serve(lab, agents)
+    }
+
+    /// Starts the servers in a lab whose agents are there.
+    #[must_use]
+    pub fn serve(lab: Lab, agents: Vec<Agent>) -> Self {
+        let servers = [&lab.web, &lab.other].map(|host| lab.echo(&host.netns)).into();
+        Self { lab, agents, servers }
+    }
+
+    /// A pod of its node's name.
+    #[must_use]
+    pub fn pod(&self, node: &str, namespace: &str) -> Pod {
+        self.lab.run_pod(node, &PodSpec::new(namespace, node))
+    }
+
+    /// A pod of namespace `prod` on each node.
+    #[must_use]
+    pub fn pods(&self) -> [Pod; 2] {
+        ["node-a", "node-b"].map(|node| self.pod(node, "prod"))
+    }
+
+    /// Gives namespace `prod` a firewall.
+    pub fn firewall(&self, rules: &[Rule]) {
+        self.lab.objects.firewall("prod", rules);
+    }
+}
 
 /// One rule of `spec.egress`.
 #[derive(Debug, Clone)]

@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-use lab::firewall::{Rule, allow, deny};
+use lab::firewall::{Cluster, allow, deny};
 use lab::reach::{OPEN, SILENT, expect, expect_targets, nothing_arrives, tcp, udp};
 use lab::servers::ECHO;
 use lab::service::{Front, Masquerade};
-use lab::{Agent, Cni, Family, Lab, LabSpec, Pod, PodSpec, Process, endpoint, eventually_ok};
+use lab::{Cni, Family, Lab, LabSpec, Pod, PodSpec, endpoint, eventually_ok};
 
 const EGRESS: &str = "172.18.0.101";
 const WEB: &str = "203.0.113.10";
@@ -17,40 +17,6 @@ const NODE_A: &str = "172.18.0.11";
 const NODE_B: &str = "172.18.0.12";
 /// For a change to be in force, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(5);
-
-struct Cluster {
-    lab: Lab,
-    _agents: Vec<Agent>,
-    _servers: Vec<Process>,
-}
-
-impl Cluster {
-    /// Two nodes, agents, and the lab's own servers at the outside hosts.
-    fn new(spec: LabSpec) -> Self {
-        let lab = Lab::with(&spec.nodes(2));
-        lab.describe_cluster(&["node-b"]);
-        let agents = lab.start_agents();
-        Self::serve(lab, agents)
-    }
-
-    fn serve(lab: Lab, agents: Vec<Agent>) -> Self {
-        let servers = [&lab.web, &lab.other].map(|host| lab.echo(&host.netns)).into();
-        Self { lab, _agents: agents, _servers: servers }
-    }
-
-    fn pod(&self, node: &str, namespace: &str) -> Pod {
-        self.lab.run_pod(node, &PodSpec::new(namespace, node))
-    }
-
-    /// A pod of namespace `prod` on each node.
-    fn pods(&self) -> [Pod; 2] {
-        ["node-a", "node-b"].map(|node| self.pod(node, "prod"))
-    }
-
-    fn firewall(&self, rules: &[Rule]) {
-        self.lab.objects.firewall("prod", rules);
-    }
-}
 
 /// Routes a network outside to a host, which answers as all of its addresses.
 fn whole_network(lab: &Lab, host: &lab::Host, network: &str) {

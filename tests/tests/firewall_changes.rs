@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-use lab::firewall::{Rule, allow, deny};
+use lab::firewall::{Cluster, Rule, allow, deny};
 use lab::reach::{OPEN, SILENT, expect, expect_targets, tcp, udp};
 use lab::record::Recorder;
 use lab::servers::ECHO;
-use lab::{Agent, Lab, LabSpec, Netns, Pod, PodSpec, Process, endpoint, eventually_ok};
+use lab::{Agent, Lab, LabSpec, Netns, Pod, PodSpec, endpoint, eventually_ok};
 
 const EGRESS: &str = "172.18.0.101";
 const WEB: &str = "203.0.113.10";
@@ -18,40 +18,6 @@ const NODE_A: &str = "172.18.0.11";
 const LIMIT: Duration = Duration::from_secs(5);
 /// For a denied live flow to stop.
 const CUT: Duration = Duration::from_secs(1);
-
-struct Cluster {
-    lab: Lab,
-    agents: Vec<Agent>,
-    _servers: Vec<Process>,
-}
-
-impl Cluster {
-    /// Two nodes, agents, and the lab's own servers at the outside hosts.
-    fn new(spec: LabSpec) -> Self {
-        let lab = Lab::with(&spec.nodes(2));
-        lab.describe_cluster(&["node-b"]);
-        let agents = lab.start_agents();
-        Self::serve(lab, agents)
-    }
-
-    fn serve(lab: Lab, agents: Vec<Agent>) -> Self {
-        let servers = [&lab.web, &lab.other].map(|host| lab.echo(&host.netns)).into();
-        Self { lab, agents, _servers: servers }
-    }
-
-    fn pod(&self, node: &str, namespace: &str) -> Pod {
-        self.lab.run_pod(node, &PodSpec::new(namespace, node))
-    }
-
-    /// A pod of namespace `prod` on each node.
-    fn pods(&self) -> [Pod; 2] {
-        ["node-a", "node-b"].map(|node| self.pod(node, "prod"))
-    }
-
-    fn firewall(&self, rules: &[Rule]) {
-        self.lab.objects.firewall("prod", rules);
-    }
-}
 
 /// Of streams to two hosts the one that a change denies stops, the other loses nothing.
 #[track_caller]
@@ -174,7 +140,7 @@ const NOT_APPLIED: &str = "EgressFirewall Rules not correctly applied";
 
 #[test]
 fn what_is_not_valid_changes_nothing_and_opens_nothing() {
-    let Cluster { lab, mut agents, _servers } = Cluster::new(LabSpec::default());
+    let Cluster { lab, mut agents, servers: _servers } = Cluster::new(LabSpec::default());
     lab.tolerate("EgressFirewall");
     let pods = ["node-a", "node-b"].map(|node| lab.run_pod(node, &PodSpec::new("prod", node)));
     let good = [allow("203.0.113.10/32"), deny("0.0.0.0/0")];

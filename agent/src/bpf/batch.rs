@@ -1,4 +1,4 @@
-//! Many entries of a map with one system call, which aya has no word for: 8,000 calls cost more than what they do.
+//! Many entries of a map with one system call, which aya has no word for.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -6,11 +6,16 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use datapath::keys::MapData;
 
 // enum bpf_cmd (include/uapi/linux/bpf.h)
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_int = 27;
 
+/// Entries that are looked at with one call, to begin with.
+const AT_ONCE: usize = 4096;
+
 /// `bpf_attr.batch` (include/uapi/linux/bpf.h).
 #[repr(C)]
+#[derive(Default)]
 struct Batch {
     from: u64,
     to: u64,
@@ -54,19 +59,84 @@ fn call<K>(
         return Ok(());
     }
     let mut batch = Batch {
-        from: 0,
-        to: 0,
         keys: keys.as_ptr().addr() as u64,
         values,
         count: keys.len() as u32,
         map: map.as_raw_fd().cast_unsigned(),
-        element_flags: 0,
-        flags: 0,
+        ..Batch::default()
     };
-    // SAFETY: `batch` is laid out as the kernel has it and outlives the call. `keys` and `values` point to `count`
-    // plain elements, which the kernel only reads; their sizes are those that `maps::check_pinned` has found the map
-    // to have.
-    #[expect(unsafe_code, reason = "a system call that aya has no word for")]
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut batch, size_of::<Batch>()) };
-    if result == 0 { Ok(()) } else { Err((io::Error::last_os_error(), batch.count as usize)) }
+    // SAFETY: `keys` and `values` point to `count` plain elements, which the kernel only reads; their sizes are those
+    // that `maps::check_pinned` has found the map to have.
+    #[expect(unsafe_code, reason = "see above")]
+    let result = unsafe { bpf(command, &mut batch) };
+    result.map_err(|error| (error, batch.count as usize))
+}
+
+/// Looks at every entry of a hash map: one that is there all the time is seen once, whatever comes and goes meanwhile. It
+/// does not count as use of an LRU map's entries (the kernel copies whole buckets: kernel/bpf/hashtab.c).
+pub(super) fn each<K: MapData, V: MapData>(
+    map: BorrowedFd<'_>,
+    mut look: impl FnMut(&K, &V),
+) -> io::Result<()> {
+    let (mut keys, mut values): (Vec<K>, Vec<V>) = (Vec::new(), Vec::new());
+    let mut room = AT_ONCE;
+    // Where the next call goes on, a bucket's number: the kernel writes 4 bytes of it (`__htab_map_lookup_and_delete_batch`).
+    let mut place = 0_u32;
+    let mut begun = false;
+    loop {
+        keys.clear();
+        values.clear();
+        keys.reserve(room);
+        values.reserve(room);
+        let to = &raw mut place;
+        let mut batch = Batch {
+            from: if begun { to.expose_provenance() as u64 } else { 0 },
+            to: to.expose_provenance() as u64,
+            keys: keys.as_mut_ptr().expose_provenance() as u64,
+            values: values.as_mut_ptr().expose_provenance() as u64,
+            count: room as u32,
+            map: map.as_raw_fd().cast_unsigned(),
+            ..Batch::default()
+        };
+        // SAFETY: there is room for `count` elements, of the sizes that `maps::check_pinned` has found the map to have.
+        #[expect(unsafe_code, reason = "see above")]
+        let result = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) };
+        let more = match result {
+            Ok(()) => true,
+            // The end; with the last entries.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => false,
+            // A bucket has more entries than there is room for.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let count = (batch.count as usize).min(room);
+        // SAFETY: the kernel has written so many, and every pattern of bytes is a value of these types.
+        #[expect(unsafe_code, reason = "the kernel has filled them")]
+        unsafe {
+            keys.set_len(count);
+            values.set_len(count);
+        }
+        for (key, value) in keys.iter().zip(&values) {
+            look(key, value);
+        }
+        if !more {
+            return Ok(());
+        }
+        begun = true;
+    }
+}
+
+/// The system call.
+///
+/// # Safety
+/// What `batch` points to is as `command` wants it, and outlives the call.
+#[expect(unsafe_code, reason = "see above")]
+unsafe fn bpf(command: libc::c_int, batch: &mut Batch) -> io::Result<()> {
+    // SAFETY: `batch` is laid out as the kernel has it; the rest is the caller's word.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(batch), size_of::<Batch>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

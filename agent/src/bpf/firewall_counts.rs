@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, HashMap, MapError, PerCpuArray};
@@ -13,15 +13,9 @@ use datapath::keys::{
     RuleCountKey, Ruleset, RulesetId, Winner,
 };
 
-use super::Error;
 use super::maps::{Plain, open};
+use super::{Error, batch};
 use crate::firewall::show;
-
-// enum bpf_cmd (include/uapi/linux/bpf.h)
-const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
-
-/// Entries of a call. A call that finds a longer hash bucket than it has room for fails; these are of a few entries.
-const AT_ONCE: usize = 4096;
 
 /// Reads a whole hash map.
 pub fn read<K: keys::MapData + Ord, V: keys::MapData>(
@@ -177,92 +171,19 @@ fn merge(
     (versions.iter().map(of).collect(), now)
 }
 
-/// Looks at every entry of a hash map, many with one system call: it may have hundreds of thousands. One that is
-/// there all the time is seen once, whatever comes and goes meanwhile.
+/// Looks at every entry of a pinned hash map.
 fn each<K: keys::MapData, V: keys::MapData>(
     dir: &Path,
     name: &'static str,
-    mut look: impl FnMut(&K, &V),
+    look: impl FnMut(&K, &V),
 ) -> Result<(), Error> {
-    let of = |error: io::Error| Error::Map { name, source: MapError::from(error) };
     let path = dir.join("maps").join(name);
     if !path.exists() {
         return Err(Error::NoMap { name, dir: dir.to_path_buf() });
     }
     let map = aya::maps::MapData::from_pin(&path).map_err(|source| Error::Map { name, source })?;
-    let mut place = Place::default();
-    loop {
-        let (keys, values, more) = some(map.fd().as_fd(), &mut place).map_err(of)?;
-        for (key, value) in keys.iter().zip(&values) {
-            look(key, value);
-        }
-        if !more {
-            return Ok(());
-        }
-    }
-}
-
-/// Where the next call goes on: a hash map's bucket. The kernel may write as much as a key (`struct bpf_attr.batch`,
-/// include/uapi/linux/bpf.h), and ours are smaller than this.
-#[derive(Default)]
-struct Place {
-    bucket: [u64; 8],
-    begun: bool,
-}
-
-/// Some entries, and whether there may be more.
-fn some<K: keys::MapData, V: keys::MapData>(
-    map: BorrowedFd<'_>,
-    place: &mut Place,
-) -> io::Result<(Vec<K>, Vec<V>, bool)> {
-    /// `bpf_attr.batch` (include/uapi/linux/bpf.h).
-    #[repr(C)]
-    struct Batch {
-        from: u64,
-        to: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map: u32,
-        element_flags: u64,
-        flags: u64,
-    }
-    const { assert!(size_of::<K>() <= 64) };
-    let mut keys: Vec<K> = Vec::with_capacity(AT_ONCE);
-    let mut values: Vec<V> = Vec::with_capacity(AT_ONCE);
-    let bucket = place.bucket.as_mut_ptr();
-    let mut batch = Batch {
-        from: if place.begun { bucket.expose_provenance() as u64 } else { 0 },
-        to: bucket.expose_provenance() as u64,
-        keys: keys.as_mut_ptr().expose_provenance() as u64,
-        values: values.as_mut_ptr().expose_provenance() as u64,
-        count: AT_ONCE as u32,
-        map: map.as_raw_fd().cast_unsigned(),
-        element_flags: 0,
-        flags: 0,
-    };
-    // SAFETY: `batch` is laid out as the kernel has it and outlives the call, as do the vectors, which have room for
-    // `count` elements, and the place, which has room for a key. `maps::check_pinned` has found the map to have
-    // elements of these sizes.
-    #[expect(unsafe_code, reason = "a system call that aya has no word for")]
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut batch, size_of::<Batch>()) };
-    let error = (result != 0).then(io::Error::last_os_error);
-    let more = match error {
-        None => true,
-        // The end; with the last entries (__htab_map_lookup_and_delete_batch, kernel/bpf/hashtab.c).
-        Some(error) if error.raw_os_error() == Some(libc::ENOENT) => false,
-        Some(error) => return Err(error),
-    };
-    let count = (batch.count as usize).min(AT_ONCE);
-    // SAFETY: the kernel has written so many, and every pattern of bytes is a value of these types.
-    #[expect(unsafe_code, reason = "the kernel has filled them")]
-    unsafe {
-        keys.set_len(count);
-        values.set_len(count);
-    }
-    place.begun = true;
-    Ok((keys, values, more))
+    batch::each(map.fd().as_fd(), look)
+        .map_err(|error: io::Error| Error::Map { name, source: MapError::from(error) })
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! marks what is read, and looks at what is learnt.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 
 use aya::Ebpf;
@@ -14,7 +14,7 @@ use datapath::limits::CREDITS;
 use tokio::io::unix::AsyncFd;
 
 use super::maps::{self, Plain};
-use super::{Error, object};
+use super::{Error, batch, object};
 use crate::names::Door;
 use crate::names::learnt::Events;
 
@@ -24,12 +24,9 @@ const CREDIT: &str = "credit";
 const ETHERNET_LEN: usize = 14;
 /// Segments that are read in one go, so that others get their turn.
 const BATCH: usize = 256;
-/// Entries of `LEARNT` that one system call reads.
-const ENTRIES: u32 = 4096;
 
 /// `enum bpf_cmd` (include/uapi/linux/bpf.h).
 const PROG_TEST_RUN: libc::c_long = 10;
-const MAP_LOOKUP_BATCH: libc::c_long = 24;
 
 /// `test` of `union bpf_attr` (include/uapi/linux/bpf.h).
 #[repr(C)]
@@ -51,20 +48,6 @@ struct TestRun {
     cpu: u32,
     batch_size: u32,
     pad: u32,
-}
-
-/// `batch` of `union bpf_attr` (include/uapi/linux/bpf.h).
-#[repr(C)]
-#[derive(Default)]
-struct Batch {
-    from: u64,
-    to: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
 }
 
 /// The kernel side of names.
@@ -92,7 +75,7 @@ impl Names {
         let failed = |what: &'static str| {
             move |source: io::Error| Error::Pin { what, path: "SEGMENTS".into(), source }
         };
-        let credit = std::os::fd::AsFd::as_fd(credit).try_clone_to_owned().map_err(failed("read"))?;
+        let credit = credit.as_fd().try_clone_to_owned().map_err(failed("read"))?;
         let segments = RingBuf::try_from(maps::open(dir, "SEGMENTS")?).map_err(of("SEGMENTS"))?;
         let Map::LruHashMap(learnt) = maps::open(dir, "LEARNT")? else {
             return Err(of("LEARNT")(MapError::InvalidMapType { map_type: 0 }));
@@ -137,7 +120,14 @@ impl Door for Names {
                 repeat: 1,
                 ..TestRun::default()
             };
-            bpf(PROG_TEST_RUN, &mut run)?;
+            // SAFETY: `run` is laid out as the kernel has it, and what it points to outlives the call. The kernel takes
+            // what is missing behind it for zeros.
+            #[expect(unsafe_code, reason = "aya runs a program of its own objects only")]
+            let done =
+                unsafe { libc::syscall(libc::SYS_bpf, PROG_TEST_RUN, &raw mut run, size_of::<TestRun>()) };
+            if done < 0 {
+                return Err(io::Error::last_os_error());
+            }
             if run.retval as usize != chunk.len() {
                 let message = format!("program credit took {} of {} entries", run.retval, chunk.len());
                 return Err(io::Error::other(message));
@@ -167,43 +157,10 @@ impl Door for Names {
         self.held.insert(Plain(key), Plain(Held { since: 0, read: seq }), 0).map_err(io::Error::other)
     }
 
-    /// It does not count as use of the entries: user space's look-ups never do
-    /// (`htab_lru_map_lookup_elem_sys`, and the batch copies buckets: kernel/bpf/hashtab.c).
     fn learnt(&self) -> io::Result<Vec<(LearntKey, Learnt)>> {
         let mut found = Vec::new();
-        let mut keys = vec![LearntKey::default(); ENTRIES as usize];
-        let mut values = vec![Learnt::default(); ENTRIES as usize];
-        let (mut from, mut to) = (0_u32, 0_u32);
-        let mut first = true;
-        loop {
-            let mut batch = Batch {
-                from: if first { 0 } else { (&raw const from) as u64 },
-                to: (&raw mut to) as u64,
-                keys: keys.as_mut_ptr() as u64,
-                values: values.as_mut_ptr() as u64,
-                count: keys.len() as u32,
-                map_fd: std::os::fd::AsFd::as_fd(self.learnt.fd()).as_raw_fd().cast_unsigned(),
-                ..Batch::default()
-            };
-            let result = bpf(MAP_LOOKUP_BATCH, &mut batch);
-            let ended = match result {
-                Ok(()) => false,
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                    // A bucket has more than there is room for.
-                    keys.resize(2 * keys.len(), LearntKey::default());
-                    values.resize(2 * values.len(), Learnt::default());
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            let count = batch.count as usize;
-            found.extend(keys.iter().copied().zip(values.iter().copied()).take(count));
-            if ended {
-                return Ok(found);
-            }
-            (from, first) = (to, false);
-        }
+        batch::each(self.learnt.fd().as_fd(), |key, learnt| found.push((*key, *learnt)))?;
+        Ok(found)
     }
 
     fn events(&self) -> io::Result<Events> {
@@ -233,14 +190,6 @@ fn bytes_of(credit: &Credit) -> &[u8] {
     unsafe {
         std::slice::from_raw_parts(std::ptr::from_ref(credit).cast(), size_of::<Credit>())
     }
-}
-
-/// The system call bpf(2), with one of `union bpf_attr`'s members; the kernel takes what is missing behind it for zeros.
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<()> {
-    // SAFETY: `attr` is valid for its size, and what it points to outlives the call: both callers hold it.
-    #[expect(unsafe_code, reason = "aya has no call for it")]
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]
