@@ -22,7 +22,7 @@ use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
 use crate::names::resolv_conf::ResolvConf;
-use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
+use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta, PortDemand};
 use crate::status::rfc3339;
 use crate::watch::{Problem, Source, Write};
 
@@ -258,7 +258,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
     async fn publish(&mut self, desired: &Desired, facts: &Facts) -> bool {
         let own = egress_node(&self.identity, desired, facts, &self.loaded, &self.firewalls);
         let name = &self.identity.node;
-        if self.source.objects().egress_nodes.get(name) == Some(&own) {
+        if self.source.objects().egress_nodes.get(name).is_some_and(|o| o.status == own.status) {
             return false;
         }
         if own.status.tunnel_address.is_empty() {
@@ -523,7 +523,12 @@ pub fn egress_node(
                     up: u.up,
                 })
                 .collect(),
-            demand: desired.demand().into_iter().map(|ip| ip.to_string()).collect(),
+            demand: desired
+                .demand()
+                .into_iter()
+                .map(|ip| PortDemand { egress_ip: ip.to_string(), granules: 0 })
+                .collect(),
+            returned: Vec::new(),
             loaded: loaded
                 .iter()
                 .map(|(ip, (uid, generation))| LoadedAllocation {

@@ -248,6 +248,7 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
             egress_ip: ip.to_string(),
             owner: a.owner.clone().unwrap_or_default(),
             leases,
+            ..EgressAllocationSpec::default()
         },
         ..EgressAllocation::default()
     }
@@ -257,7 +258,7 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
 mod tests {
     use super::*;
     use crate::model::{desired, tests::objects};
-    use crate::objects::Objects;
+    use crate::objects::{Objects, PortDemand};
 
     const CLUSTER: &str = "kind: Node
 metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
@@ -267,7 +268,7 @@ metadata: {name: b, uid: ub, labels: {k8s.ovn.org/egress-assignable: ''}}
 ---
 kind: EgressNode
 metadata: {name: a}
-status: {nodeUID: ua, tunnelAddress: 192.0.2.5, demand: [192.0.2.100], uplinks: [{name: eth0, up: true, networks: [192.0.2.5/24]}]}
+status: {nodeUID: ua, tunnelAddress: 192.0.2.5, demand: [{egressIP: 192.0.2.100}], uplinks: [{name: eth0, up: true, networks: [192.0.2.5/24]}]}
 ---
 kind: EgressNode
 metadata: {name: b}
@@ -327,6 +328,11 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
                         self.firewall_statuses.insert(s.metadata.namespace.clone(), s);
                     }
                     Write::RemoveFirewallStatus(n) => drop(self.firewall_statuses.remove(&n)),
+                    Write::NodeSpec(name, spec) => {
+                        self.objects.egress_nodes.entry(name).or_default().spec = spec;
+                    }
+                    Write::RemoveEgressNode(name) => drop(self.objects.egress_nodes.remove(&name)),
+                    Write::Event(_) => {}
                     Write::EgressNode(_) => panic!("not the leader's"),
                 }
             }
@@ -380,8 +386,10 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
     #[test]
     fn an_ipv6_address_is_assigned_and_leased_as_an_ipv4_one() {
         let yaml = CLUSTER.replace("192.0.2.5/24]", "192.0.2.5/24, '2001:db8::5/64']");
-        let mut w =
-            World::new(&yaml.replace("demand: [192.0.2.100]", "demand: [192.0.2.100, '2001:db8::1']"));
+        let mut w = World::new(&yaml.replace(
+            "demand: [{egressIP: 192.0.2.100}]",
+            "demand: [{egressIP: 192.0.2.100}, {egressIP: '2001:db8::1'}]",
+        ));
         w.step();
         assert!(w.items().contains(&("2001:db8::1", "a")), "{:?}", w.items());
         let a = &w.objects.egress_allocations["2001-0db8-0000-0000-0000-0000-0000-0001"];
@@ -423,7 +431,8 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
     fn demand_adds_a_lease_under_a_new_generation_and_a_move_keeps_them() {
         let mut w = World::new(CLUSTER);
         w.step();
-        w.objects.egress_nodes.get_mut("b").unwrap().status.demand = vec!["192.0.2.100".into()];
+        w.objects.egress_nodes.get_mut("b").unwrap().status.demand =
+            vec![PortDemand { egress_ip: "192.0.2.100".into(), granules: 0 }];
         let p = w.step();
         assert_eq!(p.writes.len(), 1);
         let a = w.objects.egress_allocations["192.0.2.100"].clone();

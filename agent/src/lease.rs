@@ -39,7 +39,7 @@ pub fn demands(desired: &Desired) -> BTreeMap<IpAddr, BTreeSet<Demander>> {
     let mut demands: BTreeMap<IpAddr, BTreeSet<Demander>> = BTreeMap::new();
     for (name, node) in &desired.nodes {
         let Some(agent) = &node.agent else { continue };
-        for ip in &agent.demand {
+        for ip in agent.demand.keys() {
             demands.entry(*ip).or_default().insert(Demander {
                 node: name.clone(),
                 node_uid: agent.node_uid.clone(),

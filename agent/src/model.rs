@@ -287,8 +287,8 @@ pub struct NodeAgent {
     pub networks: Vec<IpNet>,
     /// Whether a working uplink has the IPv4 default route, and the IPv6 one.
     pub default_routes: [bool; 2],
-    /// Egress IPs that it needs ports of.
-    pub demand: BTreeSet<IpAddr>,
+    /// Egress IPs that it needs ports of, and how many granules of each it wants in all; 0: whatever comes first.
+    pub demand: BTreeMap<IpAddr, u16>,
     /// Allocations whose whole port table its kernel has: address to UID and generation.
     pub loaded: BTreeMap<IpAddr, (String, u64)>,
     /// What has come of firewalls, by namespace.
@@ -680,7 +680,11 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
                 .filter_map(|n| n.parse::<IpNet>().ok())
                 .map(|n| n.trunc())
                 .collect(),
-            demand: texts(&s.demand),
+            demand: s
+                .demand
+                .iter()
+                .filter_map(|d| Some((addresses::address(&d.egress_ip).ok()?, d.granules)))
+                .collect(),
             loaded: s
                 .loaded
                 .iter()

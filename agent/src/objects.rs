@@ -433,7 +433,8 @@ pub struct TimeoutsSpec {
     pub port_rest_seconds: Option<i64>,
 }
 
-/// `outgate.dev/v1alpha1` EgressNode: what a node's agent says about its node. Written by that agent only.
+/// `outgate.dev/v1alpha1` EgressNode: what the leader tells a node (`spec`), and what the node's agent says about it
+/// (`status`). Each is written by that one only.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressNode {
@@ -444,6 +445,9 @@ pub struct EgressNode {
     /// Metadata; the name is the node's.
     #[serde(deserialize_with = "or_default")]
     pub metadata: Meta,
+    /// Spec.
+    #[serde(deserialize_with = "or_default")]
+    pub spec: EgressNodeSpec,
     /// Status.
     #[serde(deserialize_with = "or_default")]
     pub status: EgressNodeStatus,
@@ -455,9 +459,56 @@ impl Default for EgressNode {
             api_version: OUTGATE_API.to_owned(),
             kind: "EgressNode".to_owned(),
             metadata: Meta::default(),
+            spec: EgressNodeSpec::default(),
             status: EgressNodeStatus::default(),
         }
     }
+}
+
+/// `spec` of an EgressNode: written by the leader. In a cluster it is all that an agent knows of other nodes' Node
+/// objects, which change far too often to be watched by every node.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressNodeSpec {
+    /// UID of the Node object.
+    #[serde(rename = "nodeUID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub node_uid: String,
+    /// The Node object's labels.
+    #[serde(deserialize_with = "text_map", skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// The Node object's internal addresses, in its order.
+    #[serde(rename = "internalIPs", deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub internal_ips: Vec<String>,
+    /// The Node object's external addresses.
+    #[serde(rename = "externalIPs", deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub external_ips: Vec<String>,
+    /// Networks of the node's pods.
+    #[serde(rename = "podCIDRs", deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub pod_cidrs: Vec<String>,
+    /// Ports that the node may use, all confirmed by the kernels of the addresses' gateways.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<GrantedPorts>,
+}
+
+/// Ports of one egress IP that a node may use.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GrantedPorts {
+    /// The address.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+    /// [`Meta::uid`] of the allocation: an address given up and taken again is another allocation.
+    #[serde(deserialize_with = "or_default")]
+    pub uid: String,
+    /// [`Meta::generation`] of the allocation that these ranges are of.
+    #[serde(deserialize_with = "or_default")]
+    pub generation: u64,
+    /// The node that holds the address; empty for none.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub owner: String,
+    /// The ports, as ranges of granules.
+    #[serde(deserialize_with = "or_default")]
+    pub ranges: Vec<Granules>,
 }
 
 /// `status` of an EgressNode.
@@ -484,13 +535,43 @@ pub struct EgressNodeStatus {
     pub uplinks: Vec<EgressUplink>,
     /// Egress IPs that the node's pods need ports of.
     #[serde(deserialize_with = "or_default")]
-    pub demand: Vec<String>,
+    pub demand: Vec<PortDemand>,
+    /// Ports that the node's kernel has stopped using, with no flow left on them: the leader may take them back.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub returned: Vec<ReturnedPorts>,
     /// Allocations whose whole port table the node's kernel has.
     #[serde(deserialize_with = "or_default")]
     pub loaded: Vec<LoadedAllocation>,
     /// What has come of each EgressFirewall whose namespace has pods on the node.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
     pub firewalls: Vec<AppliedFirewall>,
+}
+
+/// An egress IP that a node's pods need ports of.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PortDemand {
+    /// The address.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+    /// How many granules in all the node wants; 0: whatever the leader gives at first.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_zero16")]
+    pub granules: u16,
+}
+
+/// Ports of one egress IP that a node gives back.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ReturnedPorts {
+    /// The address.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+    /// [`Meta::uid`] of the allocation.
+    #[serde(deserialize_with = "or_default")]
+    pub uid: String,
+    /// The ports, as ranges of granules.
+    #[serde(deserialize_with = "or_default")]
+    pub ranges: Vec<Granules>,
 }
 
 /// What has come of one EgressFirewall in a node's kernel.
@@ -588,9 +669,31 @@ pub struct EgressAllocationSpec {
     /// The node that holds it; empty for none.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub owner: String,
+    /// Nodes that may hold it next, best first; their kernels have its port table.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub standbys: Vec<String>,
     /// Who leases which ports.
     #[serde(deserialize_with = "or_default")]
     pub leases: Vec<PortLease>,
+    /// Ports taken back that nobody may use yet.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub resting: Vec<RestingPorts>,
+}
+
+/// Ports of an egress IP that were given back, or were a node's that is gone. They are free once the kernels of holder and
+/// standbys have dropped them and their rest is over.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RestingPorts {
+    /// The first granule.
+    pub first: u16,
+    /// How many.
+    pub count: u16,
+    /// [`Meta::generation`] of the allocation that first had no lease on them.
+    pub generation: u64,
+    /// Not before this time, RFC 3339, UTC.
+    #[serde(deserialize_with = "or_default")]
+    pub until: String,
 }
 
 /// One node's ports of an egress IP.
@@ -702,6 +805,11 @@ fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero16(n: &u16) -> bool {
+    *n == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -743,6 +851,8 @@ status: {phase: Running, podIP: 10.1.0.5, podIPs: [{ip: 10.1.0.5}, {ip: 'fd00::5
                     ranges: vec![Granules { first: 0, count: 94 }],
                     ..PortLease::default()
                 }],
+                standbys: vec!["b".into()],
+                resting: vec![RestingPorts { first: 94, count: 1, generation: 3, ..RestingPorts::default() }],
             },
             ..EgressAllocation::default()
         };

@@ -217,6 +217,11 @@ impl World {
                 | Write::RemoveStatus(_)
                 | Write::FirewallStatus(_)
                 | Write::RemoveFirewallStatus(_) => {}
+                Write::NodeSpec(name, spec) => {
+                    self.objects.egress_nodes.entry(name).or_default().spec = spec;
+                }
+                Write::RemoveEgressNode(name) => drop(self.objects.egress_nodes.remove(&name)),
+                Write::Event(_) => {}
                 Write::EgressNode(_) => panic!("not the leader's"),
             }
         }

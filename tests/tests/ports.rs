@@ -27,7 +27,7 @@ fn one_granule(config: &str) -> (Lab, Vec<Agent>) {
         let name = format!("far-{number:03}");
         let text = format!(
             "apiVersion: outgate.dev/v1alpha1\nkind: EgressNode\nmetadata: {{name: {name}}}\n\
-             status: {{nodeUID: uid-{name}, bootID: boot, demand: [{EGRESS}]}}\n"
+             status: {{nodeUID: uid-{name}, bootID: boot, demand: [{{egressIP: {EGRESS}}}]}}\n"
         );
         fs::write(dir.join(format!("{name}.yaml")), text).expect("the lab's directory can be written");
     }

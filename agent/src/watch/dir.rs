@@ -7,6 +7,7 @@
 //! | `leader.lock` | whoever leads holds the lock on it |
 //! | `cluster.yaml` | the leader |
 //! | `egressnodes/NAME.yaml` | that node's agent |
+//! | `egressnodespecs/NAME.yaml` | the leader |
 //! | `egressallocations/ADDRESS.yaml` | the leader |
 //! | `status/egressips/NAME.yaml` | the leader |
 //! | `status/egressfirewalls/NAMESPACE.yaml` | the leader |
@@ -34,11 +35,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tracing::{info, warn};
 
 use super::{Problem, Source, Write};
 use crate::objects::{
     Cluster, EgressAllocation, EgressConfig, EgressFirewall, EgressFirewallReport, EgressIp, EgressIpReport,
-    EgressNode, Meta, Namespace, Node, OUTGATE_API, OVN_API, ObjectName, Objects, Pod, Service,
+    EgressNode, EgressNodeSpec, Meta, Namespace, Node, OUTGATE_API, OVN_API, ObjectName, Objects, Pod,
+    Service,
 };
 
 /// From the first sign of a change to reading: long enough to see a burst of renames as one change.
@@ -170,6 +173,7 @@ enum Object {
 enum Own {
     Cluster(Cluster),
     EgressNode(EgressNode),
+    NodeSpec(EgressNodeSpec),
     Allocation(EgressAllocation),
     Status(EgressIpReport),
     FirewallStatus(EgressFirewallReport),
@@ -419,7 +423,15 @@ impl DirSource {
                 }
                 Some(Own::Cluster(o)) => objects.cluster = Some(*o),
                 Some(Own::EgressNode(o)) => {
-                    objects.egress_nodes.insert(o.metadata.name.clone(), o.clone());
+                    let node = objects.egress_nodes.entry(o.metadata.name.clone()).or_default();
+                    *node = EgressNode { spec: std::mem::take(&mut node.spec), ..o.clone() };
+                }
+                Some(Own::NodeSpec(spec)) => {
+                    if let Some(name) = own_name(file, NODE_SPECS) {
+                        let node = objects.egress_nodes.entry(name.to_owned()).or_default();
+                        name.clone_into(&mut node.metadata.name);
+                        node.spec.clone_from(spec);
+                    }
                 }
                 Some(Own::Allocation(o)) => {
                     objects.egress_allocations.insert(o.metadata.name.clone(), o.clone());
@@ -537,9 +549,28 @@ impl Source for DirSource {
 
     async fn write(&mut self, write: Write) -> Result<(), Error> {
         match write {
-            Write::EgressNode(o) => {
+            Write::EgressNode(mut o) => {
+                // The leader's part is a file of its own.
+                let spec = std::mem::take(&mut o.spec);
                 self.write_own(&format!("/egressnodes/{}.yaml", o.metadata.name), &o, false)?;
+                o.spec = spec;
                 self.objects.egress_nodes.insert(o.metadata.name.clone(), o);
+            }
+            Write::NodeSpec(name, spec) => {
+                self.write_own(&format!("{NODE_SPECS}{name}.yaml"), &spec, true)?;
+                self.objects.egress_nodes.entry(name).or_default().spec = spec;
+            }
+            Write::RemoveEgressNode(name) => {
+                self.remove(&format!("{NODE_SPECS}{name}.yaml"))?;
+                self.remove(&format!("/egressnodes/{name}.yaml"))?;
+                self.objects.egress_nodes.remove(&name);
+            }
+            Write::Event(event) => {
+                if event.warning {
+                    warn!("{}: {} ({})", event.about, event.message, event.reason);
+                } else {
+                    info!("{}: {} ({})", event.about, event.message, event.reason);
+                }
             }
             Write::Allocation(o) => {
                 self.write_own(&format!("/egressallocations/{}.yaml", o.metadata.name), &o, true)?;
@@ -580,13 +611,17 @@ const HELD: &str = "what was read before stays in force";
 /// Where copies of the user's files are.
 const COPIES: &str = ".outgate/last-good";
 
+/// Where, below `.outgate`, the spec of each EgressNode is; its status, which the node's agent writes, is in a file of its own.
+const NODE_SPECS: &str = "/egressnodespecs/";
+
 /// Where, below `.outgate`, the status of each EgressFirewall is, by namespace.
 const FIREWALL_STATUSES: &str = "/status/egressfirewalls/";
 
 /// Outgate's own directories, parents first.
-const OWN_DIRECTORIES: [&str; 5] = [
+const OWN_DIRECTORIES: [&str; 6] = [
     ".outgate",
     ".outgate/egressnodes",
+    ".outgate/egressnodespecs",
     ".outgate/egressallocations",
     ".outgate/status/egressips",
     ".outgate/status/egressfirewalls",
@@ -1032,6 +1067,9 @@ fn parse_own(file: &str, text: &str) -> Result<Own, String> {
     }
     if let Some(name) = own_name(file, "/egressnodes/") {
         return named(read(text)?, |o: &EgressNode| &o.metadata, name).map(Own::EgressNode);
+    }
+    if own_name(file, NODE_SPECS).is_some() {
+        return read(text).map(Own::NodeSpec);
     }
     if let Some(name) = own_name(file, "/egressallocations/") {
         return named(read(text)?, |o: &EgressAllocation| &o.metadata, name).map(Own::Allocation);

@@ -7,7 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::future::Future;
 
-use crate::objects::{Cluster, EgressAllocation, EgressFirewallReport, EgressIpReport, EgressNode, Objects};
+use crate::objects::{
+    Cluster, EgressAllocation, EgressFirewallReport, EgressIpReport, EgressNode, EgressNodeSpec, ObjectName,
+    Objects,
+};
 
 /// Something that is wrong with one file or object, while the rest works on.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -34,8 +37,12 @@ impl fmt::Display for Problem {
 /// One of Outgate's own objects, to be written.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Write {
-    /// This node's EgressNode.
+    /// This node's EgressNode, its status only.
     EgressNode(EgressNode),
+    /// Leader: what a node, by name, is told, in the spec of its EgressNode.
+    NodeSpec(String, EgressNodeSpec),
+    /// Leader: the EgressNode, by name, of a node that is gone.
+    RemoveEgressNode(String),
     /// Leader: an allocation.
     Allocation(EgressAllocation),
     /// Leader: an allocation, by name, whose address is in no object any more.
@@ -50,6 +57,21 @@ pub enum Write {
     RemoveFirewallStatus(String),
     /// Leader: what all nodes agree on.
     Cluster(Cluster),
+    /// Something that people who look at an object should read. A directory has no place for it but the log.
+    Event(Event),
+}
+
+/// Something that happened to an object.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Event {
+    /// The object.
+    pub about: ObjectName,
+    /// One word for programs, as in conditions.
+    pub reason: String,
+    /// A sentence for people.
+    pub message: String,
+    /// Whether somebody should do something about it.
+    pub warning: bool,
 }
 
 /// A source of objects.
@@ -68,6 +90,11 @@ pub trait Source {
 
     /// EgressFirewall statuses by namespace, as last written by any leader.
     fn firewall_statuses(&self) -> &BTreeMap<String, EgressFirewallReport>;
+
+    /// Whether the agent of an egress node was heard of lately, as far as the source can know.
+    fn is_alive(&self, _node: &str) -> bool {
+        true
+    }
 
     /// Names of allocations that exist and cannot be read: nobody may write over them.
     fn unreadable_allocations(&self) -> &BTreeSet<String>;
