@@ -169,6 +169,7 @@ enum Object {
     Foreign,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one a file")]
 #[derive(Clone, Debug)]
 enum Own {
     Cluster(Cluster),
@@ -408,6 +409,13 @@ impl DirSource {
             }
         }
         self.places = seen.into_iter().map(|(name, place)| (name.to_string(), place)).collect();
+        self.merge_own(&mut objects, &mut problems);
+        self.objects = objects;
+        self.problems = problems;
+    }
+
+    /// The same of Outgate's own files.
+    fn merge_own(&mut self, objects: &mut Objects, problems: &mut BTreeSet<Problem>) {
         self.statuses.clear();
         self.firewall_statuses.clear();
         self.unreadable.clear();
@@ -444,8 +452,6 @@ impl DirSource {
                 }
             }
         }
-        self.objects = objects;
-        self.problems = problems;
     }
 
     /// Writes one of Outgate's own files.
