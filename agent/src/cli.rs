@@ -52,6 +52,9 @@ pub enum Command {
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
     Cleanup(CleanupArgs),
+    /// Print the custom resource definitions, for `cargo xtask codegen`
+    #[command(hide = true)]
+    Crds,
     /// Print the version
     Version,
     /// Print a completion script for a shell
