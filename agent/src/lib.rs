@@ -4,6 +4,8 @@
 pub mod objects;
 pub mod watch;
 
+pub mod cni;
+
 pub mod addresses;
 pub mod firewall;
 pub mod model;
