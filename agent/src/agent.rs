@@ -13,6 +13,7 @@ use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
+use crate::cni;
 use crate::compile::{Compiled, compile};
 use crate::facts::Facts;
 use crate::firewall::{self, FirewallState, audit};
@@ -90,6 +91,8 @@ pub struct Agent<S, K> {
     source: S,
     kernel: K,
     facts: Receiver<Facts>,
+    /// What the container runtime says of pods before their objects do.
+    runtime: cni::Runtime,
     /// The node's resolv.conf, which pods may have been given.
     resolv_conf: ResolvConf,
     state: Rc<RefCell<metrics::State>>,
@@ -142,6 +145,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             source,
             kernel,
             facts,
+            runtime: cni::Runtime::default(),
             resolv_conf,
             state,
             ids,
@@ -158,6 +162,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
     }
 
+    /// The same agent, which also hears the node's container runtime.
+    #[must_use]
+    pub fn with_runtime(self, runtime: cni::Runtime) -> Self {
+        Self { runtime, ..self }
+    }
+
     /// Works until it is cancelled, and leaves everything in the kernel as it is then.
     pub async fn run(&mut self) -> Result<(), S::Error> {
         let mut tick = interval(TICK);
@@ -170,6 +180,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         loop {
             let work = tokio::select! {
                 changed = self.source.changed() => { changed?; true }
+                () = self.runtime.changed() => true,
                 changed = self.facts.changed() => {
                     if changed.is_err() {
                         // The task that reads netlink never ends by itself.
@@ -242,10 +253,22 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             self.retry_at = Some(Instant::now() + RETRY);
         }
         self.report(&desired, &compiled);
+        self.answer(&desired);
     }
 
     fn desired(&self) -> Desired {
-        model::desired(self.source.objects(), &self.identity.node)
+        let (objects, node) = (self.source.objects(), &self.identity.node);
+        model::desired_with(objects, node, &self.runtime.known(objects, node))
+    }
+
+    /// Tells those who wait for a pod that it is programmed, or what is missing.
+    fn answer(&self, desired: &Desired) {
+        let Some(door) = &self.runtime.door else { return };
+        let objects = self.source.objects();
+        let image = self.applied.as_ref().map(|(image, _)| image);
+        door.set_not_ready(self.state.borrow().not_ready.clone());
+        door.answer(|a| cni::programmed(a, objects, desired, image, &self.said.problems));
+        door.forget(objects);
     }
 
     async fn write(&mut self, what: &str, write: Write) {
@@ -378,6 +401,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(&desired.problems)
             .chain(&compiled.problems)
             .chain(&self.kernel.problems())
+            .chain(self.runtime.problems())
             .chain(&self.failures)
             .chain(&self.notes)
             .chain(&self.lead_error)

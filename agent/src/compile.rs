@@ -18,7 +18,7 @@ use datapath::keys::{
 use datapath::limits;
 use ipnet::IpNet;
 
-use crate::facts::Facts;
+use crate::facts::{Facts, PodInterface};
 use crate::firewall::FirewallState;
 use crate::ids::{Ids, identity};
 use crate::image::MapImage;
@@ -372,8 +372,15 @@ impl Compiler<'_> {
                     break;
                 }
                 let key = Ip::from(*ip);
+                let named = self.named(pod);
+                let seen = self.seen_behind(ip).or(named);
+                if self.is_elses(pod, seen) {
+                    continue;
+                }
                 let id = self.ids.pod(key, identity);
-                let seen = self.seen_behind(ip);
+                if let Some(interface) = named.filter(|_| pod.asked) {
+                    self.ids.pins.vouch(key, identity, interface);
+                }
                 let bridged = !self.facts.host_routes.contains_key(ip)
                     && longest(&self.facts.bridge_networks, ip).is_some();
                 let sight = Sight { interface: seen, bridged, version: pod.version, ends: pod.ends };
@@ -443,6 +450,19 @@ impl Compiler<'_> {
         let f = self.facts;
         let port = || f.bridge_ports.get(ip).filter(|port| f.pod_interfaces.contains_key(port));
         f.host_routes.get(ip).or_else(port).copied()
+    }
+
+    /// The interface that the container runtime names as the pod's own.
+    fn named(&self, pod: &model::Pod) -> Option<IfIndex> {
+        let named = |i: &PodInterface| pod.interfaces.contains(&i.name);
+        self.facts.pod_interfaces.iter().find(|(_, i)| named(i)).map(|(index, _)| *index)
+    }
+
+    /// Whether the address is seen behind a pod's interface, and not one that the container runtime names: then it
+    /// is another pod's by now, and what the runtime wrote is old, or the interface has not been seen yet.
+    fn is_elses(&self, pod: &model::Pod, seen: Option<IfIndex>) -> bool {
+        let interface = seen.and_then(|index| self.facts.pod_interfaces.get(&index));
+        interface.is_some_and(|i| !pod.interfaces.is_empty() && !pod.interfaces.contains(&i.name))
     }
 
     /// The interface that a pod's packets come in by, and how and by which device to reach it. Zeros while the

@@ -13,6 +13,7 @@ use datapath::limits::{GRANULES, POLICY_ADDRESSES};
 use ipnet::IpNet;
 
 use crate::addresses;
+use crate::cni::known::Known;
 use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
@@ -215,7 +216,7 @@ impl Refusal {
 }
 
 /// One of this node's pods that has an address of its own.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Pod {
     /// UID, if it has one.
     pub uid: String,
@@ -225,6 +226,10 @@ pub struct Pod {
     pub ends: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// Interfaces at the host's side, of which its own is one, if the container runtime names them.
+    pub interfaces: Vec<String>,
+    /// Whether its sandbox is being made at this moment, with these addresses and interfaces.
+    pub asked: bool,
     /// The EgressIP that selects it.
     pub egress_ip: Option<String>,
 }
@@ -373,11 +378,17 @@ impl Desired {
 /// Checks all objects, as seen from `node`.
 #[must_use]
 pub fn desired(objects: &Objects, node: &str) -> Desired {
+    desired_with(objects, node, &Known::new())
+}
+
+/// The same, with what the container runtime says of the node's pods before their objects do.
+#[must_use]
+pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
     let mut problems = BTreeSet::new();
     let config = config(objects, &mut problems);
     let nodes = nodes(objects, &mut problems);
     let egress_ips = egress_ips(objects, &config, &nodes, &mut problems);
-    let pods = pods(objects, node, &egress_ips, &mut problems);
+    let pods = pods(objects, node, known, &egress_ips, &mut problems);
     let firewalls = firewalls(objects, &nodes, &mut problems);
     let firewall_nodes = firewall_nodes(objects, &nodes, &firewalls);
     let allocations = objects
@@ -844,33 +855,50 @@ fn stands_for_network(ip: &IpAddr, network: &IpNet) -> bool {
         && (network.network() == *ip || (ip.is_ipv4() && network.broadcast() == *ip))
 }
 
+/// The pods of a node that have a network of their own, in the order in which an address is theirs.
+fn local_pods<'a>(
+    objects: &'a Objects,
+    node: &str,
+    known: &Known,
+) -> Vec<(&'a (String, String), &'a objects::Pod)> {
+    // Pods that are going away last, and the youngest first: an address that two have belongs to the one
+    // that came later, the other is on its way out. Before all, those whose sandboxes are being made.
+    let asked = |name: &(String, String)| known.get(name).is_some_and(|k| k.asked);
+    let mut local: Vec<_> =
+        objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
+    local.sort_by(|(a_name, a), (b_name, b)| {
+        let (a, b) = (&a.metadata, &b.metadata);
+        asked(b_name)
+            .cmp(&asked(a_name))
+            .then_with(|| a.deletion_timestamp.is_some().cmp(&b.deletion_timestamp.is_some()))
+            .then_with(|| b.age().cmp(&a.age()))
+    });
+    local
+}
+
 fn pods(
     objects: &Objects,
     node: &str,
+    known: &Known,
     egress_ips: &BTreeMap<String, EgressIp>,
     problems: &mut BTreeSet<Problem>,
 ) -> BTreeMap<(String, String), Pod> {
     let mut by_age: Vec<_> = egress_ips.values().collect();
     by_age.sort_by_key(|e| e.age);
-    // Pods that are going away last, and the youngest first: an address that two have belongs to the one
-    // that came later, the other is on its way out.
-    let mut local: Vec<_> =
-        objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
-    local.sort_by(|(_, a), (_, b)| {
-        let (a, b) = (&a.metadata, &b.metadata);
-        a.deletion_timestamp
-            .is_some()
-            .cmp(&b.deletion_timestamp.is_some())
-            .then_with(|| b.age().cmp(&a.age()))
-    });
+    let local = local_pods(objects, node, known);
     let mut owners: BTreeMap<IpAddr, String> = BTreeMap::new();
     let mut overlaps: BTreeMap<String, Problem> = BTreeMap::new();
     let mut pods = BTreeMap::new();
     for ((namespace, name), o) in local {
         let about = format!("Pod {namespace}/{name}");
         let mut addresses = Vec::new();
-        for text in o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]).filter(|t| !t.is_empty())
-        {
+        let told = known.get(&(namespace.clone(), name.clone()));
+        let written = o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]);
+        let texts: Vec<String> = match told {
+            Some(told) => told.addresses.iter().map(ToString::to_string).collect(),
+            None => written.filter(|t| !t.is_empty()).cloned().collect(),
+        };
+        for text in &texts {
             match addresses::address(text) {
                 Err(error) => {
                     problems.insert(Problem::new(
@@ -939,6 +967,8 @@ fn pods(
                 version: version(o),
                 ends: o.metadata.deletion_timestamp.is_some(),
                 addresses,
+                interfaces: told.map(|k| k.interfaces.clone()).unwrap_or_default(),
+                asked: told.is_some_and(|k| k.asked),
                 egress_ip,
             },
         );
@@ -957,7 +987,7 @@ fn version(pod: &objects::Pod) -> u64 {
 }
 
 /// Whether a pod has a network of its own and still uses it.
-fn has_network(pod: &objects::Pod) -> bool {
+pub(crate) fn has_network(pod: &objects::Pod) -> bool {
     !pod.spec.host_network && !matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
 }
 

@@ -2,6 +2,7 @@
 
 mod agent;
 mod cleanup;
+mod cni;
 mod crds;
 mod flows;
 mod monitor;
@@ -24,6 +25,7 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
         Command::Crds => crds::run(out),
+        Command::Cni(args) => cni::run(&args, out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completions { shell } => {
             // The generator panics when its writer fails, so it gets one that does not.
