@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod kube;
 mod leftovers;
 mod lint;
 mod machine;
