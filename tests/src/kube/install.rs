@@ -1,0 +1,1 @@
+//! Outgate installed in the lab's cluster.
