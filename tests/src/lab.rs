@@ -667,7 +667,8 @@ impl Lab {
         let mut logs: Vec<_> = entries
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
-                name.contains("-agent-").then(|| (name, fs::read(entry.path()).unwrap_or_default()))
+                let one_of_ours = name.contains("-agent-") || name.contains("-controller-");
+                one_of_ours.then(|| (name, fs::read(entry.path()).unwrap_or_default()))
             })
             .map(|(name, bytes)| (name, String::from_utf8_lossy(&bytes).into_owned()))
             .collect();
