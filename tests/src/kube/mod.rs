@@ -18,6 +18,9 @@ pub mod history;
 pub mod install;
 pub mod kubectl;
 pub mod request;
+pub mod world;
+
+pub use world::KubeLab;
 
 use std::env;
 use std::fs;
