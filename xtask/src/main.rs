@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod codegen;
 mod demo;
+mod kube;
 mod leftovers;
 mod lint;
 mod machine;
