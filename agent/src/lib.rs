@@ -13,6 +13,7 @@ pub mod model;
 pub mod selector;
 
 pub mod assign;
+pub mod digest;
 pub mod leader;
 pub mod lease;
 pub mod status;
@@ -29,6 +30,7 @@ pub mod announce;
 pub mod bpf;
 pub mod conflict;
 pub mod conntrack;
+pub mod controller;
 pub mod metrics;
 pub mod names;
 pub mod netlink;
