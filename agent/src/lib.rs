@@ -10,6 +10,7 @@ pub mod model;
 pub mod selector;
 
 pub mod assign;
+pub mod digest;
 pub mod leader;
 pub mod lease;
 pub mod status;

@@ -500,15 +500,28 @@ pub struct GrantedPorts {
     /// [`Meta::uid`] of the allocation: an address given up and taken again is another allocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
-    /// [`Meta::generation`] of the allocation that these ranges are of.
+    /// [`Meta::generation`] of the allocation that this was last changed for. A leader that knows only an earlier one
+    /// leaves this alone, so an entry stays, without ranges, while the allocation does.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
-    /// The node that holds the address; empty for none.
+    /// The node to send by: that which holds the address, once it has the table; empty for none.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub owner: String,
-    /// The ports, as ranges of granules.
+    /// The ports, each range with the generation of the lease that it is of.
     #[serde(deserialize_with = "or_default")]
-    pub ranges: Vec<Granules>,
+    pub ranges: Vec<GrantedGranules>,
+}
+
+/// Granules of one lease, as [`Granules`]. The lease's generation tells them from the same granules leased again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GrantedGranules {
+    /// The first.
+    pub first: u16,
+    /// How many.
+    pub count: u16,
+    /// [`PortLease::generation`].
+    pub generation: u64,
 }
 
 /// `status` of an EgressNode.
@@ -569,9 +582,9 @@ pub struct ReturnedPorts {
     /// [`Meta::uid`] of the allocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
-    /// The ports, as ranges of granules.
+    /// The ports, as they were granted.
     #[serde(deserialize_with = "or_default")]
-    pub ranges: Vec<Granules>,
+    pub ranges: Vec<GrantedGranules>,
 }
 
 /// What has come of one EgressFirewall in a node's kernel.
