@@ -271,10 +271,13 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         door.forget(objects);
     }
 
-    async fn write(&mut self, what: &str, write: Write) {
-        if let Err(error) = self.source.write(write).await {
+    async fn write(&mut self, what: &str, write: Write) -> bool {
+        let result = self.source.write(write).await;
+        let done = result.is_ok();
+        if let Err(error) = result {
             self.failures.insert(Problem::new(what, error));
         }
+        done
     }
 
     /// Writes this node's EgressNode, if it has changed.
@@ -295,13 +298,13 @@ impl<S: Source, K: Kernel> Agent<S, K> {
     async fn plan(&mut self, desired: &Desired) -> bool {
         let now = rfc3339(SystemTime::now());
         let around = Surroundings {
+            objects: self.source.objects(),
             statuses: self.source.statuses(),
             firewall_statuses: self.source.firewall_statuses(),
             unreadable: self.source.unreadable_allocations(),
             complete: self.source.complete(),
             now: &now,
-            // Probes come with failover; until then the kubelet's word stands.
-            reachable: &|_| true,
+            reachable: &|node| self.source.is_alive(node),
         };
         let plan = plan(desired, &around, &mut random);
         let worked = !plan.writes.is_empty();
@@ -309,7 +312,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             info!("{line}");
         }
         for write in plan.writes {
-            self.write("the leader's objects", write).await;
+            // What follows was decided on what did not come to be.
+            if !self.write("the leader's objects", write).await {
+                break;
+            }
         }
         worked
     }

@@ -21,6 +21,7 @@ use crate::objects::{
     TimeoutsSpec, Tunnel,
 };
 use crate::selector::{Match, Selector};
+use crate::status;
 use crate::watch::Problem;
 
 /// UDP port of the tunnel unless the EgressConfig says otherwise: near VXLAN's own 4789, which the CNI may use,
@@ -48,6 +49,8 @@ pub struct Desired {
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
+    /// What the leader has granted to this node, by address.
+    pub grants: BTreeMap<IpAddr, Grant>,
     /// What is wrong with objects.
     pub problems: BTreeSet<Problem>,
 }
@@ -309,8 +312,45 @@ pub struct Allocation {
     pub generation: u64,
     /// The node that holds it.
     pub owner: Option<String>,
+    /// Nodes that may hold it next, best first.
+    pub standbys: Vec<String>,
     /// Who leases which ports.
     pub leases: Vec<Lease>,
+    /// Ports taken back that nobody may use yet.
+    pub resting: Vec<Resting>,
+}
+
+/// Ports taken back.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Resting {
+    /// The ports.
+    pub range: GranuleRange,
+    /// Generation of the allocation that first had no lease on them.
+    pub generation: u64,
+    /// Not free before this time, in seconds since 1970.
+    pub until: u64,
+}
+
+/// What the leader has granted to a node of one egress IP.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Grant {
+    /// UID of the allocation.
+    pub uid: String,
+    /// The node to send by, which has the port table.
+    pub owner: Option<String>,
+    /// The ports.
+    pub ranges: Vec<Granted>,
+}
+
+/// Granted ports.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Granted {
+    /// The ports.
+    pub range: GranuleRange,
+    /// Generation of the lease that they are of.
+    pub generation: u64,
+    /// Whether no port of them may be taken any more: they are being given back.
+    pub stopped: bool,
 }
 
 /// One node's ports.
@@ -402,6 +442,7 @@ pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
             }
         })
         .collect();
+    let grants = grants(objects, node);
     let tunnel = objects.cluster.map(|c| c.tunnel);
     Desired {
         node: node.to_owned(),
@@ -413,8 +454,30 @@ pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
         firewalls,
         firewall_nodes,
         allocations,
+        grants,
         problems,
     }
+}
+
+/// What the leader has granted to this very node: a node made anew has no right to the old one's ports.
+fn grants(objects: &Objects, node: &str) -> BTreeMap<IpAddr, Grant> {
+    let uid = objects.nodes.get(node).map(|n| &n.metadata.uid);
+    let spec = objects.egress_nodes.get(node).map(|e| &e.spec).filter(|s| Some(&s.node_uid) == uid);
+    let granted = spec.into_iter().flat_map(|s| &s.ranges).filter_map(|g| {
+        let ranges = g.ranges.iter().filter_map(|r| {
+            // Nothing writes others.
+            let fits = r.count > 0 && usize::from(r.first) + usize::from(r.count) <= GRANULES;
+            let range = GranuleRange { first: r.first, count: r.count };
+            fits.then_some(Granted { range, generation: r.generation, stopped: false })
+        });
+        let grant = Grant {
+            uid: g.uid.clone(),
+            owner: Some(g.owner.clone()).filter(|o| !o.is_empty()),
+            ranges: ranges.collect(),
+        };
+        Some((addresses::address(&g.egress_ip).ok()?, grant))
+    });
+    granted.collect()
 }
 
 fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
@@ -668,6 +731,10 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
     }
     for (name, o) in &objects.egress_nodes {
         let s = &o.status;
+        // What the leader tells a node is there before its agent, and after it.
+        if *s == objects::EgressNodeStatus::default() {
+            continue;
+        }
         let texts = |texts: &[String]| texts.iter().filter_map(|t| addresses::address(t).ok()).collect();
         let working = || s.uplinks.iter().filter(|u| u.up);
         let default_route = |family: &str| working().any(|u| u.default_route.iter().any(|f| f == family));
@@ -995,20 +1062,22 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
     let ip = addresses::address(&o.spec.egress_ip)
         .map_err(|error| format!("spec.egressIP: {:?} {error}; ignored", o.spec.egress_ip))?;
     let mut used = [false; GRANULES];
+    let mut take = |first: u16, count: u16, whose: &str| {
+        let granules = used
+            .get_mut(usize::from(first)..usize::from(first) + usize::from(count))
+            .filter(|_| count > 0)
+            .ok_or_else(|| format!("{whose}: no granules {first}+{count}; ignored"))?;
+        if granules.iter().any(|g| *g) {
+            return Err(format!("granules {first}+{count} are leased twice; ignored"));
+        }
+        granules.fill(true);
+        Ok(GranuleRange { first, count })
+    };
     let mut leases = Vec::new();
     for lease in &o.spec.leases {
         let mut ranges = Vec::new();
         for range in &lease.ranges {
-            let (first, count) = (usize::from(range.first), usize::from(range.count));
-            let granules = used
-                .get_mut(first..first + count)
-                .filter(|_| count > 0)
-                .ok_or_else(|| format!("node {}: no granules {first}+{count}; ignored", lease.node))?;
-            if granules.iter().any(|g| *g) {
-                return Err(format!("granules {first}+{count} are leased twice; ignored"));
-            }
-            granules.fill(true);
-            ranges.push(GranuleRange { first: range.first, count: range.count });
+            ranges.push(take(range.first, range.count, &format!("node {}", lease.node))?);
         }
         ranges.sort_unstable();
         leases.push(Lease {
@@ -1019,13 +1088,24 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
             ranges,
         });
     }
+    let mut resting = Vec::new();
+    for r in &o.spec.resting {
+        resting.push(Resting {
+            range: take(r.first, r.count, "resting")?,
+            generation: r.generation,
+            until: status::seconds(&r.until)
+                .ok_or_else(|| format!("spec.resting: {:?} is not a time; ignored", r.until))?,
+        });
+    }
     Ok((
         ip,
         Allocation {
             uid: o.metadata.uid.clone(),
             generation: o.metadata.generation,
             owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
+            standbys: o.spec.standbys.clone(),
             leases,
+            resting,
         },
     ))
 }

@@ -23,7 +23,6 @@ use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
 use crate::firewall::audit;
 use crate::image::MapImage;
-use crate::metrics;
 use crate::names::Names;
 use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;

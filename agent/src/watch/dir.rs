@@ -557,14 +557,16 @@ impl Source for DirSource {
         match write {
             Write::EgressNode(mut o) => {
                 // The leader's part is a file of its own.
-                let spec = std::mem::take(&mut o.spec);
+                o.spec = EgressNodeSpec::default();
                 self.write_own(&format!("/egressnodes/{}.yaml", o.metadata.name), &o, false)?;
-                o.spec = spec;
+                let before = self.objects.egress_nodes.remove(&o.metadata.name);
+                o.spec = before.map(|b| b.spec).unwrap_or_default();
                 self.objects.egress_nodes.insert(o.metadata.name.clone(), o);
             }
             Write::NodeSpec(name, spec) => {
                 self.write_own(&format!("{NODE_SPECS}{name}.yaml"), &spec, true)?;
-                self.objects.egress_nodes.entry(name).or_default().spec = spec;
+                let node = self.objects.egress_nodes.entry(name.clone()).or_default();
+                (node.metadata.name, node.spec) = (name, spec);
             }
             Write::RemoveEgressNode(name) => {
                 self.remove(&format!("{NODE_SPECS}{name}.yaml"))?;
