@@ -9,6 +9,7 @@ mod flows;
 mod monitor;
 mod status;
 mod trace;
+mod validate;
 
 use std::io::{self, Write};
 
@@ -27,6 +28,7 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Monitor(args) => monitor::run(&args, out),
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
+        Command::Validate(args) => validate::run(&args, out),
         Command::Crds => crds::run(out),
         Command::Cni(args) => cni::run(&args, out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),
