@@ -236,6 +236,9 @@ pub enum Protocol {
 /// Options of `outgate cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// When done, stay until told to end: a DaemonSet starts a pod that ends again and again
+    #[arg(long, env = "OUTGATE_STAY")]
+    pub stay: bool,
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,
