@@ -52,6 +52,12 @@ pub enum Command {
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
     Cleanup(CleanupArgs),
+    /// Convert OpenShift 3.11's EgressNetworkPolicy, NetNamespace and HostSubnet objects to EgressFirewall and EgressIP
+    ///
+    /// The new objects go to standard output as YAML, with the nodes' labels as commands in comments. What cannot be
+    /// converted, and what works differently now, is told by file and line on standard error; the exit code is 1 if
+    /// something could not be converted.
+    Convert(ConvertArgs),
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -242,6 +248,14 @@ pub struct CleanupArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,
+}
+
+/// Options of `outgate convert`.
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Files with YAML or JSON, as `oc get … -o yaml` prints it; `-` is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
 }
 
 /// How to print.

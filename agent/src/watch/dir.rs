@@ -907,7 +907,7 @@ fn is_silent(line: &str) -> bool {
 
 /// The documents of a YAML text with the number of their first line. A line that begins with `---` is always
 /// a document marker, even within a block scalar (YAML 1.2, 9.1.2), so lines are enough to tell.
-fn split_yaml(text: &str) -> Vec<(usize, &str)> {
+pub(crate) fn split_yaml(text: &str) -> Vec<(usize, &str)> {
     let marker = |line: &str, mark: &str| {
         line.strip_prefix(mark)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
@@ -931,7 +931,7 @@ fn split_yaml(text: &str) -> Vec<(usize, &str)> {
 }
 
 /// The values of a text of one or more JSON values with the number of their first line.
-fn split_json(text: &str) -> Result<Vec<(usize, &str)>, String> {
+pub(crate) fn split_json(text: &str) -> Result<Vec<(usize, &str)>, String> {
     let mut parts = Vec::new();
     let mut stream = serde_json::Deserializer::from_str(text).into_iter::<serde::de::IgnoredAny>();
     let mut start = 0;
