@@ -48,6 +48,10 @@ pub enum Command {
     /// It runs the code that the kernel runs, on the maps that the kernel uses. What the node's own netfilter
     /// would do in between is not known to it: it takes the packet for let through and not rewritten.
     Trace(TraceArgs),
+    /// Check manifests without a cluster, as the API server and the agents would
+    ///
+    /// It names file, object and field of each mistake. Objects of kinds that outgate does not read are skipped.
+    Validate(ValidateArgs),
     /// Remove every program, link, pin and device that outgate has made on this node
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
@@ -58,6 +62,9 @@ pub enum Command {
     /// converted, and what works differently now, is told by file and line on standard error; the exit code is 1 if
     /// something could not be converted.
     Convert(ConvertArgs),
+    /// Print the custom resource definitions, for `cargo xtask codegen`
+    #[command(hide = true)]
+    Crds,
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -237,6 +244,17 @@ pub enum Protocol {
     Sctp,
     /// ICMP echo
     Icmp,
+}
+
+/// Options of `outgate validate`.
+#[derive(Args, Debug)]
+pub struct ValidateArgs {
+    /// Files of Kubernetes YAML or JSON, several documents each; - is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
+    /// How to print
+    #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
+    pub output: Output,
 }
 
 /// Options of `outgate cleanup`.

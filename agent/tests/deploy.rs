@@ -100,7 +100,8 @@ fn probes_and_port_are_where_the_program_serves() {
     for file in ["agent.yaml", "controller.yaml"] {
         let text = fs::read_to_string(deploy().join("base").join(file)).unwrap();
         let container = documents(&text)[0].pointer("/spec/template/spec/containers/0").unwrap().clone();
-        let metrics = variables(&container).into_iter().find(|(name, _)| name == "OUTGATE_METRICS").unwrap().1;
+        let metrics =
+            variables(&container).into_iter().find(|(name, _)| name == "OUTGATE_METRICS").unwrap().1;
         for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
             let Some(probe) = container[probe].get("httpGet") else { continue };
             assert_eq!(format!("{}:{}", probe["host"].as_str().unwrap(), probe["port"]), metrics, "{file}");
@@ -129,7 +130,8 @@ fn one_command_installs_all() {
     for dir in ["crds", "base"] {
         let files = files(&deploy().join(dir));
         let names = files.iter().map(|(path, _)| path.file_name().unwrap().to_str().unwrap());
-        let names: BTreeSet<_> = names.filter(|name| *name != "kustomization.yaml").map(str::to_owned).collect();
+        let names: BTreeSet<_> =
+            names.filter(|name| *name != "kustomization.yaml").map(str::to_owned).collect();
         let listed = listed(dir);
         assert_eq!(listed.iter().cloned().collect::<BTreeSet<_>>(), names, "{dir}");
         parts.extend(listed.iter().map(|name| format!("{dir}/{name}")));

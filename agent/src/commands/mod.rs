@@ -3,10 +3,12 @@
 mod agent;
 mod cleanup;
 mod convert;
+mod crds;
 mod flows;
 mod monitor;
 mod status;
 mod trace;
+mod validate;
 
 use std::io::{self, Write};
 
@@ -24,6 +26,8 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
         Command::Convert(args) => convert::run(&args, out),
+        Command::Validate(args) => validate::run(&args, out),
+        Command::Crds => crds::run(out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completions { shell } => {
             // The generator panics when its writer fails, so it gets one that does not.
