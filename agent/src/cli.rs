@@ -60,6 +60,12 @@ pub enum Command {
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
     Cleanup(CleanupArgs),
+    /// Convert OpenShift 3.11's EgressNetworkPolicy, NetNamespace and HostSubnet objects to EgressFirewall and EgressIP
+    ///
+    /// The new objects go to standard output as YAML, with the nodes' labels as commands in comments. What cannot be
+    /// converted, and what works differently now, is told by file and line on standard error; the exit code is 1 if
+    /// something could not be converted.
+    Convert(ConvertArgs),
     /// Print the custom resource definitions, for `cargo xtask codegen`
     #[command(hide = true)]
     Crds,
@@ -323,9 +329,20 @@ pub struct ValidateArgs {
 /// Options of `outgate cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// When done, stay until told to end: a DaemonSet starts a pod that ends again and again
+    #[arg(long, env = "OUTGATE_STAY")]
+    pub stay: bool,
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,
+}
+
+/// Options of `outgate convert`.
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Files with YAML or JSON, as `oc get … -o yaml` prints it; `-` is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
 }
 
 /// How to print.

@@ -39,4 +39,5 @@ pub mod notrack;
 
 pub mod cli;
 pub mod commands;
+pub mod convert;
 pub mod print;

@@ -560,8 +560,10 @@ pub struct GrantedPorts {
 #[serde(default)]
 pub struct GrantedGranules {
     /// The first.
+    #[schemars(range(max = LAST_GRANULE))]
     pub first: u16,
     /// How many.
+    #[schemars(range(max = GRANULES))]
     pub count: u16,
     /// `generation` of the lease.
     pub generation: u64,

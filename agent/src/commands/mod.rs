@@ -4,6 +4,7 @@ mod agent;
 mod cleanup;
 mod cni;
 mod controller;
+mod convert;
 mod crds;
 mod flows;
 mod monitor;
@@ -28,6 +29,7 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Monitor(args) => monitor::run(&args, out),
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
+        Command::Convert(args) => convert::run(&args, out),
         Command::Validate(args) => validate::run(&args, out),
         Command::Crds => crds::run(out),
         Command::Cni(args) => cni::run(&args, out),
