@@ -52,6 +52,9 @@ pub enum Command {
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
     Cleanup(CleanupArgs),
+    /// Print the custom resource definitions, for `cargo xtask codegen`
+    #[command(hide = true)]
+    Crds,
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -236,6 +239,9 @@ pub enum Protocol {
 /// Options of `outgate cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// When done, stay until told to end: a DaemonSet starts a pod that ends again and again
+    #[arg(long, env = "OUTGATE_STAY")]
+    pub stay: bool,
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,

@@ -1,6 +1,7 @@
 //! Outgate's agent, in the order that a change travels: objects are watched, modelled, compiled to a map
 //! image, applied to the kernel, and reported.
 
+pub mod crd;
 pub mod objects;
 pub mod watch;
 

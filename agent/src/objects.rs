@@ -2,12 +2,18 @@
 //!
 //! These types take whatever a real cluster has: unknown fields are ignored and `null` is the same as absent.
 //! What a field means, and whether it is right, is [`crate::model`]'s business.
+//!
+//! The CRDs' schemas are made from the types that are `JsonSchema` ([`crate::crd`]): the words on their fields are what
+//! `kubectl explain` says, and their bounds are attributes beside the fields.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
+use datapath::limits::{GRANULES, POLICY_ADDRESSES};
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::crd::{self, Address, Network};
 use crate::firewall::check::Spec as FirewallSpec;
 
 /// The label key that lets a node own egress IPs; its value is ignored.
@@ -20,6 +26,9 @@ pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 pub const OUTGATE_API: &str = "outgate.dev/v1alpha1";
 /// API version of EgressIP and EgressFirewall.
 pub const OVN_API: &str = "k8s.ovn.org/v1";
+
+/// The last granule of an egress IP.
+const LAST_GRANULE: usize = GRANULES - 1;
 
 /// `metadata` of any object.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -115,14 +124,14 @@ pub struct NodeAddress {
     pub address: String,
 }
 
-/// A condition of any object.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// Whether something holds, and why or why not.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Condition {
-    /// What it is about.
+    /// What it is about: one word for programs.
     #[serde(rename = "type", deserialize_with = "or_default")]
     pub kind: String,
-    /// Outgate's EgressIP conditions: the address it is about, if about one.
+    /// The egress IP that it is about, if it is about one.
     #[serde(rename = "egressIP", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub egress_ip: String,
     /// `True`, `False` or `Unknown`.
@@ -134,7 +143,7 @@ pub struct Condition {
     /// A sentence for people.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub message: String,
-    /// When `status` last changed.
+    /// When `status` last changed, RFC 3339.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub last_transition_time: String,
 }
@@ -223,30 +232,37 @@ pub struct PodIp {
     pub ip: String,
 }
 
-/// A label selector.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+/// A label selector. The empty one selects everything.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("x-kubernetes-map-type" = "atomic"))]
 pub struct LabelSelector {
     /// Labels that must be there with these values.
     #[serde(deserialize_with = "text_map")]
+    #[schemars(extend("maxProperties" = crd::SELECTOR_LABELS, "additionalProperties" = crd::label_value()))]
     pub match_labels: BTreeMap<String, String>,
     /// Further demands; all must hold.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(length(max = crd::SELECTOR_EXPRESSIONS), extend("x-kubernetes-list-type" = "atomic"))]
     pub match_expressions: Vec<LabelRequirement>,
 }
 
-/// One of a selector's `matchExpressions`.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+/// A demand on a label.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("required" = ["key", "operator"], "x-kubernetes-validations" = crd::rules(&[crd::rules::SELECTOR_VALUES])))]
 pub struct LabelRequirement {
     /// The label.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(length(min = 1, max = 317), regex(pattern = crd::LABEL_KEY))]
     pub key: String,
     /// `In`, `NotIn`, `Exists` or `DoesNotExist`.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(extend("enum" = ["In", "NotIn", "Exists", "DoesNotExist"]))]
     pub operator: String,
-    /// Values for `In` and `NotIn`.
+    /// Values for `In` and `NotIn`, at least one; none for `Exists` and `DoesNotExist`.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(with = "Vec<crd::LabelValue>", length(max = crd::SELECTOR_VALUES), extend("x-kubernetes-list-type" = "atomic"))]
     pub values: Vec<String>,
 }
 
@@ -262,35 +278,41 @@ pub struct EgressIp {
     pub spec: EgressIpSpec,
 }
 
-/// `spec` of an EgressIP.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+/// What is wanted: which pods leave the cluster by which addresses.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("required" = ["egressIPs", "namespaceSelector"]))]
 pub struct EgressIpSpec {
-    /// The addresses.
+    /// The addresses, IPv4 or IPv6: free ones, which no host has. Each is held by one egress node at a time.
     #[serde(rename = "egressIPs", deserialize_with = "or_default")]
+    #[schemars(with = "Vec<Address>", length(min = 1, max = POLICY_ADDRESSES), extend("x-kubernetes-list-type" = "atomic"))]
     pub egress_ips: Vec<String>,
-    /// Namespaces it is for. The schema requires it.
+    /// Namespaces it is for, by their labels. Required; the empty selector `{}` selects all namespaces.
+    #[schemars(with = "LabelSelector")]
     pub namespace_selector: Option<LabelSelector>,
-    /// Pods of these namespaces; absent or empty: all.
+    /// Pods of these namespaces, by their labels; absent or empty: all.
     #[serde(deserialize_with = "or_default")]
     pub pod_selector: LabelSelector,
 }
 
-/// `status` of an EgressIP; in a directory source it is a file of its own under `.outgate/status`.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// What has come of it: which node holds each address, and why one is not in force.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("required" = ["items"]))]
 pub struct EgressIpStatus {
     /// Addresses that a node holds.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     pub items: Vec<EgressIpItem>,
     /// Why an address is or is not in force.
     #[serde(deserialize_with = "or_default")]
     pub conditions: Vec<Condition>,
 }
 
-/// One address and its owner.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// One address and the node that holds it.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("required" = ["egressIP", "node"]))]
 pub struct EgressIpItem {
     /// The node that holds it.
     #[serde(deserialize_with = "or_default")]
@@ -328,16 +350,17 @@ pub struct EgressFirewall {
     pub spec: FirewallSpec,
 }
 
-/// `status` of an EgressFirewall; in a directory source it is a file of its own under `.outgate/status`.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// What has come of it on the nodes that have pods of the namespace.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct EgressFirewallStatus {
-    /// OVN-Kubernetes' word for the whole: [`crate::status::firewall::APPLIED`] or
-    /// [`crate::status::firewall::NOT_APPLIED`]; empty until all nodes that it concerns have said so.
+    /// `EgressFirewall Rules applied` or `EgressFirewall Rules not correctly applied`; empty until all nodes that it concerns
+    /// have said so.
     #[serde(deserialize_with = "or_default")]
     pub status: String,
     /// The same of each node, after its name.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(extend("x-kubernetes-list-type" = "set"))]
     pub messages: Vec<String>,
     /// Why it is or is not in force.
     #[serde(deserialize_with = "or_default")]
@@ -372,64 +395,83 @@ pub struct EgressConfig {
     pub spec: EgressConfigSpec,
 }
 
-/// `spec` of an EgressConfig. Words are text here, so that a wrong one is refused by its field's name.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+/// Settings of the whole cluster. What is left out has the default that its field says.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressConfigSpec {
-    /// Pod networks.
+    /// Pod networks, where they cannot be read from the nodes: traffic to them never leaves by an egress IP.
     #[serde(rename = "clusterCIDRs", deserialize_with = "or_default")]
+    #[schemars(with = "Vec<Network>", length(max = 1000), extend("x-kubernetes-list-type" = "atomic"))]
     pub cluster_cidrs: Vec<String>,
-    /// Service networks.
+    /// Service networks: traffic to them never leaves by an egress IP.
     #[serde(rename = "serviceCIDRs", deserialize_with = "or_default")]
+    #[schemars(with = "Vec<Network>", length(max = 1000), extend("x-kubernetes-list-type" = "atomic"))]
     pub service_cidrs: Vec<String>,
-    /// `Drop` or `NodeIP`.
+    /// What becomes of a selected pod's traffic while no node holds its address: `Drop` (the default), or `NodeIP`: it leaves by
+    /// the node's own address, as with OVN-Kubernetes.
+    #[schemars(extend("enum" = ["Drop", "NodeIP"]))]
     pub unassigned: Option<String>,
-    /// `Hold` or `Allow`.
+    /// What becomes of the packets of a pod that is not known yet: `Hold` (the default), or `Allow`: they leave by the node's
+    /// own address.
+    #[schemars(extend("enum" = ["Hold", "Allow"]))]
     pub unknown_pods: Option<String>,
-    /// `Pod` or `Connection`.
+    /// How flows spread over an object's addresses: by `Pod` (the default: one pod, one address) or by `Connection`.
+    #[schemars(extend("enum" = ["Pod", "Connection"]))]
     pub spread: Option<String>,
-    /// `Auto`, `Never` or `Always`.
+    /// Whether packets skip the node's own network stack: `Auto` (the default), `Never`, or `Always`: the nodes have no
+    /// netfilter rules to honour.
+    #[schemars(extend("enum" = ["Auto", "Never", "Always"]))]
     pub offload: Option<String>,
     /// Networks of egress IPs that routers outside send to the egress nodes by a route. Such an address needs
     /// no interface in its network: it leaves by the uplink of the node's default route, and is not announced.
     #[serde(rename = "routedCIDRs", deserialize_with = "or_default")]
+    #[schemars(with = "Vec<Network>", length(max = 1000), extend("x-kubernetes-list-type" = "atomic"))]
     pub routed_cidrs: Vec<String>,
     /// The tunnel between the nodes.
     #[serde(deserialize_with = "or_default")]
     pub tunnel: TunnelSpec,
-    /// Idle times.
+    /// How long flows may be idle.
     #[serde(deserialize_with = "or_default")]
     pub timeouts: TimeoutsSpec,
-    /// `Drop` or `Reject`: whether what a firewall denies is answered.
+    /// Whether what an EgressFirewall denies is answered: `Drop` (the default: it is not) or `Reject`.
+    #[schemars(extend("enum" = ["Drop", "Reject"]))]
     pub deny_action: Option<String>,
     /// Addresses of resolvers that pods ask, besides the cluster's DNS service and the nodes.
     #[serde(deserialize_with = "or_default")]
+    #[schemars(with = "Vec<Address>", length(max = 1000), extend("x-kubernetes-list-type" = "atomic"))]
     pub resolvers: Vec<String>,
 }
 
-/// `tunnel` of an EgressConfig.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+/// The tunnel between the nodes. Nodes need one port of one protocol open between them.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TunnelSpec {
-    /// UDP port.
+    /// UDP port; 4795 unless it is set.
+    #[schemars(range(min = 1, max = 65_535))]
     pub port: Option<i64>,
-    /// Network identifier, 1 to 16,777,215.
+    /// VXLAN network identifier; chosen by the leader unless it is set.
+    #[schemars(range(min = 1, max = 16_777_215))]
     pub vni: Option<i64>,
 }
 
-/// `timeouts` of an EgressConfig, in seconds.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+/// How long flows may be idle, in seconds.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TimeoutsSpec {
-    /// An established TCP connection.
+    /// An established TCP connection; 7440 (RFC 5382).
+    #[schemars(range(min = 1, max = crd::LONGEST_TIMEOUT))]
     pub tcp_established_seconds: Option<i64>,
-    /// A TCP connection that opens or closes.
+    /// A TCP connection that opens or closes; 240 (RFC 5382).
+    #[schemars(range(min = 1, max = crd::LONGEST_TIMEOUT))]
     pub tcp_transitory_seconds: Option<i64>,
-    /// UDP.
+    /// UDP; 300 (RFC 4787).
+    #[schemars(range(min = 1, max = crd::LONGEST_TIMEOUT))]
     pub udp_seconds: Option<i64>,
-    /// ICMP echo.
+    /// ICMP echo; 60 (RFC 5508).
+    #[schemars(range(min = 1, max = crd::LONGEST_TIMEOUT))]
     pub icmp_seconds: Option<i64>,
-    /// A port after its connection was closed.
+    /// How long a port rests after its connection was closed; 65.
+    #[schemars(range(min = 1, max = crd::LONGEST_TIMEOUT))]
     pub port_rest_seconds: Option<i64>,
 }
 
@@ -465,9 +507,9 @@ impl Default for EgressNode {
     }
 }
 
-/// `spec` of an EgressNode: written by the leader. In a cluster it is all that an agent knows of other nodes' Node
-/// objects, which change far too often to be watched by every node.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// What the leader tells this node and others about it. It holds what agents need of the Node object, which changes far too
+/// often to be watched by every node.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressNodeSpec {
     /// UID of the Node object.
@@ -491,16 +533,16 @@ pub struct EgressNodeSpec {
 }
 
 /// Ports of one egress IP that a node may use.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct GrantedPorts {
     /// The address.
     #[serde(rename = "egressIP", deserialize_with = "or_default")]
     pub egress_ip: String,
-    /// [`Meta::uid`] of the allocation: an address given up and taken again is another allocation.
+    /// `metadata.uid` of the EgressAllocation: an address given up and taken again is another allocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
-    /// [`Meta::generation`] of the allocation that these ranges are of.
+    /// `metadata.generation` of the EgressAllocation that these ranges are of.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
     /// The node that holds the address; empty for none.
@@ -511,8 +553,8 @@ pub struct GrantedPorts {
     pub ranges: Vec<Granules>,
 }
 
-/// `status` of an EgressNode.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// What the node's agent says about its node.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressNodeStatus {
     /// UID of the Node object: a node made anew under an old name is another node.
@@ -548,7 +590,7 @@ pub struct EgressNodeStatus {
 }
 
 /// An egress IP that a node's pods need ports of.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PortDemand {
     /// The address.
@@ -556,17 +598,18 @@ pub struct PortDemand {
     pub egress_ip: String,
     /// How many granules in all the node wants; 0: whatever the leader gives at first.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "is_zero16")]
+    #[schemars(range(max = GRANULES))]
     pub granules: u16,
 }
 
 /// Ports of one egress IP that a node gives back.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ReturnedPorts {
     /// The address.
     #[serde(rename = "egressIP", deserialize_with = "or_default")]
     pub egress_ip: String,
-    /// [`Meta::uid`] of the allocation.
+    /// `metadata.uid` of the EgressAllocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
     /// The ports, as ranges of granules.
@@ -575,16 +618,16 @@ pub struct ReturnedPorts {
 }
 
 /// What has come of one EgressFirewall in a node's kernel.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct AppliedFirewall {
     /// Its namespace.
     #[serde(deserialize_with = "or_default")]
     pub namespace: String,
-    /// [`Meta::uid`] of the object.
+    /// `metadata.uid` of the object.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub uid: String,
-    /// The version of it that was last taken up, [`crate::firewall::version_text`].
+    /// The version of it that was last taken up: a digest of its spec.
     #[serde(deserialize_with = "or_default")]
     pub version: String,
     /// Why that is not in force; empty: it is.
@@ -596,7 +639,7 @@ pub struct AppliedFirewall {
 }
 
 /// An uplink of an EgressNode.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressUplink {
     /// Interface name.
@@ -617,16 +660,16 @@ pub struct EgressUplink {
 }
 
 /// That a node's kernel has an allocation's port table.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadedAllocation {
     /// The address.
     #[serde(rename = "egressIP", deserialize_with = "or_default")]
     pub egress_ip: String,
-    /// [`Meta::uid`] of the allocation: an address given up and taken again is another allocation.
+    /// `metadata.uid` of the EgressAllocation: an address given up and taken again is another allocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
-    /// [`Meta::generation`] of the allocation.
+    /// `metadata.generation` of the EgressAllocation.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
 }
@@ -659,12 +702,14 @@ impl Default for EgressAllocation {
     }
 }
 
-/// `spec` of an EgressAllocation.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// Who holds an egress IP, who may hold it next, and who leases which of its ports.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("required" = ["egressIP"]))]
 pub struct EgressAllocationSpec {
     /// The address.
     #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    #[schemars(length(max = 45))]
     pub egress_ip: String,
     /// The node that holds it; empty for none.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
@@ -682,14 +727,16 @@ pub struct EgressAllocationSpec {
 
 /// Ports of an egress IP that were given back, or were a node's that is gone. They are free once the kernels of holder and
 /// standbys have dropped them and their rest is over.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RestingPorts {
     /// The first granule.
+    #[schemars(range(max = LAST_GRANULE))]
     pub first: u16,
     /// How many.
+    #[schemars(range(max = GRANULES))]
     pub count: u16,
-    /// [`Meta::generation`] of the allocation that first had no lease on them.
+    /// `metadata.generation` of the allocation that first had no lease on them.
     pub generation: u64,
     /// Not before this time, RFC 3339, UTC.
     #[serde(deserialize_with = "or_default")]
@@ -697,7 +744,7 @@ pub struct RestingPorts {
 }
 
 /// One node's ports of an egress IP.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PortLease {
     /// Name of the node.
@@ -709,7 +756,7 @@ pub struct PortLease {
     /// Boot id of the node.
     #[serde(rename = "bootID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub boot_id: String,
-    /// [`Meta::generation`] of the allocation that first had this lease as it is.
+    /// `metadata.generation` of the allocation that first had this lease as it is.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
     /// The ports, as ranges of granules.
@@ -718,12 +765,14 @@ pub struct PortLease {
 }
 
 /// A contiguous range of granules: 64 ports each, granule 0 begins at port 1024.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Granules {
     /// The first.
+    #[schemars(range(max = LAST_GRANULE))]
     pub first: u16,
     /// How many.
+    #[schemars(range(max = GRANULES))]
     pub count: u16,
 }
 

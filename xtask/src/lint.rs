@@ -1,8 +1,8 @@
-//! `lint`: formatting, clippy on both workspaces, and the house rules.
+//! `lint`: formatting, clippy on both workspaces, files made from code, and the house rules.
 
 use anyhow::{Result, bail};
 
-use crate::{build, machine, process, setup, tidy, ui};
+use crate::{build, codegen, machine, process, setup, tidy, ui};
 
 /// `cargo xtask lint`.
 pub(crate) fn run() -> Result<()> {
@@ -28,6 +28,7 @@ pub(crate) fn check() -> Result<()> {
     check("fmt", fmt);
     check("clippy", clippy);
     check("clippy, eBPF", clippy_ebpf);
+    check("codegen", codegen::check);
     check("tidy", tidy::run);
     if !failed.is_empty() {
         bail!("lint failed: {}", failed.join(", "));

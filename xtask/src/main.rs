@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod codegen;
 mod demo;
 mod kube;
 mod leftovers;
@@ -38,6 +39,8 @@ enum Command {
     Test(test::Options),
     /// Measure time and memory of the programs, as root: quick, or `--long`
     Bench(bench::Options),
+    /// Write the files that are made from code: the CRDs in deploy/crds
+    Codegen,
     /// Check formatting, clippy on both workspaces and the house rules
     Lint,
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Codegen => codegen::run(),
         Command::Lint => lint::run(),
     };
     match result {

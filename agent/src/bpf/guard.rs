@@ -1,6 +1,6 @@
 //! Attaches the guard to the pods' cgroup by a pinned link: `from_cgroup@<the cgroup's id>`.
 
-use std::fs::{File, read_dir, read_to_string};
+use std::fs::{File, read_to_string};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -74,16 +74,12 @@ pub(super) fn attach(ebpf: &mut aya::Ebpf, dir: &Path, cgroup: &Path) -> Result<
 }
 
 /// Pins of guards that earlier agents attached.
-fn pins(links: &Path) -> Result<Vec<PathBuf>, Error> {
-    let failed = |source| Error::Pin { what: "read", path: links.to_path_buf(), source };
-    let entries = read_dir(links).map_err(failed)?;
-    let paths =
-        entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+pub(super) fn pins(links: &Path) -> Result<Vec<PathBuf>, Error> {
     let ours = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.split_once('@').is_some_and(|(program, _)| program == PROGRAM)
     };
-    Ok(paths.into_iter().filter(ours).collect())
+    Ok(super::entries(links)?.into_iter().filter(ours).collect())
 }
 
 #[cfg(test)]

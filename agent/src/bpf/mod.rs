@@ -126,21 +126,28 @@ pub fn read_image(bpffs: &Path) -> Result<MapImage, Error> {
 /// packets afterwards. Returns what was removed; nothing there is not an error.
 pub fn cleanup(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut removed = Vec::new();
-    for version in entries(bpffs)? {
-        let name = version.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.strip_prefix('v').is_none_or(|n| n.parse::<u32>().is_err()) {
-            continue;
+    let mut unlink = |path: PathBuf| {
+        let remove = std::fs::remove_file(&path);
+        remove.map_err(|source| Error::Pin { what: "remove", path: path.clone(), source })?;
+        removed.push(path);
+        Ok(())
+    };
+    let versions: Vec<_> = entries(bpffs)?.into_iter().filter(|path| is_version(path)).collect();
+    // The guards first: if something below fails, no new pod is left waiting for an agent that does not come.
+    for version in &versions {
+        for path in guard::pins(&version.join("links"))? {
+            unlink(path)?;
         }
+    }
+    for version in &versions {
         // Links first: a program without its maps' pins is still whole, a map without programs is only memory.
         for dir in ["links", "maps"].map(|sub| version.join(sub)) {
             for path in entries(&dir)? {
-                let remove = std::fs::remove_file(&path);
-                remove.map_err(|source| Error::Pin { what: "remove", path: path.clone(), source })?;
-                removed.push(path);
+                unlink(path)?;
             }
             remove_dir(&dir)?;
         }
-        remove_dir(&version)?;
+        remove_dir(version)?;
     }
     // The file system's own root stays, as do directories that hold something else.
     let is_root =
@@ -149,6 +156,12 @@ pub fn cleanup(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
         remove_dir(bpffs)?;
     }
     Ok(removed)
+}
+
+/// Whether a path is a directory of pins: `v` and the layout's number.
+fn is_version(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.strip_prefix('v').is_some_and(|n| n.parse::<u32>().is_ok())
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
@@ -233,5 +246,30 @@ impl Datapath {
     /// Packets and bytes dropped, by reason, over all CPUs.
     pub fn drops(&self) -> Result<Vec<(datapath::verdict::DropReason, datapath::keys::DropCount)>, Error> {
         maps::drops(self.maps.dir())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cleanup_begins_with_the_guards_of_all_versions_and_leaves_others_files() {
+        let dir = std::env::temp_dir().join(format!("outgate-cleanup-{}", std::process::id()));
+        for version in ["v1", "v2"] {
+            for (sub, name) in
+                [("links", "from_cgroup@9"), ("links", "a@1"), ("links", "to_uplink@2"), ("maps", "FLOWS")]
+            {
+                std::fs::create_dir_all(dir.join(version).join(sub)).unwrap();
+                std::fs::write(dir.join(version).join(sub).join(name), "").unwrap();
+            }
+        }
+        std::fs::write(dir.join("mine"), "").unwrap();
+        let removed = cleanup(&dir).unwrap();
+        let removed: Vec<_> = removed.iter().map(|p| p.strip_prefix(&dir).unwrap().to_str().unwrap()).collect();
+        assert_eq!(removed[..3], ["v1/links/from_cgroup@9", "v2/links/from_cgroup@9", "v1/links/a@1"]);
+        assert_eq!(removed.len(), 8);
+        assert_eq!(entries(&dir).unwrap(), [dir.join("mine")]);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

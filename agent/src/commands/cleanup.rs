@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::CleanupArgs;
 use crate::{bpf, netlink, notrack};
@@ -31,6 +32,21 @@ pub(super) fn run(args: &CleanupArgs, out: &mut impl Write) -> anyhow::Result<()
     }
     if removed.is_empty() && !device && proxies.is_empty() && !table {
         writeln!(out, "nothing to remove")?;
+    }
+    if args.stay {
+        out.flush()?;
+        runtime.block_on(told_to_end())?;
+    }
+    Ok(())
+}
+
+/// Waits for the signals that end a container or a command.
+async fn told_to_end() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
     Ok(())
 }

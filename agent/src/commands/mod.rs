@@ -2,6 +2,7 @@
 
 mod agent;
 mod cleanup;
+mod crds;
 mod flows;
 mod monitor;
 mod status;
@@ -22,6 +23,7 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Monitor(args) => monitor::run(&args, out),
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
+        Command::Crds => crds::run(out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completions { shell } => {
             // The generator panics when its writer fails, so it gets one that does not.
