@@ -11,6 +11,7 @@ pub mod model;
 pub mod selector;
 
 pub mod assign;
+pub mod digest;
 pub mod leader;
 pub mod lease;
 pub mod status;
@@ -27,6 +28,7 @@ pub mod announce;
 pub mod bpf;
 pub mod conflict;
 pub mod conntrack;
+pub mod controller;
 pub mod metrics;
 pub mod names;
 pub mod netlink;

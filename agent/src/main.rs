@@ -13,7 +13,7 @@ fn main() -> ExitCode {
         Err(error) if !commands::is_broken_pipe(&error) => {
             // Nobody is left to tell when this fails.
             let _ = writeln!(stderr(), "outgate: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<commands::WrongUsage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
         _ => ExitCode::SUCCESS,
     }

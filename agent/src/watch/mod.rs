@@ -2,6 +2,7 @@
 //! a directory or the Kubernetes API.
 
 pub mod dir;
+pub mod kube;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
