@@ -16,8 +16,8 @@ use crate::addresses;
 use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
-    self, AppliedFirewall, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects,
-    TimeoutsSpec, Tunnel,
+    self, AppliedFirewall, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig,
+    EgressNodeStatus, Meta, Objects, TimeoutsSpec, Tunnel,
 };
 use crate::selector::{Match, Selector};
 use crate::watch::Problem;
@@ -43,7 +43,8 @@ pub struct Desired {
     pub pods: BTreeMap<(String, String), Pod>,
     /// Egress firewalls, by namespace.
     pub firewalls: BTreeMap<String, Firewall>,
-    /// Nodes that have pods which firewalls cover, by the namespaces that have one. Only nodes that are known.
+    /// Nodes that have pods which firewalls cover, by the namespaces that have one: of pods that are known, and as the
+    /// nodes' agents say. Only nodes that are known.
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
@@ -582,6 +583,14 @@ fn firewall_nodes(
             found.entry(namespace.clone()).or_default().insert(pod.spec.node_name.clone());
         }
     }
+    // Where not all pods are known, as to a cluster's leader, the nodes say themselves what they have pods of.
+    for (name, node) in nodes {
+        for namespace in node.agent.iter().flat_map(|a| a.firewalls.keys()) {
+            if firewalls.contains_key(namespace) {
+                found.entry(namespace.clone()).or_default().insert(name.clone());
+            }
+        }
+    }
     found
 }
 
@@ -657,6 +666,10 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
     }
     for (name, o) in &objects.egress_nodes {
         let s = &o.status;
+        // The leader may have written its part before there is an agent.
+        if *s == EgressNodeStatus::default() {
+            continue;
+        }
         let texts = |texts: &[String]| texts.iter().filter_map(|t| addresses::address(t).ok()).collect();
         let working = || s.uplinks.iter().filter(|u| u.up);
         let default_route = |family: &str| working().any(|u| u.default_route.iter().any(|f| f == family));
