@@ -60,8 +60,8 @@ enum Mode {
         #[arg(long)]
         syn: u16,
     },
-    /// Send UDP to a server every millisecond, before there is a network and until the server has answered; says
-    /// when that was, by the machine's monotonic clock, in nanoseconds.
+    /// Once standard input ends, send UDP to a server every millisecond until it has answered; says when that was,
+    /// by the machine's monotonic clock, in nanoseconds.
     Knock { destination: SocketAddr },
 }
 
@@ -397,6 +397,7 @@ fn knock(destination: SocketAddr) -> io::Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.set_read_timeout(Some(Duration::from_millis(1)))?;
     println!("running");
+    io::copy(&mut io::stdin(), &mut io::sink())?;
     let began = Instant::now();
     let mut buffer = [0; 2048];
     while began.elapsed() < SILENCE * 4 {
