@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::styling::Styles;
@@ -34,6 +34,10 @@ pub enum Command {
     /// equal to what the objects ask for. When it ends, everything stays in the kernel and traffic goes on:
     /// `outgate cleanup` removes it.
     Agent(AgentArgs),
+    /// Do the leader's work in a Kubernetes cluster: assign egress IPs, lease their ports, write statuses
+    ///
+    /// Of several controllers one leads, elected by a Lease. In a directory the agents do this themselves.
+    Controller(ControllerArgs),
     /// Show egress IPs with their owners and ports, egress firewalls with their state, and nodes
     Status(StatusArgs),
     /// Show this node's flows
@@ -65,6 +69,11 @@ pub enum Command {
     /// Print the custom resource definitions, for `cargo xtask codegen`
     #[command(hide = true)]
     Crds,
+    /// Be a chained CNI plugin: let a pod start when this node's agent has programmed it
+    ///
+    /// A container runtime starts it, by the name outgate-cni and without arguments, and gives it the network's
+    /// configuration on standard input. docs/cni.md says how to chain it.
+    Cni(CniArgs),
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -80,9 +89,12 @@ pub struct AgentArgs {
     /// Name of this node's Node object
     #[arg(long, env = "OUTGATE_NODE", value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub node: String,
-    /// Where the objects come from: dir:PATH, a directory of Kubernetes YAML and JSON
-    #[arg(long, env = "OUTGATE_SOURCE", value_name = "dir:PATH")]
-    pub source: SourceArg,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub source: SourceArgs,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub adopt: AdoptArg,
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,
@@ -107,12 +119,69 @@ pub struct AgentArgs {
     /// its nameservers too
     #[arg(long, env = "OUTGATE_RESOLV_CONF", value_name = "FILE", default_value = "/etc/resolv.conf")]
     pub resolv_conf: PathBuf,
+    /// libcni's cache of results on this node, by which new pods are known before the API has their addresses
+    #[arg(long, env = "OUTGATE_CNI_RESULTS", value_name = "DIR", default_value = crate::cni::cache::RESULTS)]
+    pub cni_results: PathBuf,
+    /// Serve the chained CNI plugin at this socket [default: /run/outgate/cni.sock, if it can be made]
+    #[arg(long, env = "OUTGATE_CNI_SOCKET", value_name = "PATH")]
+    pub cni_socket: Option<PathBuf>,
     /// Serve /metrics, /healthz and /readyz on this address
     #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,
     /// What to log: error, warn, info, debug or trace, also by module (as in info,outgate=debug)
     #[arg(long, env = "OUTGATE_LOG", value_name = "FILTER", default_value = "info", value_parser = filter)]
     pub log: String,
+}
+
+/// Options of `outgate cni`.
+#[derive(Args, Debug)]
+pub struct CniArgs {
+    /// Where the node's agent serves it; `socket` in the network's configuration overrides it
+    #[arg(long, env = "OUTGATE_CNI_SOCKET", value_name = "PATH", default_value = crate::cni::door::SOCKET)]
+    pub cni_socket: PathBuf,
+    /// Copy this program to DIR/outgate-cni, where the node's container runtime has its plugins, and end
+    #[arg(long, env = "OUTGATE_INSTALL", value_name = "DIR")]
+    pub install: Option<PathBuf>,
+}
+
+/// Options of `outgate controller`.
+#[derive(Args, Debug)]
+pub struct ControllerArgs {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub source: SourceArgs,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub adopt: AdoptArg,
+    /// Serve /metrics, /healthz and /readyz on this address
+    #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
+    /// What to log: error, warn, info, debug or trace, also by module (as in info,outgate=debug)
+    #[arg(long, env = "OUTGATE_LOG", value_name = "FILTER", default_value = "info", value_parser = filter)]
+    pub log: String,
+}
+
+/// Where objects come from, for several commands.
+#[derive(Args, Debug)]
+pub struct SourceArgs {
+    /// Where the objects come from: kube, the Kubernetes API, or dir:PATH, a directory of Kubernetes YAML and JSON
+    #[arg(long, env = "OUTGATE_SOURCE", value_name = "kube|dir:PATH")]
+    pub source: SourceArg,
+    /// With --source kube: the file that says where the API server is and as whom to speak to it [default: KUBECONFIG,
+    /// else the pod's ServiceAccount]
+    #[arg(long, env = "OUTGATE_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// With --source kube: the namespace of outgate's own Leases
+    #[arg(long, env = "OUTGATE_NAMESPACE", value_name = "NAMESPACE", default_value = "outgate-system")]
+    pub namespace: String,
+}
+
+/// The option of those who refuse a cluster that another serves.
+#[derive(Args, Debug)]
+pub struct AdoptArg {
+    /// With --source kube: work in a cluster whose nodes OVN-Kubernetes runs, which serves EgressIP itself
+    #[arg(long, env = "OUTGATE_ADOPT")]
+    pub adopt: bool,
 }
 
 /// The option that several commands share.
@@ -126,9 +195,9 @@ pub struct BpffsArg {
 /// Options of `outgate status`.
 #[derive(Args, Debug)]
 pub struct StatusArgs {
-    /// Where the objects come from: dir:PATH, a directory of Kubernetes YAML and JSON
-    #[arg(long, env = "OUTGATE_SOURCE", value_name = "dir:PATH")]
-    pub source: SourceArg,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its help is the options'")]
+    pub source: SourceArgs,
     /// How to print
     #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
     pub output: Output,
@@ -293,15 +362,8 @@ pub enum Output {
 pub enum SourceArg {
     /// A directory.
     Dir(PathBuf),
-}
-
-impl SourceArg {
-    /// The directory.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        let Self::Dir(path) = self;
-        path
-    }
+    /// The Kubernetes API.
+    Kube,
 }
 
 impl FromStr for SourceArg {
@@ -309,8 +371,9 @@ impl FromStr for SourceArg {
 
     fn from_str(s: &str) -> Result<Self, String> {
         match s.split_once(':') {
+            None if s == "kube" => Ok(Self::Kube),
             Some(("dir", path)) if !path.is_empty() => Ok(Self::Dir(path.into())),
-            _ => Err("a source is dir:PATH".to_owned()),
+            _ => Err("a source is kube or dir:PATH".to_owned()),
         }
     }
 }
@@ -345,6 +408,7 @@ fn filter(s: &str) -> Result<String, String> {
 mod tests {
     use super::*;
     use clap::CommandFactory as _;
+    use std::path::Path;
 
     #[test]
     fn the_definition_is_sound_and_every_option_has_help_and_an_environment_variable() {
@@ -399,8 +463,19 @@ mod tests {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
         let cli = parse("outgate agent --node a --source dir:/x --uplink eth0 --uplink eth1 --pod-interface v* --metrics 127.0.0.1:9090 --log debug").unwrap();
         let Command::Agent(a) = cli.command else { panic!() };
-        assert_eq!((a.source.dir(), a.uplinks.len(), a.pod_interfaces.len()), (Path::new("/x"), 2, 1));
+        assert_eq!(a.source.source, SourceArg::Dir("/x".into()));
+        assert_eq!((a.uplinks.len(), a.pod_interfaces.len(), a.adopt.adopt), (2, 1, false));
         assert_eq!(a.bpffs.bpffs, Path::new(BPFFS));
+        let Command::Controller(c) =
+            parse("outgate controller --source kube --kubeconfig /k --adopt").unwrap().command
+        else {
+            panic!()
+        };
+        assert_eq!(c.source.source, SourceArg::Kube);
+        assert_eq!(c.source.kubeconfig.as_deref(), Some(Path::new("/k")));
+        assert_eq!(c.source.namespace, "outgate-system");
+        assert!(c.adopt.adopt);
+        assert!(parse("outgate agent --node a --source kube --namespace n").is_ok());
         let Command::Flows(f) =
             parse("outgate flows --pod n/p --egress-ip 192.0.2.1 --watch").unwrap().command
         else {
@@ -414,7 +489,8 @@ mod tests {
             "outgate agent",
             "outgate agent --node a",
             "outgate agent --node a --source etcd:x",
-            "outgate agent --node a --source kube",
+            "outgate agent --node a --source kube:x",
+            "outgate controller",
             "outgate agent --node a --source dir:",
             "outgate agent --node a --source dir:x --log =5=",
             "outgate flows --pod p",

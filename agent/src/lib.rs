@@ -5,12 +5,15 @@ pub mod crd;
 pub mod objects;
 pub mod watch;
 
+pub mod cni;
+
 pub mod addresses;
 pub mod firewall;
 pub mod model;
 pub mod selector;
 
 pub mod assign;
+pub mod digest;
 pub mod leader;
 pub mod lease;
 pub mod status;
@@ -27,6 +30,7 @@ pub mod announce;
 pub mod bpf;
 pub mod conflict;
 pub mod conntrack;
+pub mod controller;
 pub mod metrics;
 pub mod names;
 pub mod netlink;

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use datapath::verdict::DropReason;
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::command::{Output, Process, eventually, eventually_ok};
+use crate::command::{Output, Process, eventually, eventually_ok, signal};
 use crate::lab::{Lab, Node, utf8};
 use crate::netns::Netns;
 use crate::objects::Labels;
@@ -27,6 +28,8 @@ pub struct Agent {
     pub node: String,
     netns: Netns,
     process: Process,
+    /// Where it serves metrics and the probes.
+    metrics: String,
 }
 
 impl Lab {
@@ -83,7 +86,7 @@ impl Lab {
         let arguments = self.agent_arguments(&node.name);
         let words: Vec<&str> = arguments.iter().map(String::as_str).chain(options.iter().copied()).collect();
         let process = node.netns.spawn(&format!("agent-{}", node.name), &words, &[("NO_COLOR", "1")]);
-        Agent { node: node.name.clone(), netns: node.netns.clone(), process }
+        Agent::new(&node.name, &node.netns, process, METRICS)
     }
 
     /// The command line of a node's agent.
@@ -222,6 +225,11 @@ impl Lab {
 }
 
 impl Agent {
+    /// A started agent.
+    pub(crate) fn new(node: &str, netns: &Netns, process: Process, metrics: &str) -> Self {
+        Self { node: node.to_owned(), netns: netns.clone(), process, metrics: metrics.to_owned() }
+    }
+
     /// Waits until it says it is ready.
     #[track_caller]
     pub fn wait_ready(&mut self) {
@@ -275,13 +283,26 @@ impl Agent {
         self.process.kill();
     }
 
+    /// Stops it where it is, as a machine that is out of memory or suspended does.
+    pub fn pause(&self) {
+        signal(self.pid(), Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        signal(self.pid(), Signal::CONT);
+    }
+
     /// Leaves it running when the value is dropped.
     pub fn detach(&mut self) {
         self.process.detach();
     }
 
-    fn get(&self, path: &str) -> Output {
-        let url = format!("http://{METRICS}{path}");
+    /// What it answers on a path: its metrics or its probes.
+    #[track_caller]
+    #[must_use]
+    pub fn get(&self, path: &str) -> Output {
+        let url = format!("http://{}{path}", self.metrics);
         self.netns.try_exec(&["curl", "--silent", "--show-error", "--fail", "--max-time", "2", &url])
     }
 }

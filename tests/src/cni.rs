@@ -62,9 +62,9 @@ impl Cni {
 /// A pod to be made.
 #[derive(Debug, Clone)]
 pub struct PodSpec {
-    namespace: String,
-    name: String,
-    labels: Vec<(String, String)>,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) labels: Vec<(String, String)>,
     ip: Option<String>,
     unannounced: bool,
     early: Vec<String>,

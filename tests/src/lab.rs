@@ -386,6 +386,10 @@ pub struct Lab {
     pub neighbour: Host,
     /// The directory of Kubernetes objects that the agents read.
     pub objects: Objects,
+    /// The switch between the nodes, as a namespace with the bridge `br0`.
+    wire: Netns,
+    mtu: Option<u32>,
+    underlay: Families,
     /// Whether nodes, pods and hosts have IPv6 addresses.
     pub(crate) v6: bool,
     /// Whether outside hosts know the way to pods, and so may see their addresses.
@@ -491,6 +495,9 @@ impl Lab {
             other,
             neighbour,
             objects,
+            wire,
+            mtu: spec.mtu,
+            underlay: spec.families,
             v6: spec.v6(),
             routed_pods: spec.routed_pods,
             home,
@@ -508,6 +515,21 @@ impl Lab {
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.home.dir
+    }
+
+    /// Makes a further host on the nodes' network, for what is beside the nodes in a cluster. `last` is the last
+    /// number of its addresses, 200 to 249.
+    #[track_caller]
+    #[must_use]
+    pub fn host_beside_nodes(&self, name: &str, last: usize) -> Host {
+        assert!((200..250).contains(&last), "egress IPs and the lab's own hosts have the other addresses");
+        let netns = Netns::create(&format!("{}-{name}", self.home.id), &self.home.dir);
+        if self.v6 {
+            netns.without_dad();
+        }
+        plug(&netns, "eth0", &self.wire, name, "br0", self.mtu);
+        let spec = LabSpec { families: self.underlay, ..LabSpec::default() };
+        Host::new(netns, spec.on_underlay(UNDERLAY.host(last)), &spec.on_underlay(UNDERLAY.host(1)))
     }
 
     /// A node by its name.
@@ -645,7 +667,8 @@ impl Lab {
         let mut logs: Vec<_> = entries
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
-                name.contains("-agent-").then(|| (name, fs::read(entry.path()).unwrap_or_default()))
+                let one_of_ours = name.contains("-agent-") || name.contains("-controller-");
+                one_of_ours.then(|| (name, fs::read(entry.path()).unwrap_or_default()))
             })
             .map(|(name, bytes)| (name, String::from_utf8_lossy(&bytes).into_owned()))
             .collect();

@@ -30,13 +30,19 @@ pub(crate) fn bpf_object() -> Result<PathBuf> {
     Ok(target_dir()?.join("bpf/outgate.o"))
 }
 
-/// Where `setup` puts tools: the user's cache, so that another checkout or `cargo clean` does not build them again.
-pub(crate) fn tools_dir() -> Result<PathBuf> {
+/// Where `setup` keeps what it makes: the user's cache, so that another checkout or `cargo clean` does not make it
+/// again.
+pub(crate) fn cache_dir() -> Result<PathBuf> {
     let variable = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     match variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))) {
-        Some(cache) => Ok(cache.join("outgate/tools")),
-        None => Ok(target_dir()?.join("tools")),
+        Some(cache) => Ok(cache.join("outgate")),
+        None => Ok(target_dir()?.join("cache")),
     }
+}
+
+/// Where `setup` puts tools.
+pub(crate) fn tools_dir() -> Result<PathBuf> {
+    Ok(cache_dir()?.join("tools"))
 }
 
 /// The first executable of that name, also in the `sbin` directories that users' `PATH` often lacks.

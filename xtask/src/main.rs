@@ -5,6 +5,7 @@ mod build;
 mod codegen;
 mod demo;
 mod image;
+mod kube;
 mod leftovers;
 mod lint;
 mod machine;

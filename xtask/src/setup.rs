@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{machine, process, toolchain, ui};
+use crate::{kube, machine, process, toolchain, ui};
 
 /// One thing that must be on the machine, and who brings it.
 struct Need {
@@ -55,6 +55,8 @@ const NEEDS: &[Need] = &[
     need("jq", &["jq"], "reading JSON output"),
     need("python3", &["python3-minimal"], "packets as no kernel makes them"),
     need("arping", &["arping"], "ARP questions"),
+    need("kubectl", &["kubernetes-client"], "the user's hand at the Kubernetes API"),
+    need("openssl", &["openssl"], "the test API server's keys and certificates"),
 ];
 
 /// For `image` only.
@@ -80,10 +82,15 @@ enum Report {
 
 /// `cargo xtask setup`.
 pub(crate) fn run() -> Result<()> {
-    setup(Report::Everything, &[test_tools, rust_components, bpf_toolchain, kernel])
+    setup(Report::Everything, &[test_tools, rust_components, bpf_toolchain, kube_server, kernel])
 }
 
-/// The same for `demo` and `test`: silent about what is there.
+/// The same for `test`: silent about what is there.
+pub(crate) fn ensure_tests() -> Result<()> {
+    setup(Report::Changes, &[test_tools, rust_components, bpf_toolchain, kube_server, kernel])
+}
+
+/// The same for `demo` and `bench`, which need no Kubernetes.
 pub(crate) fn ensure() -> Result<()> {
     setup(Report::Changes, &[test_tools, rust_components, bpf_toolchain, kernel])
 }
@@ -285,6 +292,29 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<()> {
     let _ = fs::remove_dir_all(machine::tools_dir()?.join("build"));
     step.done(&format!("bpf-linker {}", toolchain::BPF_LINKER));
     Ok(())
+}
+
+/// The real API server that tests start.
+fn kube_server(report: Report, apt: &mut Apt) -> Result<bool> {
+    let show = |programs: &[PathBuf]| {
+        for program in programs {
+            let name = program.file_name().unwrap_or_default();
+            ok(report, &format!("{} {}", name.display(), program.display()));
+        }
+    };
+    if let Some(programs) = kube::find()? {
+        show(&programs);
+        return Ok(false);
+    }
+    if let Err(why) = Apt::usable() {
+        return Err(kube::cannot_build(&why));
+    }
+    if machine::find_program("dpkg-source").is_none() {
+        apt.install(&["dpkg-dev"])?;
+    }
+    kube::build()?;
+    show(&kube::find()?.context("built kube-apiserver, and still find none")?);
+    Ok(true)
 }
 
 /// What must be mounted or loaded in the running kernel.

@@ -8,7 +8,7 @@ use std::{path::Path, process::Command};
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::{build, leftovers, lint, machine, process, setup, ui};
+use crate::{build, kube, leftovers, lint, machine, process, setup, ui};
 
 /// What to test.
 #[derive(Args)]
@@ -42,7 +42,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.unprivileged {
         setup::ensure_build()?;
     } else {
-        setup::ensure()?;
+        setup::ensure_tests()?;
     }
     let agent = build::build(false)?;
     let mut total = Counts::default();
@@ -101,9 +101,11 @@ fn outcome(result: Result<()>) -> Counts {
 fn lab(options: &Options, agent: &Path) -> Result<Counts> {
     let before = leftovers::Before::look();
     let object = machine::bpf_object()?;
+    let kube = kube::assets()?;
     let mut counts = cargo_test(options, &["--package", "lab"], |command| {
         command
             .env("OUTGATE_BIN", agent)
+            .env(kube::ASSETS_VARIABLE, &kube)
             .env(build::OBJECT_VARIABLE, &object)
             .env(leftovers::RUN_VARIABLE, before.run());
     })?;

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::Context as _;
@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::agent::{Agent, Identity, Kernel, random};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
-use crate::cli::AgentArgs;
+use crate::cli::{AgentArgs, SourceArg};
 use crate::compile::proxies;
 use crate::conflict::Conflicts;
 use crate::conntrack::{self, Conntrack};
@@ -29,20 +29,12 @@ use crate::netlink;
 use crate::notrack::Notrack;
 use crate::watch::Problem;
 use crate::watch::dir::DirSource;
-use crate::{metrics, watch};
+use crate::watch::kube::{KubeSource, Role};
+use crate::{cni, metrics};
 
 pub(super) fn run(args: AgentArgs) -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_env_filter(tracing_subscriber::EnvFilter::try_new(&args.log)?)
-        .init();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the event loop")?;
-    runtime.block_on(tokio::task::LocalSet::new().run_until(agent(args)))
+    super::log(&args.log)?;
+    super::block_on(agent(args))
 }
 
 /// Nothing is logged before all that can fail at the start has not: a failure is one line.
@@ -51,13 +43,13 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
-    let door = datapath.names()?;
+    let names_door = datapath.names()?;
     let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
     let guarded = cgroup.as_ref().map_or(Ok(()), |cgroup| datapath.guard(cgroup));
     if args.pod_cgroup.is_some() {
         guarded.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
     }
-    let source = DirSource::open(args.source.dir())?;
+    let source = open(&args).await?;
     let selection =
         netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
     let facts = netlink::watch(selection).await?;
@@ -77,24 +69,37 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), read));
     }
     tokio::task::spawn_local(audit::run(bpf::pin_dir(&args.bpffs.bpffs), Rc::clone(&state)));
+    let asked = args.cni_socket.as_deref().unwrap_or(Path::new(cni::door::SOCKET));
+    let door = cni::Door::open(asked);
+    if args.cni_socket.is_some() {
+        door.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
+    }
     info!(
         "outgate {} on node {}, objects from {}",
         env!("CARGO_PKG_VERSION"),
         args.node,
-        args.source.dir().display()
+        match (&source, &args.source.source) {
+            (Opened::Kube(source), _) => source.describe(),
+            (Opened::Dir(_), SourceArg::Dir(path)) => path.display().to_string(),
+            (Opened::Dir(_), SourceArg::Kube) => String::new(),
+        }
     );
     match (&cgroup, guarded) {
         (Some(cgroup), Ok(())) => info!("pods not known yet are held in cgroup {}", cgroup.display()),
         (None, _) => info!("no kubepods cgroup is seen here; --pod-cgroup can name one"),
         (_, Err(error)) => warn!("{error}; pods that start while no agent runs are held at the uplinks only"),
     }
+    if let Err(error) = &door {
+        warn!("{error}; a chained outgate-cni refuses pods until it can be served");
+    }
+    let runtime = cni::Runtime { cache: Some(cni::Cache::open(&args.cni_results)), door: door.ok() };
     let conflicts = Conflicts::new(Rc::clone(&state));
     let names = bpf::maps::LearntNames::open(&bpf::pin_dir(&args.bpffs.bpffs))?;
     let conntrack = Conntrack::new(datapath.recovered(), Box::new(names));
     let ruled = conntrack::ruled(datapath.recovered());
     let resolv_conf = ResolvConf::open(&args.resolv_conf);
     // What is in force is learnt from the first moment on, not from the first change.
-    let lookups = Names::start(door, random());
+    let lookups = Names::start(names_door, random());
     lookups.update(datapath.recovered(), &BTreeSet::new(), resolv_conf.nameservers());
     let kernel = NodeKernel {
         datapath,
@@ -106,16 +111,75 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         lookups,
     };
     let identity = Identity { node: args.node, boot_id: boot_id()? };
-    let mut agent = Agent::new(identity, source, kernel, facts, resolv_conf, state);
-    let ended: Result<(), <DirSource as watch::Source>::Error> = tokio::select! {
-        ended = agent.run() => ended,
+    let work = async {
+        match source {
+            Opened::Dir(source) => Agent::new(identity, *source, kernel, facts, resolv_conf, state)
+                .with_runtime(runtime)
+                .run()
+                .await
+                .map_err(anyhow::Error::from),
+            Opened::Kube(mut source) => {
+                wait_for(&mut source, &state).await?;
+                if !args.adopt.adopt {
+                    source.refuse_ovn()?;
+                }
+                Agent::new(identity, *source, kernel, facts, resolv_conf, state)
+                    .with_runtime(runtime)
+                    .run()
+                    .await
+                    .map_err(anyhow::Error::from)
+            }
+        }
+    };
+    let ended = tokio::select! {
+        ended = work => ended,
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     };
     if ended.is_ok() {
         info!("the agent ends; programs and maps stay, traffic goes on");
     }
-    Ok(ended?)
+    ended
+}
+
+/// A source that is open.
+enum Opened {
+    Dir(Box<DirSource>),
+    Kube(Box<KubeSource>),
+}
+
+async fn open(args: &AgentArgs) -> anyhow::Result<Opened> {
+    let s = &args.source;
+    Ok(match &s.source {
+        SourceArg::Dir(path) => Opened::Dir(Box::new(DirSource::open(path)?)),
+        SourceArg::Kube => {
+            let role = Role::Agent { node: args.node.clone() };
+            Opened::Kube(Box::new(KubeSource::open(role, s.kubeconfig.as_deref(), &s.namespace).await?))
+        }
+    })
+}
+
+/// Waits for the objects. Until they are known, what is in the kernel stays as it is: half of them would let out the
+/// pods that the other half selects.
+async fn wait_for(source: &mut KubeSource, state: &Rc<RefCell<metrics::State>>) -> anyhow::Result<()> {
+    let waiting = "waiting for the API server's objects";
+    state.borrow_mut().not_ready = Some(waiting.to_owned());
+    let mut told = BTreeSet::new();
+    source
+        .ready(|problems| {
+            for problem in problems.difference(&told) {
+                warn!("{problem}");
+            }
+            let all: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            state.borrow_mut().not_ready = Some(if all.is_empty() {
+                waiting.to_owned()
+            } else {
+                format!("{waiting}: {}", all.join("; "))
+            });
+            told.clone_from(problems);
+        })
+        .await?;
+    Ok(())
 }
 
 fn boot_id() -> anyhow::Result<String> {

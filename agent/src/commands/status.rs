@@ -2,19 +2,21 @@
 
 use std::io::{self, Write};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use datapath::limits::{GRANULE_PORTS, GRANULES};
 use serde::Serialize;
 
-use crate::cli::StatusArgs;
+use crate::cli::{SourceArg, StatusArgs};
 use crate::leader;
 use crate::lease;
 use crate::model::{self, Desired};
 use crate::objects::{Condition, EgressIpItem, EgressIpStatus, Tunnel};
 use crate::print::{self, Table};
 use crate::status::{ADDRESS_ASSIGNED, ASSIGNED, firewall};
-use crate::watch::Source as _;
+use crate::watch::Source;
 use crate::watch::dir::DirSource;
+use crate::watch::kube::{KubeSource, Role};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -90,12 +92,33 @@ struct Problem {
 }
 
 pub(super) fn run(args: &StatusArgs, out: &mut impl Write) -> anyhow::Result<()> {
-    let source = DirSource::read(args.source.dir())?;
-    let status = status(&source);
+    let status = match &args.source.source {
+        SourceArg::Dir(path) => status(&DirSource::read(path)?),
+        SourceArg::Kube => super::block_on(from_cluster(args))?,
+    };
     print::print_into(out, args.output, &status, |out| status.print_into(out))
 }
 
-fn status(source: &DirSource) -> Status {
+/// An API server that has not answered by then is away, for a command.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+async fn from_cluster(args: &StatusArgs) -> anyhow::Result<Status> {
+    let s = &args.source;
+    let mut source = KubeSource::open(Role::Command, s.kubeconfig.as_deref(), &s.namespace).await?;
+    match tokio::time::timeout(PATIENCE, source.ready(|_| ())).await {
+        Ok(ready) => ready?,
+        Err(_) if source.problems().is_empty() => {
+            anyhow::bail!("the API server has not sent everything within {} s", PATIENCE.as_secs())
+        }
+        Err(_) => {
+            let problems: Vec<_> = source.problems().iter().map(ToString::to_string).collect();
+            anyhow::bail!("{}", problems.join("; "));
+        }
+    }
+    Ok(status(&source))
+}
+
+fn status<S: Source>(source: &S) -> Status {
     let desired = model::desired(source.objects(), "");
     let egress_ips = desired
         .by_age()
@@ -166,7 +189,7 @@ fn status(source: &DirSource) -> Status {
     Status { egress_ips, egress_firewalls, nodes, tunnel: desired.tunnel, problems }
 }
 
-fn egress_firewall(source: &DirSource, desired: &Desired, namespace: &str) -> EgressFirewall {
+fn egress_firewall<S: Source>(source: &S, desired: &Desired, namespace: &str) -> EgressFirewall {
     let firewall = &desired.firewalls[namespace];
     let nodes = desired.firewall_nodes.get(namespace).cloned().unwrap_or_default();
     // What the nodes say is here; who leads has the same from them, and only the times are its own.
@@ -210,7 +233,7 @@ fn address(desired: &Desired, reported: &EgressIpStatus, ip: IpAddr) -> Address 
         (None, Some(condition)) => format!("unassigned: {}", condition.message),
         (None, None) => match reported.conditions.iter().find(|c| c.kind == ASSIGNED) {
             Some(_) => "unassigned".to_owned(),
-            None => "unassigned: no agent leads, or it has not got to it yet".to_owned(),
+            None => "unassigned: nobody leads, or the leader has not got to it yet".to_owned(),
         },
     };
     Address {

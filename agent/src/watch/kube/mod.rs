@@ -1,0 +1,735 @@
+//! The Kubernetes API as the source of objects.
+//!
+//! Every kind is listed and watched ([`follow`]), each watch's objects count as a whole ([`set`]), and all of them are the
+//! [`view`] that the rest of the program sees. What fails goes on with what was known, says why, and mends itself.
+//!
+//! | who | watches | writes |
+//! |---|---|---|
+//! | an agent | its Node and its pods; namespaces; EgressNodes, policies, the cluster's DNS | the status of its EgressNode; its heartbeat |
+//! | a controller | Nodes, EgressNodes, policies, allocations, heartbeats | as the leader: allocations, specs of EgressNodes, statuses |
+//! | a command | the same, and pods and namespaces | nothing |
+
+mod client;
+mod election;
+mod events;
+mod follow;
+mod heartbeat;
+mod kinds;
+mod publish;
+mod set;
+mod trouble;
+mod view;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::api::DynamicObject;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::{Instant, sleep_until};
+use tracing::info;
+
+use self::client::Connection;
+use self::follow::{Change, Message, Outlet, Scope, follow};
+use self::heartbeat::Judge;
+use self::kinds::{Key, Kind, read};
+use self::set::{Set, Step};
+use self::trouble::Trouble;
+use self::view::View;
+use self::write::{Outcome, Writer};
+use super::{Event, Problem, Source, Write};
+use crate::agent::random;
+use crate::objects::{
+    EGRESS_ASSIGNABLE, EgressFirewallReport, EgressIpReport, EgressNodeStatus, ObjectName, Objects,
+};
+
+/// From the first sign of a change to telling of it: long enough to see a burst as one change.
+const DEBOUNCE: Duration = Duration::from_millis(15);
+/// The namespace of OpenShift's DNS, where there is one.
+const OPENSHIFT_DNS: &str = "openshift-dns";
+/// Messages of watches that wait to be read.
+const QUEUE: usize = 1024;
+
+/// Why the cluster cannot be used, or not be written to.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum Error {
+    #[error(
+        "cannot use the Kubernetes API: {error}; --kubeconfig names a file, else it is KUBECONFIG or the pod's ServiceAccount"
+    )]
+    Configuration { error: String },
+    #[error("{0}")]
+    Write(String),
+    /// An object is not the one any more that was planned for. It has been read again.
+    #[error("{0} has changed meanwhile; it is planned for again")]
+    Conflict(String),
+    /// This process does not lead any more.
+    #[error("this controller does not lead any more")]
+    NotLeader,
+    #[error(
+        "OVN-Kubernetes runs node {node} and serves EgressIP and EgressFirewall itself; outgate would do it twice. Give --adopt to use outgate all the same, once OVN-Kubernetes' own egress is switched off"
+    )]
+    OvnKubernetes { node: String },
+    #[error("{0}")]
+    Incomplete(String),
+}
+
+/// Who uses the source.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// The agent of a node.
+    Agent {
+        /// The node's name.
+        node: String,
+    },
+    /// A controller.
+    Controller,
+    /// A command that looks once.
+    Command,
+}
+
+/// What a background task has to say: a problem, or that there is none any more.
+#[derive(Debug)]
+struct Note {
+    about: &'static str,
+    problem: Option<Problem>,
+}
+
+/// A task that ends with its owner.
+struct Task(AbortHandle);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Task {
+    fn spawn(task: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(task).abort_handle())
+    }
+}
+
+/// One watch.
+struct Watch {
+    scope: Scope,
+    /// Whether nothing is complete without it.
+    required: bool,
+    set: Set,
+    run: u64,
+    _task: Task,
+    /// What is wrong with it, and since when.
+    trouble: Option<(Trouble, String)>,
+}
+
+/// The election, on a controller.
+struct Election {
+    leads: watch::Receiver<bool>,
+    look: Arc<Notify>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+    identity: String,
+    /// Whether lists have been made anew since this process was elected.
+    elected: bool,
+}
+
+/// The Kubernetes API.
+pub struct KubeSource {
+    connection: Connection,
+    role: Role,
+    namespace: String,
+    watches: Vec<Watch>,
+    sender: mpsc::Sender<Message>,
+    messages: mpsc::Receiver<Message>,
+    view: View,
+    judge: Judge,
+    problems: BTreeSet<Problem>,
+    notes: mpsc::UnboundedReceiver<Note>,
+    /// Problems of background tasks.
+    noted: BTreeMap<&'static str, Problem>,
+    /// When to tell of what has changed.
+    due: Option<Instant>,
+    writer: Writer,
+    election: Option<Election>,
+    /// An agent's own status, to be written.
+    status: watch::Sender<Option<EgressNodeStatus>>,
+    /// Whether that has changed since it was given to be written.
+    unsent: bool,
+    /// An agent's heartbeat: the UID of its Node, if that has the label.
+    heartbeat: watch::Sender<Option<String>>,
+    events: mpsc::Sender<(Event, String)>,
+    /// Whether OpenShift's DNS is watched.
+    openshift: bool,
+    _tasks: Vec<Task>,
+}
+
+impl KubeSource {
+    /// Begins to watch. Nothing is known yet: see [`ready`](Self::ready).
+    pub async fn open(role: Role, kubeconfig: Option<&Path>, namespace: &str) -> Result<Self, Error> {
+        let connection = client::connect(kubeconfig).await?;
+        let (sender, messages) = mpsc::channel(QUEUE);
+        let (noter, notes) = mpsc::unbounded_channel();
+        let (status, said) = watch::channel(None);
+        let (heartbeat, wanted) = watch::channel(None);
+        let (events, event_queue) = mpsc::channel(events::QUEUE);
+        let client = connection.client.clone();
+        let mut tasks = Vec::new();
+        let mut election = None;
+        let identity = format!("{}-{:08x}", hostname(), random() >> 32);
+        match &role {
+            Role::Agent { node } => {
+                tasks.push(Task::spawn(publish::publish(
+                    connection.clone(),
+                    client.clone(),
+                    node.clone(),
+                    said,
+                    noter.clone(),
+                )));
+                tasks.push(Task::spawn(heartbeat::renew(
+                    connection.clone(),
+                    client.clone(),
+                    namespace.to_owned(),
+                    node.clone(),
+                    wanted,
+                    noter.clone(),
+                )));
+            }
+            Role::Controller => {
+                let (leads, leading) = watch::channel(false);
+                let (stop, stopped) = watch::channel(false);
+                let look = Arc::new(Notify::new());
+                let stand = election::stand(
+                    client.clone(),
+                    namespace.to_owned(),
+                    identity.clone(),
+                    leads,
+                    Arc::clone(&look),
+                    stopped,
+                    noter.clone(),
+                );
+                let task = tokio::spawn(stand);
+                let identity = identity.clone();
+                election = Some(Election { leads: leading, look, stop, task, identity, elected: false });
+            }
+            Role::Command => {}
+        }
+        tasks.push(Task::spawn(events::record(client.clone(), identity, event_queue)));
+        let own = match &role {
+            Role::Agent { node } => Some(node.as_str()),
+            Role::Controller | Role::Command => None,
+        };
+        let mut source = Self {
+            writer: Writer::new(client, namespace),
+            view: View::new(own),
+            connection,
+            namespace: namespace.to_owned(),
+            watches: Vec::new(),
+            sender,
+            messages,
+            judge: Judge::default(),
+            problems: BTreeSet::new(),
+            notes,
+            noted: BTreeMap::new(),
+            due: None,
+            election,
+            status,
+            unsent: false,
+            heartbeat,
+            events,
+            openshift: false,
+            _tasks: tasks,
+            role,
+        };
+        for (scope, required) in scopes(&source.role, namespace) {
+            source.start(scope, required);
+        }
+        Ok(source)
+    }
+
+    /// What is used and how, for the log.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let kinds: BTreeSet<_> = self.watches.iter().map(|w| w.scope.kind.plural()).collect();
+        let kinds: Vec<_> = kinds.into_iter().collect();
+        format!("{:?}; it watches {}", self.connection, kinds.join(", "))
+    }
+
+    fn start(&mut self, scope: Scope, required: bool) {
+        let outlet = Outlet { watch: self.watches.len(), run: 0, sender: self.sender.clone() };
+        let task = Task::spawn(follow(self.connection.client.clone(), scope.clone(), outlet));
+        self.watches.push(Watch { scope, required, set: Set::default(), run: 0, _task: task, trouble: None });
+    }
+
+    /// Lists everything anew; what was known stays until it has come.
+    fn restart(&mut self) {
+        for (index, watch) in self.watches.iter_mut().enumerate() {
+            watch.run += 1;
+            watch.set.forget_lists();
+            let outlet = Outlet { watch: index, run: watch.run, sender: self.sender.clone() };
+            watch._task = Task::spawn(follow(self.connection.client.clone(), watch.scope.clone(), outlet));
+        }
+    }
+
+    /// Waits until everything is known for the first time, and tells whenever it has something else to say about why it
+    /// is not yet. An API server that is away is waited for.
+    pub async fn ready(&mut self, mut tell: impl FnMut(&BTreeSet<Problem>)) -> Result<(), Error> {
+        let mut told = None;
+        while !self.complete() {
+            self.changed().await?;
+            if told.as_ref() != Some(&self.problems) {
+                tell(&self.problems);
+                told = Some(self.problems.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a cluster that OVN-Kubernetes serves.
+    pub fn refuse_ovn(&self) -> Result<(), Error> {
+        match self.view.ovn_nodes.first() {
+            Some(node) => Err(Error::OvnKubernetes { node: node.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives leadership back, so that another may take it at once.
+    pub async fn resign(&mut self) {
+        if let Some(election) = &mut self.election {
+            election.stop.send_replace(true);
+            // It has said what went wrong, if anything did.
+            let _ = tokio::time::timeout(Duration::from_secs(3), &mut election.task).await;
+        }
+    }
+
+    /// Takes up a message of a watch; whether anything is different now.
+    fn take(&mut self, message: Message) -> bool {
+        let Some(watch) = self.watches.get_mut(message.watch).filter(|w| w.run == message.run) else {
+            return false;
+        };
+        let kind = watch.scope.kind;
+        let was = watch.set.complete();
+        let trouble = match &message.change {
+            Change::Failed(trouble, since) => Some((trouble.clone(), since.clone())),
+            Change::Begin => watch.trouble.clone(),
+            _ => None,
+        };
+        let heard = !matches!(message.change, Change::Begin | Change::Page(_) | Change::Failed(..));
+        let mut changed = trouble != watch.trouble;
+        watch.trouble = trouble;
+        let steps = match message.change {
+            Change::Begin => {
+                watch.set.begin();
+                Vec::new()
+            }
+            Change::Page(seen) => {
+                watch.set.page(seen);
+                Vec::new()
+            }
+            Change::End(of) => watch.set.end(of),
+            Change::Put(seen) => Vec::from_iter(watch.set.put(seen)),
+            Change::Gone(key, uid, version) => Vec::from_iter(watch.set.gone(&key, &uid, version)),
+            Change::Alive | Change::Failed(..) => Vec::new(),
+        };
+        changed |= was != watch.set.complete();
+        for step in steps {
+            changed |= self.step(message.watch, kind, step);
+        }
+        if heard && kind == Kind::Heartbeat {
+            changed |= self.judge.hear(&self.view.heartbeats, Instant::now());
+        }
+        changed
+    }
+
+    fn step(&mut self, watch: usize, kind: Kind, step: Step) -> bool {
+        // Two watches may show the same object, as a node's own pods and those of the cluster's DNS.
+        let other = |key: &Key| {
+            let mut others =
+                self.watches.iter().enumerate().filter(|(i, w)| *i != watch && w.scope.kind == kind);
+            others.find_map(|(_, w)| w.set.head(key)).map(|(_, version)| version)
+        };
+        match step {
+            Step::Put(seen) => {
+                let newer = other(&seen.key).is_some_and(|known| known > seen.version);
+                !newer && self.put(kind, seen)
+            }
+            Step::Remove(key) => other(&key).is_none() && self.view.remove(kind, &key),
+        }
+    }
+
+    fn put(&mut self, kind: Kind, seen: kinds::Seen) -> bool {
+        let changed = self.view.put(kind, seen);
+        if let (Some(election), Kind::Leader) = (&self.election, kind)
+            && self.view.leader.as_ref().is_none_or(|l| l.holder.is_empty())
+        {
+            election.look.notify_one();
+        }
+        changed && kind != Kind::Leader
+    }
+
+    /// After changes: what they come to.
+    fn settle(&mut self) {
+        let mut problems: BTreeSet<Problem> = self
+            .watches
+            .iter()
+            .filter_map(|w| {
+                let (trouble, since) = w.trouble.as_ref()?;
+                Some(trouble.problem(w.scope.kind, since, &self.connection))
+            })
+            .collect();
+        one_of_each_server(&mut problems);
+        for ((kind, key), error) in &self.view.bad {
+            let name = ObjectName { kind: name_of(*kind), namespace: key.0.clone(), name: key.1.clone() };
+            problems.insert(Problem::new(
+                name,
+                format_args!(
+                    "cannot be read: {error}; its last good version, if there was one, stays in force"
+                ),
+            ));
+        }
+        problems.extend(self.noted.values().cloned());
+        self.problems = problems;
+        if let Role::Agent { node } = &self.role {
+            let node = node.clone();
+            if !self.openshift && self.view.objects.namespaces.contains_key(OPENSHIFT_DNS) {
+                self.openshift = true;
+                let service = Scope::all(Kind::Service)
+                    .within(OPENSHIFT_DNS)
+                    .with("metadata.name=dns-default".to_owned());
+                let pods = Scope::all(Kind::Pod).within(OPENSHIFT_DNS);
+                self.start(service, false);
+                self.start(pods.labelled("dns.operator.openshift.io/daemonset-dns=default"), false);
+            }
+            let own = self.view.objects.nodes.get(&node);
+            let uid = own
+                .filter(|n| n.metadata.labels.contains_key(EGRESS_ASSIGNABLE))
+                .map(|n| n.metadata.uid.clone());
+            self.heartbeat.send_if_modified(|wanted| {
+                let differs = *wanted != uid;
+                *wanted = uid;
+                differs
+            });
+            self.send_status();
+        }
+    }
+
+    fn note(&mut self, note: Note) -> bool {
+        match note.problem {
+            Some(problem) => self.noted.insert(note.about, problem.clone()) != Some(problem),
+            None => self.noted.remove(note.about).is_some(),
+        }
+    }
+
+    /// Has an agent's status written, while there is a Node: else the leader would remove it, again and again.
+    fn send_status(&mut self) {
+        if let Role::Agent { node } = &self.role
+            && self.unsent
+            && self.view.objects.nodes.contains_key(node)
+        {
+            self.unsent = false;
+            self.status.send_replace(self.view.said.clone());
+        }
+    }
+
+    /// Whether this process is the leader by its own clock: it wrote the time in the Lease, and has not waited longer than
+    /// that is good for.
+    fn holds_lease(&self) -> bool {
+        let Some(election) = &self.election else { return false };
+        self.view.leader.as_ref().is_some_and(|l| l.is_valid(&election.identity, jiff::Timestamp::now()))
+    }
+
+    fn watch_of(&mut self, kind: Kind) -> Option<usize> {
+        self.watches.iter().position(|w| w.scope.kind == kind)
+    }
+
+    /// UID and version of an object that is known.
+    fn head(&self, kind: Kind, namespace: &str, name: &str) -> Option<(String, Option<u64>)> {
+        let key = (namespace.to_owned(), name.to_owned());
+        let watch = self.watches.iter().find(|w| w.scope.kind == kind)?;
+        watch.set.head(&key).map(|(uid, version)| (uid.to_owned(), version))
+    }
+
+    /// Takes up an object that a request has brought.
+    fn absorb(&mut self, kind: Kind, object: DynamicObject) {
+        if let Some(index) = self.watch_of(kind)
+            && let Some(Step::Put(seen)) = self.watches[index].set.put(read(kind, object))
+        {
+            self.view.put(kind, seen);
+        }
+    }
+
+    fn forget(&mut self, kind: Kind, namespace: &str, name: &str) {
+        let key = (namespace.to_owned(), name.to_owned());
+        if let Some(index) = self.watch_of(kind)
+            && self.watches[index].set.remove(&key).is_some()
+        {
+            self.view.remove(kind, &key);
+        }
+    }
+
+    /// Takes up what has come of a write.
+    async fn conclude(
+        &mut self,
+        verb: &str,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        outcome: Outcome,
+    ) -> Result<(), Error> {
+        let about =
+            ObjectName { kind: name_of(kind), namespace: namespace.to_owned(), name: name.to_owned() };
+        match outcome {
+            Ok(Some(object)) => self.absorb(kind, object),
+            Ok(None) => self.forget(kind, namespace, name),
+            Err(Trouble::Conflict) => {
+                // What is there now is what the next plan is made from, whether or not the watch has come to it.
+                let place = if kind == Kind::Cluster { self.namespace.clone() } else { namespace.to_owned() };
+                match self.writer.get(kind, &place, name).await {
+                    Ok(Some(object)) => self.absorb(kind, object),
+                    Ok(None) => self.forget(kind, namespace, name),
+                    Err(trouble) => {
+                        let text =
+                            trouble::write(&trouble, &about.to_string(), "get", kind, &self.connection);
+                        return Err(Error::Write(text));
+                    }
+                }
+                return Err(Error::Conflict(about.to_string()));
+            }
+            Err(trouble) => {
+                return Err(Error::Write(trouble::write(
+                    &trouble,
+                    &about.to_string(),
+                    verb,
+                    kind,
+                    &self.connection,
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is watched, and whether nothing is complete without it.
+fn scopes(role: &Role, namespace: &str) -> Vec<(Scope, bool)> {
+    let cluster =
+        Scope::all(Kind::Cluster).within(namespace).with(format!("metadata.name={}", write::CLUSTER));
+    let mut scopes = vec![
+        (Scope::all(Kind::EgressNode), true),
+        (Scope::all(Kind::EgressIp), true),
+        (Scope::all(Kind::EgressFirewall), true),
+        (Scope::all(Kind::EgressConfig), true),
+        (Scope::all(Kind::EgressAllocation), true),
+        (cluster, true),
+    ];
+    let heartbeats = Scope::all(Kind::Heartbeat).within(namespace).labelled(heartbeat::LABEL);
+    match role {
+        Role::Agent { node } => {
+            scopes.push((Scope::all(Kind::Node).with(format!("metadata.name={node}")), true));
+            scopes.push((Scope::all(Kind::Pod).with(format!("spec.nodeName={node}")), true));
+            scopes.push((Scope::all(Kind::Namespace).metadata(), true));
+            // The cluster's own DNS: without it names are not learnt, and all else works.
+            let dns = "k8s-app=kube-dns";
+            scopes.push((Scope::all(Kind::Service).within("kube-system").labelled(dns), false));
+            scopes.push((Scope::all(Kind::Pod).within("kube-system").labelled(dns), false));
+        }
+        Role::Controller => {
+            scopes.push((Scope::all(Kind::Node), true));
+            scopes.push((heartbeats, true));
+            let lease =
+                Scope::all(Kind::Leader).within(namespace).with(format!("metadata.name={}", election::LEASE));
+            scopes.push((lease, true));
+        }
+        Role::Command => {
+            scopes.push((Scope::all(Kind::Node), true));
+        }
+    }
+    scopes
+}
+
+/// A server that cannot be reached is one problem, however many watches there are: that which has it longest.
+fn one_of_each_server(problems: &mut BTreeSet<Problem>) {
+    let mut seen = BTreeSet::new();
+    problems.retain(|p| !p.about.starts_with("API server") || seen.insert(p.about.clone()));
+}
+
+fn name_of(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Node => "Node",
+        Kind::Namespace => "Namespace",
+        Kind::Pod => "Pod",
+        Kind::Service => "Service",
+        Kind::EgressIp => "EgressIP",
+        Kind::EgressFirewall => "EgressFirewall",
+        Kind::EgressConfig => "EgressConfig",
+        Kind::EgressNode => "EgressNode",
+        Kind::EgressAllocation => "EgressAllocation",
+        Kind::Heartbeat | Kind::Leader => "Lease",
+        Kind::Cluster => "ConfigMap",
+    }
+}
+
+fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+impl Source for KubeSource {
+    type Error = Error;
+
+    async fn changed(&mut self) -> Result<(), Error> {
+        loop {
+            let due = self.due;
+            let news = tokio::select! {
+                message = self.messages.recv() => message.is_some_and(|m| self.take(m)),
+                note = self.notes.recv() => note.is_some_and(|n| self.note(n)),
+                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                    self.due = None;
+                    self.settle();
+                    return Ok(());
+                }
+            };
+            if news {
+                // Not later than already planned, so that steady news cannot put it off.
+                self.due.get_or_insert_with(|| Instant::now() + DEBOUNCE);
+            }
+        }
+    }
+
+    fn objects(&self) -> &Objects {
+        &self.view.objects
+    }
+
+    fn statuses(&self) -> &BTreeMap<String, EgressIpReport> {
+        &self.view.statuses
+    }
+
+    fn firewall_statuses(&self) -> &BTreeMap<String, EgressFirewallReport> {
+        &self.view.firewall_statuses
+    }
+
+    fn is_alive(&self, node: &str) -> bool {
+        self.role != Role::Controller || self.judge.is_alive(node)
+    }
+
+    fn unreadable_allocations(&self) -> &BTreeSet<String> {
+        &self.view.unreadable
+    }
+
+    fn place(&self, _object: &str) -> Option<&str> {
+        None
+    }
+
+    fn complete(&self) -> bool {
+        self.watches.iter().all(|w| !w.required || w.set.complete())
+            // Of an EgressIP that never could be read nobody knows which addresses it has.
+            && self.view.bad.keys().all(|(kind, key)| *kind != Kind::EgressIp || self.view.objects.egress_ips.contains_key(&key.1))
+    }
+
+    fn problems(&self) -> &BTreeSet<Problem> {
+        &self.problems
+    }
+
+    fn lead(&mut self) -> Result<bool, Error> {
+        let Some(election) = &mut self.election else { return Ok(false) };
+        let elected = *election.leads.borrow();
+        let newly = elected && !election.elected;
+        election.elected = elected;
+        if newly {
+            info!("elected; everything is listed anew before anything is decided");
+            self.restart();
+        }
+        let listed = self.watches.iter().all(|w| !w.required || w.set.is_listed());
+        Ok(elected && listed && self.holds_lease())
+    }
+
+    async fn write(&mut self, write: Write) -> Result<(), Error> {
+        let write = match write {
+            Write::EgressNode(node) => {
+                self.view.say(node.status);
+                self.unsent = true;
+                self.send_status();
+                return Ok(());
+            }
+            Write::Event(event) => {
+                let about = &event.about;
+                let uid = self.uid_of(about);
+                // Full: news that nobody could read anyway.
+                let _ = self.events.try_send((event, uid));
+                return Ok(());
+            }
+            write => write,
+        };
+        if !self.holds_lease() {
+            return Err(Error::NotLeader);
+        }
+        match write {
+            Write::EgressNode(_) | Write::Event(_) => Ok(()),
+            Write::NodeSpec(name, spec) => {
+                let old = self.head(Kind::EgressNode, "", &name).and_then(|(_, version)| version);
+                let outcome = self.writer.node_spec(&name, &spec, old).await;
+                self.conclude("patch", Kind::EgressNode, "", &name, outcome).await
+            }
+            Write::RemoveEgressNode(name) => self.remove(Kind::EgressNode, &name).await,
+            Write::Allocation(new) => {
+                let name = new.metadata.name.clone();
+                let outcome = self.writer.allocation(&new, self.view.originals.get(&name)).await;
+                self.conclude("update", Kind::EgressAllocation, "", &name, outcome).await
+            }
+            Write::RemoveAllocation(name) => self.remove(Kind::EgressAllocation, &name).await,
+            Write::Status(report) => {
+                let name = report.metadata.name.clone();
+                let Some((uid, _)) = self.head(Kind::EgressIp, "", &name) else { return Ok(()) };
+                let outcome = self.writer.status(Kind::EgressIp, "", &name, &uid, &report.status).await;
+                self.conclude("patch", Kind::EgressIp, "", &name, outcome).await
+            }
+            Write::FirewallStatus(report) => {
+                let (namespace, name) = (report.metadata.namespace.clone(), report.metadata.name.clone());
+                let Some((uid, _)) = self.head(Kind::EgressFirewall, &namespace, &name) else {
+                    return Ok(());
+                };
+                let outcome =
+                    self.writer.status(Kind::EgressFirewall, &namespace, &name, &uid, &report.status).await;
+                self.conclude("patch", Kind::EgressFirewall, &namespace, &name, outcome).await
+            }
+            // With its object it is gone.
+            Write::RemoveStatus(name) => {
+                self.view.statuses.remove(&name);
+                Ok(())
+            }
+            Write::RemoveFirewallStatus(namespace) => {
+                self.view.firewall_statuses.remove(&namespace);
+                Ok(())
+            }
+            Write::Cluster(cluster) => {
+                let namespace = self.namespace.clone();
+                let old =
+                    self.head(Kind::Cluster, &namespace, write::CLUSTER).and_then(|(_, version)| version);
+                let outcome = self.writer.cluster(&cluster, old).await;
+                self.conclude("create or patch", Kind::Cluster, &namespace, write::CLUSTER, outcome).await
+            }
+        }
+    }
+}
+
+impl KubeSource {
+    async fn remove(&mut self, kind: Kind, name: &str) -> Result<(), Error> {
+        let Some((uid, version)) = self.head(kind, "", name) else { return Ok(()) };
+        let outcome = self.writer.remove(kind, name, &uid, version).await;
+        self.conclude("delete", kind, "", name, outcome).await
+    }
+
+    fn uid_of(&self, about: &ObjectName) -> String {
+        let kind = [
+            Kind::EgressIp,
+            Kind::EgressFirewall,
+            Kind::EgressNode,
+            Kind::EgressAllocation,
+            Kind::EgressConfig,
+            Kind::Node,
+        ]
+        .into_iter()
+        .find(|k| name_of(*k) == about.kind);
+        kind.and_then(|k| self.head(k, &about.namespace, &about.name)).map(|(uid, _)| uid).unwrap_or_default()
+    }
+}

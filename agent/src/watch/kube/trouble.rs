@@ -1,0 +1,153 @@
+//! What goes wrong between here and the API server, in words that say what to do.
+
+use kube::core::Status;
+
+use super::client::{Connection, chain};
+use super::kinds::Kind;
+use crate::watch::Problem;
+
+/// Why a request has failed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Trouble {
+    /// No answer from the server, or none that makes sense.
+    Unreachable(String),
+    /// The server does not know who this is.
+    Unauthorized,
+    /// A right is missing: the verb, and the server's words.
+    Forbidden(&'static str, String),
+    /// There is no such kind of object, or object.
+    Missing,
+    /// The object has changed since it was read, or is another.
+    Conflict,
+    /// The version asked for is too old.
+    Expired,
+    /// Anything else that the server says.
+    Refused(String),
+}
+
+impl Trouble {
+    /// The trouble behind an error of a request with a verb.
+    pub(super) fn of(error: &kube::Error, verb: &'static str) -> Self {
+        match error {
+            kube::Error::Api(status) => Self::said(status, verb),
+            other => Self::Unreachable(chain(other)),
+        }
+    }
+
+    fn said(status: &Status, verb: &'static str) -> Self {
+        match status.code {
+            401 => Self::Unauthorized,
+            403 => Self::Forbidden(verb, status.message.clone()),
+            404 => Self::Missing,
+            409 => Self::Conflict,
+            410 => Self::Expired,
+            // Proxies in front of a server that is away, and servers that start or end.
+            500.. if status.reason != "InternalError" => Self::Unreachable(words(status)),
+            _ => Self::Refused(words(status)),
+        }
+    }
+
+    /// Whether a list must come before the next watch.
+    pub(super) fn is_expired(&self) -> bool {
+        *self == Self::Expired
+    }
+
+    /// What to tell people about a kind of object that cannot be had since a time.
+    pub(super) fn problem(&self, kind: Kind, since: &str, connection: &Connection) -> Problem {
+        let plural = kind.plural();
+        let server = &connection.server;
+        match self {
+            Self::Unreachable(cause) => Problem::new(
+                format_args!("API server {server}"),
+                format_args!("cannot be reached since {since}: {cause}; what was known stays in force"),
+            ),
+            Self::Unauthorized => Problem::new(
+                format_args!("API server {server}"),
+                format_args!(
+                    "does not accept the credentials of {} since {since}; are they of this cluster and still valid? What was known stays in force",
+                    connection.user
+                ),
+            ),
+            Self::Forbidden(verb, said) => Problem::new(
+                &plural,
+                format_args!(
+                    "may not {verb} {plural}: give {} the verbs get, list and watch on {plural} in a ClusterRole or Role ({said})",
+                    connection.user
+                ),
+            ),
+            Self::Missing => Problem::new(
+                &plural,
+                format_args!(
+                    "the API server has no {plural}: apply Outgate's CustomResourceDefinitions (deploy/crds)"
+                ),
+            ),
+            Self::Conflict | Self::Expired => Problem::new(
+                &plural,
+                format_args!("the API server keeps no versions of {plural} for long enough"),
+            ),
+            Self::Refused(said) => {
+                Problem::new(&plural, format_args!("the API server {server} refuses since {since}: {said}"))
+            }
+        }
+    }
+}
+
+fn words(status: &Status) -> String {
+    match (status.message.as_str(), status.code) {
+        ("", code) => format!("HTTP status {code}"),
+        (message, _) => message.to_owned(),
+    }
+}
+
+/// A write that did not work: [`super::Error`]'s text.
+pub(super) fn write(
+    trouble: &Trouble,
+    what: &str,
+    verb: &str,
+    kind: Kind,
+    connection: &Connection,
+) -> String {
+    let plural = kind.plural();
+    let (server, user) = (&connection.server, &connection.user);
+    match trouble {
+        Trouble::Unreachable(cause) => format!("cannot write {what} to {server}: {cause}"),
+        Trouble::Unauthorized => {
+            format!("cannot write {what}: {server} does not accept the credentials of {user}")
+        }
+        Trouble::Forbidden(_, said) => {
+            format!("may not {verb} {plural}: give {user} the verb {verb} on them ({said})")
+        }
+        Trouble::Missing => format!("cannot write {what}: it is gone, or the server has no {plural}"),
+        Trouble::Conflict => format!("{what} has changed meanwhile: it is read and planned for again"),
+        Trouble::Expired => format!("cannot write {what}: its version has expired"),
+        Trouble::Refused(said) => format!("cannot write {what}: {said}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn api(code: u16, reason: &str, message: &str) -> kube::Error {
+        let status = Status { code, reason: reason.into(), message: message.into(), ..Status::default() };
+        kube::Error::Api(status.boxed())
+    }
+
+    #[test]
+    fn each_answer_is_the_trouble_that_it_is() {
+        for (code, reason, trouble) in [
+            (401, "Unauthorized", Trouble::Unauthorized),
+            (403, "Forbidden", Trouble::Forbidden("list", "m".into())),
+            (404, "NotFound", Trouble::Missing),
+            (409, "Conflict", Trouble::Conflict),
+            (410, "Expired", Trouble::Expired),
+            (422, "Invalid", Trouble::Refused("m".into())),
+            (429, "TooManyRequests", Trouble::Refused("m".into())),
+            (500, "InternalError", Trouble::Refused("m".into())),
+            (503, "ServiceUnavailable", Trouble::Unreachable("m".into())),
+        ] {
+            assert_eq!(Trouble::of(&api(code, reason, "m"), "list"), trouble, "{code}");
+        }
+        assert_eq!(Trouble::of(&api(502, "", ""), "list"), Trouble::Unreachable("HTTP status 502".into()));
+    }
+}

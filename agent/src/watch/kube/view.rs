@@ -1,0 +1,268 @@
+//! All watches' objects, as the rest of the program sees them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kube::api::ObjectMeta;
+
+use super::kinds::{Key, Kind, Leader, Object, Seen};
+use crate::digest;
+use crate::objects::{EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta, Objects};
+
+/// The objects, and what is read of them besides.
+#[derive(Debug, Default)]
+pub(super) struct View {
+    /// The objects.
+    pub(super) objects: Objects,
+    /// Statuses of EgressIPs.
+    pub(super) statuses: BTreeMap<String, EgressIpReport>,
+    /// Statuses of `EgressFirewall`s by namespace.
+    pub(super) firewall_statuses: BTreeMap<String, EgressFirewallReport>,
+    /// Allocations that cannot be read and never could.
+    pub(super) unreadable: BTreeSet<String>,
+    /// Metadata of allocations, whole, for their replacement.
+    pub(super) originals: BTreeMap<String, ObjectMeta>,
+    /// Nodes that OVN-Kubernetes runs.
+    pub(super) ovn_nodes: BTreeSet<String>,
+    /// Heartbeats that are there, with the text of their last renewal.
+    pub(super) heartbeats: BTreeMap<String, String>,
+    /// Who leads.
+    pub(super) leader: Option<Leader>,
+    /// An agent's own node: of the others it knows what their EgressNodes say.
+    own: Option<String>,
+    /// What this agent says of its node, whether or not the server has it yet.
+    pub(super) said: Option<EgressNodeStatus>,
+    /// Objects whose newest version cannot be read.
+    pub(super) bad: BTreeMap<(Kind, Key), String>,
+}
+
+impl View {
+    /// The view of an agent on a node, or of one who watches all Nodes.
+    pub(super) fn new(own: Option<&str>) -> Self {
+        Self { own: own.map(str::to_owned), ..Self::default() }
+    }
+
+    /// Takes up an object; whether that changes anything.
+    pub(super) fn put(&mut self, kind: Kind, seen: Seen) -> bool {
+        let Seen { key, object, .. } = seen;
+        match object {
+            Ok(object) => {
+                let mended = self.bad.remove(&(kind, key.clone())).is_some();
+                self.set(key, object) | mended
+            }
+            Err(message) => {
+                if kind == Kind::EgressAllocation && !self.objects.egress_allocations.contains_key(&key.1) {
+                    self.unreadable.insert(key.1.clone());
+                }
+                self.bad.insert((kind, key), message.clone()) != Some(message)
+            }
+        }
+    }
+
+    fn set(&mut self, key: Key, object: Object) -> bool {
+        let o = &mut self.objects;
+        match object {
+            Object::Node(node, ovn) => {
+                if ovn {
+                    self.ovn_nodes.insert(key.1.clone());
+                } else {
+                    self.ovn_nodes.remove(&key.1);
+                }
+                replace(&mut o.nodes, key.1, node, |n| &mut n.metadata)
+            }
+            Object::Namespace(n) => replace(&mut o.namespaces, key.1, n, |n| &mut n.metadata),
+            // A new version of a pod may be another pod's beginning: it always counts.
+            Object::Pod(pod) => o.pods.insert(key, pod.clone()) != Some(pod),
+            Object::Service(s) => replace(&mut o.services, key, s, |s| &mut s.metadata),
+            Object::EgressIp(e, report) => {
+                let status = set(&mut self.statuses, &key.1, report);
+                replace(&mut o.egress_ips, key.1, e, |e| &mut e.metadata) | status
+            }
+            Object::EgressFirewall(f, report) => {
+                // Only the one named default counts.
+                let status = key.1 == "default" && set(&mut self.firewall_statuses, &key.0, report);
+                replace(&mut o.egress_firewalls, key, f, |f| &mut f.metadata) | status
+            }
+            Object::EgressConfig(c) => replace(&mut o.egress_configs, key.1, *c, |c| &mut c.metadata),
+            Object::EgressNode(mut node) => {
+                let is_own = self.own.as_ref() == Some(&key.1);
+                if is_own && let Some(said) = &self.said {
+                    node.status.clone_from(said);
+                }
+                let mut changed = false;
+                if self.own.is_some() && !is_own {
+                    changed = set(&mut o.nodes, &key.1, digest::node(&key.1, &node.spec));
+                }
+                replace(&mut o.egress_nodes, key.1, *node, |n| &mut n.metadata) | changed
+            }
+            Object::EgressAllocation(a, original) => {
+                self.unreadable.remove(&key.1);
+                self.originals.insert(key.1.clone(), *original);
+                replace(&mut o.egress_allocations, key.1, a, |a| &mut a.metadata)
+            }
+            Object::Heartbeat(renewed) => self.heartbeats.insert(key.1, renewed.clone()) != Some(renewed),
+            Object::Leader(leader) => self.leader.replace(leader.clone()) != Some(leader),
+            Object::Cluster(cluster) => o.cluster.replace(cluster) != Some(cluster),
+        }
+    }
+
+    /// Forgets an object; whether it was known.
+    pub(super) fn remove(&mut self, kind: Kind, key: &Key) -> bool {
+        let bad = self.bad.remove(&(kind, key.clone())).is_some();
+        let o = &mut self.objects;
+        let known = match kind {
+            Kind::Node => {
+                self.ovn_nodes.remove(&key.1);
+                o.nodes.remove(&key.1).is_some()
+            }
+            Kind::Namespace => o.namespaces.remove(&key.1).is_some(),
+            Kind::Pod => o.pods.remove(key).is_some(),
+            Kind::Service => o.services.remove(key).is_some(),
+            Kind::EgressIp => {
+                self.statuses.remove(&key.1);
+                o.egress_ips.remove(&key.1).is_some()
+            }
+            Kind::EgressFirewall => {
+                if key.1 == "default" {
+                    self.firewall_statuses.remove(&key.0);
+                }
+                o.egress_firewalls.remove(key).is_some()
+            }
+            Kind::EgressConfig => o.egress_configs.remove(&key.1).is_some(),
+            Kind::EgressNode => {
+                if self.own.as_ref().is_some_and(|own| *own != key.1) {
+                    o.nodes.remove(&key.1);
+                }
+                o.egress_nodes.remove(&key.1).is_some()
+            }
+            Kind::EgressAllocation => {
+                self.originals.remove(&key.1);
+                self.unreadable.remove(&key.1);
+                o.egress_allocations.remove(&key.1).is_some()
+            }
+            Kind::Heartbeat => self.heartbeats.remove(&key.1).is_some(),
+            Kind::Leader => self.leader.take().is_some(),
+            Kind::Cluster => o.cluster.take().is_some(),
+        };
+        known | bad
+    }
+
+    /// Notes what this agent says of its node.
+    pub(super) fn say(&mut self, status: EgressNodeStatus) {
+        if let Some(own) = &self.own {
+            let node = self.objects.egress_nodes.entry(own.clone()).or_default();
+            node.metadata.name.clone_from(own);
+            node.status.clone_from(&status);
+            self.said = Some(status);
+        }
+    }
+}
+
+/// Puts an object in place; whether it differs from the one before in more than its version, which changes with every
+/// field that is not read here.
+fn replace<K: Ord, T: PartialEq>(
+    map: &mut BTreeMap<K, T>,
+    key: K,
+    mut new: T,
+    meta: impl Fn(&mut T) -> &mut Meta,
+) -> bool {
+    let Some(old) = map.get_mut(&key) else {
+        map.insert(key, new);
+        return true;
+    };
+    meta(old).resource_version.clone_from(&meta(&mut new).resource_version);
+    let differs = *old != new;
+    *old = new;
+    differs
+}
+
+fn set<T: PartialEq>(map: &mut BTreeMap<String, T>, key: &str, value: Option<T>) -> bool {
+    match value {
+        Some(value) => {
+            let differs = map.get(key) != Some(&value);
+            map.insert(key.to_owned(), value);
+            differs
+        }
+        None => map.remove(key).is_some(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::kube::kinds::read;
+    use serde_json::{Value, json};
+
+    fn put(view: &mut View, kind: Kind, value: Value) -> bool {
+        view.put(kind, read(kind, serde_json::from_value(value).unwrap()))
+    }
+
+    fn node(uid: &str) -> Value {
+        json!({"metadata": {"name": "b", "resourceVersion": "5"},
+            "spec": {"nodeUID": uid, "internalIPs": ["10.0.0.2"], "labels": {"x": "y"}}})
+    }
+
+    #[test]
+    fn an_agent_knows_other_nodes_by_what_the_leader_says_of_them() {
+        let mut view = View::new(Some("a"));
+        assert!(put(&mut view, Kind::EgressNode, node("u")));
+        assert_eq!(view.objects.nodes["b"].status.addresses[0].address, "10.0.0.2");
+        assert!(put(&mut view, Kind::EgressNode, node("")));
+        assert!(view.objects.nodes.is_empty(), "a node that is gone");
+        put(&mut view, Kind::EgressNode, node("u"));
+        assert!(view.remove(Kind::EgressNode, &(String::new(), "b".into())));
+        assert!(view.objects.nodes.is_empty());
+        let mut leader = View::new(None);
+        put(&mut leader, Kind::EgressNode, node("u"));
+        assert!(leader.objects.nodes.is_empty(), "who watches Nodes believes those only");
+    }
+
+    #[test]
+    fn what_an_agent_says_of_its_node_stays_said() {
+        let mut view = View::new(Some("b"));
+        view.say(EgressNodeStatus { boot_id: "new".into(), ..EgressNodeStatus::default() });
+        let mut late = node("u");
+        late["status"] = json!({"bootID": "old"});
+        assert!(put(&mut view, Kind::EgressNode, late));
+        let own = &view.objects.egress_nodes["b"];
+        assert_eq!((own.status.boot_id.as_str(), own.spec.node_uid.as_str()), ("new", "u"));
+        assert!(view.objects.nodes.is_empty(), "its own Node it watches");
+    }
+
+    #[test]
+    fn a_bad_version_keeps_the_last_good_one() {
+        let mut view = View::new(None);
+        let of = |ips: Value| json!({"metadata": {"name": "e"}, "spec": {"egressIPs": ips, "namespaceSelector": {}}});
+        put(&mut view, Kind::EgressIp, of(json!(["192.0.2.1"])));
+        assert!(put(&mut view, Kind::EgressIp, of(json!(7))));
+        assert!(!put(&mut view, Kind::EgressIp, of(json!(7))), "said once");
+        assert_eq!(view.objects.egress_ips["e"].spec.egress_ips, ["192.0.2.1"]);
+        assert_eq!(view.bad.len(), 1);
+        assert!(put(&mut view, Kind::EgressIp, of(json!(["192.0.2.1"]))));
+        assert!(view.bad.is_empty());
+    }
+
+    #[test]
+    fn an_allocation_that_never_could_be_read_is_named() {
+        let mut view = View::new(None);
+        let of = |owner: Value| json!({"metadata": {"name": "192.0.2.1"}, "spec": {"egressIP": "192.0.2.1", "owner": owner}});
+        put(&mut view, Kind::EgressAllocation, of(json!(["a"])));
+        assert!(view.unreadable.contains("192.0.2.1"));
+        put(&mut view, Kind::EgressAllocation, of(json!("a")));
+        assert!(view.unreadable.is_empty());
+        put(&mut view, Kind::EgressAllocation, of(json!(["a"])));
+        assert!(view.unreadable.is_empty(), "its last good version is there");
+    }
+
+    #[test]
+    fn a_version_by_itself_is_no_change() {
+        let mut view = View::new(None);
+        let of = |version: &str| json!({"metadata": {"name": "a", "resourceVersion": version}, "status": {"images": [version]}});
+        assert!(put(&mut view, Kind::Node, of("1")));
+        assert!(!put(&mut view, Kind::Node, of("2")));
+        assert_eq!(view.objects.nodes["a"].metadata.resource_version, "2");
+        // A pod's version is what tells an address of an earlier pod from a later one's.
+        let pod =
+            |version: &str| json!({"metadata": {"name": "p", "namespace": "n", "resourceVersion": version}});
+        assert!(put(&mut view, Kind::Pod, pod("1")) && put(&mut view, Kind::Pod, pod("2")));
+    }
+}
