@@ -112,7 +112,7 @@ fn probes_and_port_are_where_the_program_serves() {
 
 #[test]
 fn the_image_is_this_version() {
-    let image = concat!("outgate:", env!("CARGO_PKG_VERSION"));
+    let image = concat!("localhost/outgate:", env!("CARGO_PKG_VERSION"));
     let images: BTreeSet<_> = containers()
         .into_iter()
         .filter_map(|(_, container)| container["image"].as_str().map(str::to_owned))
