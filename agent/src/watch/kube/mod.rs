@@ -531,6 +531,8 @@ fn scopes(role: &Role, namespace: &str) -> Vec<(Scope, bool)> {
             scopes.push((Scope::all(Kind::Namespace).metadata(), true));
             // The cluster's own DNS: without it names are not learnt, and all else works.
             let dns = "k8s-app=kube-dns";
+            scopes.push((Scope::all(Kind::Service).within("kube-system").labelled(dns), false));
+            scopes.push((Scope::all(Kind::Pod).within("kube-system").labelled(dns), false));
         }
         Role::Controller => {
             scopes.push((Scope::all(Kind::Node), true));
