@@ -52,10 +52,20 @@ pub enum Command {
     /// It runs the code that the kernel runs, on the maps that the kernel uses. What the node's own netfilter
     /// would do in between is not known to it: it takes the packet for let through and not rewritten.
     Trace(TraceArgs),
+    /// Check manifests without a cluster, as the API server and the agents would
+    ///
+    /// It names file, object and field of each mistake. Objects of kinds that outgate does not read are skipped.
+    Validate(ValidateArgs),
     /// Remove every program, link, pin and device that outgate has made on this node
     ///
     /// Stop the agent first. Connections through egress IPs end; pods leave by the node's address again.
     Cleanup(CleanupArgs),
+    /// Convert OpenShift 3.11's EgressNetworkPolicy, NetNamespace and HostSubnet objects to EgressFirewall and EgressIP
+    ///
+    /// The new objects go to standard output as YAML, with the nodes' labels as commands in comments. What cannot be
+    /// converted, and what works differently now, is told by file and line on standard error; the exit code is 1 if
+    /// something could not be converted.
+    Convert(ConvertArgs),
     /// Print the custom resource definitions, for `cargo xtask codegen`
     #[command(hide = true)]
     Crds,
@@ -283,6 +293,17 @@ pub enum Protocol {
     Icmp,
 }
 
+/// Options of `outgate validate`.
+#[derive(Args, Debug)]
+pub struct ValidateArgs {
+    /// Files of Kubernetes YAML or JSON, several documents each; - is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
+    /// How to print
+    #[arg(long, short, env = "OUTGATE_OUTPUT", value_enum, default_value_t)]
+    pub output: Output,
+}
+
 /// Options of `outgate cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
@@ -292,6 +313,14 @@ pub struct CleanupArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,
+}
+
+/// Options of `outgate convert`.
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Files with YAML or JSON, as `oc get … -o yaml` prints it; `-` is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
 }
 
 /// How to print.

@@ -37,4 +37,5 @@ pub mod notrack;
 
 pub mod cli;
 pub mod commands;
+pub mod convert;
 pub mod print;

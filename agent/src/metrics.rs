@@ -274,4 +274,24 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line} in\n{text}");
         }
     }
+
+    #[test]
+    fn the_alerts_name_metrics_and_reasons_that_there_are() {
+        let rules = include_str!("../../deploy/components/monitoring/rules.yaml");
+        let text = text(&State::default(), &Counters::default());
+        let expressions: Vec<_> = rules.lines().filter_map(|l| l.trim().strip_prefix("expr: ")).collect();
+        let mut named = 0;
+        for expression in &expressions {
+            let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+            for name in expression.split(word).filter(|name| name.starts_with("outgate_")) {
+                assert!(text.contains(&format!("# TYPE {name} ")), "{name}");
+                named += 1;
+            }
+            let reasons = expression.split_once("{reason").and_then(|(_, rest)| rest.split('"').nth(1));
+            for reason in reasons.into_iter().flat_map(|reasons| reasons.split('|')) {
+                assert!(DropReason::ALL.iter().any(|r| r.name() == reason), "{reason}");
+            }
+        }
+        assert!(expressions.len() >= 9 && named >= 8, "{named} in {expressions:?}");
+    }
 }

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod codegen;
 mod demo;
+mod image;
 mod kube;
 mod leftovers;
 mod lint;
@@ -39,6 +40,8 @@ enum Command {
     Test(test::Options),
     /// Measure time and memory of the programs, as root: quick, or `--long`
     Bench(bench::Options),
+    /// Build the container image that the manifests in deploy/ run, without a registry
+    Image,
     /// Write the files that are made from code: the CRDs in deploy/crds
     Codegen,
     /// Check formatting, clippy on both workspaces and the house rules
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Image => image::run(),
         Command::Codegen => codegen::run(),
         Command::Lint => lint::run(),
     };

@@ -59,6 +59,12 @@ const NEEDS: &[Need] = &[
     need("openssl", &["openssl"], "the test API server's keys and certificates"),
 ];
 
+/// For `image` only.
+const IMAGE_NEEDS: &[Need] = &[
+    need("buildah", &["buildah"], "container images"),
+    need("strip", &["binutils"], "taking debug information out of the image's program"),
+];
+
 /// Debian's way to a compiler with the source of `core`.
 const RUSTC_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
 /// Services that come with the packages above, start on installation, and that nothing here wants.
@@ -94,6 +100,11 @@ pub(crate) fn ensure_build() -> Result<()> {
     setup(Report::Changes, &[rust_components, bpf_toolchain])
 }
 
+/// What a build and the image need.
+pub(crate) fn ensure_image() -> Result<()> {
+    setup(Report::Changes, &[rust_components, bpf_toolchain, image_tools])
+}
+
 /// One part of the setup; gives whether it changed the machine.
 type Part = fn(Report, &mut Apt) -> Result<bool>;
 
@@ -125,10 +136,20 @@ fn ok(report: Report, what: &str) {
     }
 }
 
-/// Programs that a package brings. All that is missing is installed in one go.
+/// What the tests run.
 fn test_tools(report: Report, apt: &mut Apt) -> Result<bool> {
+    programs(NEEDS, report, apt)
+}
+
+/// What `image` runs.
+fn image_tools(report: Report, apt: &mut Apt) -> Result<bool> {
+    programs(IMAGE_NEEDS, report, apt)
+}
+
+/// Programs that a package brings. All that is missing is installed in one go.
+fn programs(needs: &'static [Need], report: Report, apt: &mut Apt) -> Result<bool> {
     let mut missing = Vec::new();
-    for need in NEEDS {
+    for need in needs {
         match find(need.what) {
             Some(path) => ok(report, &format!("{} {}", name(need.what), path.display())),
             None => missing.push(need),
@@ -459,7 +480,7 @@ mod tests {
 
     #[test]
     fn every_need_names_a_package_and_a_reason() {
-        for need in NEEDS {
+        for need in NEEDS.iter().chain(IMAGE_NEEDS) {
             assert!(!need.packages.is_empty() && !need.reason.is_empty(), "{}", need.what);
         }
     }

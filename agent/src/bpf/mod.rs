@@ -266,7 +266,8 @@ mod tests {
         }
         std::fs::write(dir.join("mine"), "").unwrap();
         let removed = cleanup(&dir).unwrap();
-        let removed: Vec<_> = removed.iter().map(|p| p.strip_prefix(&dir).unwrap().to_str().unwrap()).collect();
+        let removed: Vec<_> =
+            removed.iter().map(|p| p.strip_prefix(&dir).unwrap().to_str().unwrap()).collect();
         assert_eq!(removed[..3], ["v1/links/from_cgroup@9", "v2/links/from_cgroup@9", "v1/links/a@1"]);
         assert_eq!(removed.len(), 8);
         assert_eq!(entries(&dir).unwrap(), [dir.join("mine")]);

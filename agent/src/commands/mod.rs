@@ -3,11 +3,13 @@
 mod agent;
 mod cleanup;
 mod controller;
+mod convert;
 mod crds;
 mod flows;
 mod monitor;
 mod status;
 mod trace;
+mod validate;
 
 use std::io::{self, Write};
 
@@ -26,6 +28,8 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Monitor(args) => monitor::run(&args, out),
         Command::Trace(args) => trace::run(&args, out),
         Command::Cleanup(args) => cleanup::run(&args, out),
+        Command::Convert(args) => convert::run(&args, out),
+        Command::Validate(args) => validate::run(&args, out),
         Command::Crds => crds::run(out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completions { shell } => {

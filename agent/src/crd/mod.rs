@@ -9,6 +9,7 @@
 //!   generation counts changes of the spec only.
 //! - **CEL rules** ([`rules`]) say what a schema cannot. Servers before 1.25 ignore them; the agents check the same again.
 
+pub(crate) mod check;
 mod columns;
 pub mod rules;
 mod schema;

@@ -103,16 +103,33 @@ impl Spec {
     }
 }
 
+/// Every mistake of a spec, with its field.
+pub(crate) fn mistakes(spec: &Value) -> Vec<(String, String)> {
+    let mut checker =
+        Checker { mistakes: Mistakes { most: usize::MAX, ..Mistakes::default() }, ..Checker::default() };
+    checker.spec(spec);
+    checker.mistakes.told
+}
+
 /// Mistakes, the first of them in words.
-#[derive(Default)]
 struct Mistakes {
-    told: Vec<String>,
+    /// Field and what is wrong with it.
+    told: Vec<(String, String)>,
+    /// How many are told.
+    most: usize,
     more: usize,
+}
+
+impl Default for Mistakes {
+    fn default() -> Self {
+        Self { told: Vec::new(), most: MISTAKES, more: 0 }
+    }
 }
 
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.told.join("; "))?;
+        let told: Vec<_> = self.told.iter().map(|(at, what)| format!("{at}: {what}")).collect();
+        f.write_str(&told.join("; "))?;
         if self.more > 0 {
             write!(f, "; and {} more", self.more)?;
         }
@@ -130,8 +147,8 @@ struct Checker {
 impl Checker {
     /// Notes a mistake at a field.
     fn wrong(&mut self, at: &str, what: impl fmt::Display) {
-        if self.mistakes.told.len() < MISTAKES {
-            self.mistakes.told.push(format!("{at}: {what}"));
+        if self.mistakes.told.len() < self.mistakes.most {
+            self.mistakes.told.push((at.to_owned(), what.to_string()));
         } else {
             self.mistakes.more += 1;
         }
@@ -326,7 +343,7 @@ fn present<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> 
 }
 
 /// A value of the wrong kind.
-struct Expected<'a>(&'static str, &'a Value);
+pub(crate) struct Expected<'a>(pub(crate) &'static str, pub(crate) &'a Value);
 
 impl fmt::Display for Expected<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

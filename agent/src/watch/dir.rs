@@ -149,13 +149,15 @@ impl Stamp {
 
 /// One of the user's documents.
 #[derive(Clone, Debug)]
-struct Document {
-    line: usize,
-    object: Object,
+pub(crate) struct Document {
+    /// Where it begins in its file.
+    pub(crate) line: usize,
+    /// What it is.
+    pub(crate) object: Object,
 }
 
 #[derive(Clone, Debug)]
-enum Object {
+pub(crate) enum Object {
     Node(Node),
     Namespace(Namespace),
     Pod(Pod),
@@ -386,25 +388,7 @@ impl DirSource {
                 }
                 let key = (name.namespace.clone(), meta.name.clone());
                 seen.insert(name, place);
-                match document.object.clone() {
-                    Object::Node(o) => drop(objects.nodes.insert(key.1, o)),
-                    Object::Namespace(o) => drop(objects.namespaces.insert(key.1, o)),
-                    Object::Pod(mut o) => {
-                        o.metadata.namespace.clone_from(&key.0);
-                        objects.pods.insert(key, o);
-                    }
-                    Object::Service(mut o) => {
-                        o.metadata.namespace.clone_from(&key.0);
-                        objects.services.insert(key, o);
-                    }
-                    Object::EgressIp(o) => drop(objects.egress_ips.insert(key.1, o)),
-                    Object::EgressFirewall(mut o) => {
-                        o.metadata.namespace.clone_from(&key.0);
-                        objects.egress_firewalls.insert(key, o);
-                    }
-                    Object::EgressConfig(o) => drop(objects.egress_configs.insert(key.1, *o)),
-                    Object::OutgatesOwn(_) | Object::Foreign => {}
-                }
+                document.object.clone().put(key, &mut objects);
             }
         }
         self.places = seen.into_iter().map(|(name, place)| (name.to_string(), place)).collect();
@@ -832,7 +816,7 @@ fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Text that an object can be read from, in one of the forms it comes in.
-enum Text<'a> {
+pub(crate) enum Text<'a> {
     Yaml(&'a str),
     Json(&'a str),
     /// An item of a `List`.
@@ -840,13 +824,13 @@ enum Text<'a> {
 }
 
 /// A parser's complaint: the line within the text, counted from 1, if it knows, and what is wrong.
-struct Complaint {
-    line: Option<usize>,
-    message: String,
+pub(crate) struct Complaint {
+    pub(crate) line: Option<usize>,
+    pub(crate) message: String,
 }
 
 impl Text<'_> {
-    fn read<T: DeserializeOwned>(&self) -> Result<T, Complaint> {
+    pub(crate) fn read<T: DeserializeOwned>(&self) -> Result<T, Complaint> {
         match self {
             Self::Yaml(text) => read_yaml(text),
             Self::Json(text) => serde_json::from_str(text).map_err(|e| Complaint {
@@ -896,7 +880,7 @@ fn parse_file(text: &str, json: bool) -> Result<Vec<Document>, String> {
 }
 
 /// Lines before the first that says something.
-fn leading_lines(text: &str) -> usize {
+pub(crate) fn leading_lines(text: &str) -> usize {
     text.lines().take_while(|l| is_silent(l)).count()
 }
 
@@ -907,7 +891,7 @@ fn is_silent(line: &str) -> bool {
 
 /// The documents of a YAML text with the number of their first line. A line that begins with `---` is always
 /// a document marker, even within a block scalar (YAML 1.2, 9.1.2), so lines are enough to tell.
-fn split_yaml(text: &str) -> Vec<(usize, &str)> {
+pub(crate) fn split_yaml(text: &str) -> Vec<(usize, &str)> {
     let marker = |line: &str, mark: &str| {
         line.strip_prefix(mark)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
@@ -931,7 +915,7 @@ fn split_yaml(text: &str) -> Vec<(usize, &str)> {
 }
 
 /// The values of a text of one or more JSON values with the number of their first line.
-fn split_json(text: &str) -> Result<Vec<(usize, &str)>, String> {
+pub(crate) fn split_json(text: &str) -> Result<Vec<(usize, &str)>, String> {
     let mut parts = Vec::new();
     let mut stream = serde_json::Deserializer::from_str(text).into_iter::<serde::de::IgnoredAny>();
     let mut start = 0;
@@ -951,7 +935,11 @@ struct Head {
     kind: Option<String>,
 }
 
-fn parse_document(text: &Text<'_>, line: usize, documents: &mut Vec<Document>) -> Result<(), Complaint> {
+pub(crate) fn parse_document(
+    text: &Text<'_>,
+    line: usize,
+    documents: &mut Vec<Document>,
+) -> Result<(), Complaint> {
     #[derive(Deserialize)]
     struct List {
         #[serde(default)]
@@ -1007,7 +995,31 @@ fn parse_document(text: &Text<'_>, line: usize, documents: &mut Vec<Document>) -
 }
 
 impl Object {
-    fn name(&self) -> Option<(ObjectName, &Meta)> {
+    /// Puts it among others, by its namespace and name.
+    pub(crate) fn put(self, key: (String, String), objects: &mut Objects) {
+        match self {
+            Self::Node(o) => drop(objects.nodes.insert(key.1, o)),
+            Self::Namespace(o) => drop(objects.namespaces.insert(key.1, o)),
+            Self::Pod(mut o) => {
+                o.metadata.namespace.clone_from(&key.0);
+                objects.pods.insert(key, o);
+            }
+            Self::Service(mut o) => {
+                o.metadata.namespace.clone_from(&key.0);
+                objects.services.insert(key, o);
+            }
+            Self::EgressIp(o) => drop(objects.egress_ips.insert(key.1, o)),
+            Self::EgressFirewall(mut o) => {
+                o.metadata.namespace.clone_from(&key.0);
+                objects.egress_firewalls.insert(key, o);
+            }
+            Self::EgressConfig(o) => drop(objects.egress_configs.insert(key.1, *o)),
+            Self::OutgatesOwn(_) | Self::Foreign => {}
+        }
+    }
+
+    /// What it is called, and its metadata; none of what is not read.
+    pub(crate) fn name(&self) -> Option<(ObjectName, &Meta)> {
         let (kind, namespaced, meta) = match self {
             Self::Node(o) => ("Node", false, &o.metadata),
             Self::Namespace(o) => ("Namespace", false, &o.metadata),
