@@ -13,6 +13,7 @@ use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
+use crate::cni;
 use crate::compile::{Compiled, compile};
 use crate::facts::Facts;
 use crate::firewall::{self, FirewallState, audit};
@@ -90,6 +91,8 @@ pub struct Agent<S, K> {
     source: S,
     kernel: K,
     facts: Receiver<Facts>,
+    /// What the container runtime says of pods before their objects do.
+    runtime: cni::Runtime,
     /// The node's resolv.conf, which pods may have been given.
     resolv_conf: ResolvConf,
     state: Rc<RefCell<metrics::State>>,
@@ -142,6 +145,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             source,
             kernel,
             facts,
+            runtime: cni::Runtime::default(),
             resolv_conf,
             state,
             ids,
@@ -158,6 +162,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
     }
 
+    /// The same agent, which also hears the node's container runtime.
+    #[must_use]
+    pub fn with_runtime(self, runtime: cni::Runtime) -> Self {
+        Self { runtime, ..self }
+    }
+
     /// Works until it is cancelled, and leaves everything in the kernel as it is then.
     pub async fn run(&mut self) -> Result<(), S::Error> {
         let mut tick = interval(TICK);
@@ -170,6 +180,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         loop {
             let work = tokio::select! {
                 changed = self.source.changed() => { changed?; true }
+                () = self.runtime.changed() => true,
                 changed = self.facts.changed() => {
                     if changed.is_err() {
                         // The task that reads netlink never ends by itself.
@@ -242,16 +253,31 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             self.retry_at = Some(Instant::now() + RETRY);
         }
         self.report(&desired, &compiled);
+        self.answer(&desired);
     }
 
     fn desired(&self) -> Desired {
-        model::desired(self.source.objects(), &self.identity.node)
+        let (objects, node) = (self.source.objects(), &self.identity.node);
+        model::desired_with(objects, node, &self.runtime.known(objects, node))
     }
 
-    async fn write(&mut self, what: &str, write: Write) {
-        if let Err(error) = self.source.write(write).await {
+    /// Tells those who wait for a pod that it is programmed, or what is missing.
+    fn answer(&self, desired: &Desired) {
+        let Some(door) = &self.runtime.door else { return };
+        let objects = self.source.objects();
+        let image = self.applied.as_ref().map(|(image, _)| image);
+        door.set_not_ready(self.state.borrow().not_ready.clone());
+        door.answer(|a| cni::programmed(a, objects, desired, image, &self.said.problems));
+        door.forget(objects);
+    }
+
+    async fn write(&mut self, what: &str, write: Write) -> bool {
+        let result = self.source.write(write).await;
+        let done = result.is_ok();
+        if let Err(error) = result {
             self.failures.insert(Problem::new(what, error));
         }
+        done
     }
 
     /// Writes this node's EgressNode, if it has changed.
@@ -272,13 +298,13 @@ impl<S: Source, K: Kernel> Agent<S, K> {
     async fn plan(&mut self, desired: &Desired) -> bool {
         let now = rfc3339(SystemTime::now());
         let around = Surroundings {
+            objects: self.source.objects(),
             statuses: self.source.statuses(),
             firewall_statuses: self.source.firewall_statuses(),
             unreadable: self.source.unreadable_allocations(),
             complete: self.source.complete(),
             now: &now,
-            // Probes come with failover; until then the kubelet's word stands.
-            reachable: &|_| true,
+            reachable: &|node| self.source.is_alive(node),
         };
         let plan = plan(desired, &around, &mut random);
         let worked = !plan.writes.is_empty();
@@ -286,7 +312,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             info!("{line}");
         }
         for write in plan.writes {
-            self.write("the leader's objects", write).await;
+            // What follows was decided on what did not come to be.
+            if !self.write("the leader's objects", write).await {
+                break;
+            }
         }
         worked
     }
@@ -378,6 +407,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(&desired.problems)
             .chain(&compiled.problems)
             .chain(&self.kernel.problems())
+            .chain(self.runtime.problems())
             .chain(&self.failures)
             .chain(&self.notes)
             .chain(&self.lead_error)

@@ -69,6 +69,11 @@ pub enum Command {
     /// Print the custom resource definitions, for `cargo xtask codegen`
     #[command(hide = true)]
     Crds,
+    /// Be a chained CNI plugin: let a pod start when this node's agent has programmed it
+    ///
+    /// A container runtime starts it, by the name outgate-cni and without arguments, and gives it the network's
+    /// configuration on standard input. docs/cni.md says how to chain it.
+    Cni(CniArgs),
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -114,12 +119,29 @@ pub struct AgentArgs {
     /// its nameservers too
     #[arg(long, env = "OUTGATE_RESOLV_CONF", value_name = "FILE", default_value = "/etc/resolv.conf")]
     pub resolv_conf: PathBuf,
+    /// libcni's cache of results on this node, by which new pods are known before the API has their addresses
+    #[arg(long, env = "OUTGATE_CNI_RESULTS", value_name = "DIR", default_value = crate::cni::cache::RESULTS)]
+    pub cni_results: PathBuf,
+    /// Serve the chained CNI plugin at this socket [default: /run/outgate/cni.sock, if it can be made]
+    #[arg(long, env = "OUTGATE_CNI_SOCKET", value_name = "PATH")]
+    pub cni_socket: Option<PathBuf>,
     /// Serve /metrics, /healthz and /readyz on this address
     #[arg(long, env = "OUTGATE_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,
     /// What to log: error, warn, info, debug or trace, also by module (as in info,outgate=debug)
     #[arg(long, env = "OUTGATE_LOG", value_name = "FILTER", default_value = "info", value_parser = filter)]
     pub log: String,
+}
+
+/// Options of `outgate cni`.
+#[derive(Args, Debug)]
+pub struct CniArgs {
+    /// Where the node's agent serves it; `socket` in the network's configuration overrides it
+    #[arg(long, env = "OUTGATE_CNI_SOCKET", value_name = "PATH", default_value = crate::cni::door::SOCKET)]
+    pub cni_socket: PathBuf,
+    /// Copy this program to DIR/outgate-cni, where the node's container runtime has its plugins, and end
+    #[arg(long, env = "OUTGATE_INSTALL", value_name = "DIR")]
+    pub install: Option<PathBuf>,
 }
 
 /// Options of `outgate controller`.

@@ -12,13 +12,14 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::addr::Ip;
 use datapath::keys::{
-    Delivery, DeliveryMode, EgressIp, FirewallId, GranuleTable, Guard, IfIndex, Interface, InterfaceKind,
-    Lease, Network, NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId, Settings,
+    Delivery, DeliveryMode, EgressIp, FirewallId, GranuleRange, GranuleTable, Guard, IfIndex, Interface,
+    InterfaceKind, Lease, Network, NetworkKey, NetworkKind, Node, NodeId, Pod, PodName, Policy, PolicyId,
+    Settings,
 };
 use datapath::limits;
 use ipnet::IpNet;
 
-use crate::facts::Facts;
+use crate::facts::{Facts, PodInterface};
 use crate::firewall::FirewallState;
 use crate::ids::{Ids, identity};
 use crate::image::MapImage;
@@ -272,7 +273,19 @@ impl Compiler<'_> {
     fn egress_ip(&mut self, policy: PolicyId, ip: IpAddr, uplink: IfIndex, used: bool) -> u32 {
         let key = Ip::from(ip);
         let id = self.ids.egress(policy, key);
-        let owner = self.allocation(&ip).and_then(|a| a.owner.as_ref());
+        let desired = self.desired;
+        let own = &desired.node;
+        let gateway = uplink != 0;
+        // Whoever has the port table goes by the allocation: claiming an address by anything older than that would be
+        // wrong. Others know it only by what they are granted.
+        let known = desired.allocations.get(&ip);
+        let allocation = known.filter(|a| gateway || a.owner.as_ref() == Some(own));
+        let grant = desired.grants.get(&ip);
+        let owner = match (allocation, grant) {
+            (Some(a), _) => a.owner.as_ref(),
+            (None, Some(g)) => g.owner.as_ref().filter(|owner| *owner != own),
+            (None, None) => None,
+        };
         let holder = owner.and_then(|n| self.node_ids.get(n)).copied().unwrap_or(0);
         let uplink_mtu = self.facts.uplinks.get(&uplink).map_or(0, |u| clamp(u.mtu));
         self.out
@@ -280,25 +293,33 @@ impl Compiler<'_> {
             .egress_ips
             .insert(id, EgressIp { ip: key, policy, uplink, holder, uplink_mtu, pad: 0 });
         self.out.image.egress_addrs.insert(key, id);
-        if uplink != 0 || used {
-            let mut table = GranuleTable::default();
-            if let Some(a) = self.desired.allocations.get(&ip) {
-                // A gateway has to know every node's ports, others tell their own replies from what is not theirs.
-                let gateway = uplink != 0;
-                for lease in a.leases.iter().filter(|l| gateway || l.node == self.desired.node) {
-                    let node = self.lessee(lease);
-                    for range in &lease.ranges {
-                        table.node[usize::from(range.first)..][..usize::from(range.count)].fill(node);
-                    }
-                }
-                if gateway {
-                    self.out.loaded.insert(ip, (a.uid.clone(), a.generation));
+        let mut table = GranuleTable::default();
+        if let Some(a) = known.filter(|_| gateway) {
+            for lease in &a.leases {
+                let node = self.lessee(lease);
+                for range in &lease.ranges {
+                    fill(&mut table, range, |_| node);
                 }
             }
-            self.out.image.granules.insert(id, table);
+            let generation = self.complete_up_to(a);
+            self.out.loaded.insert(ip, (a.uid.clone(), generation));
         }
-        if used && let Some(lease) = self.own_lease(&ip) {
-            self.out.image.leases.insert(id, lease);
+        // Of the address as it was given up, and taken again since, nothing is granted any more.
+        let grant = grant.filter(|g| allocation.is_none_or(|a| a.uid == g.uid));
+        if used && let Some(grant) = grant {
+            let lease = self.own_lease(&ip, grant, owner, &table);
+            if lease.granules > 0 {
+                self.out.image.leases.insert(id, lease);
+            }
+            // Replies to what goes by ports that are not taken any more have to be known as this node's, and an
+            // allocation that is older than the grant may lack some.
+            let node = self.node_ids.get(own).copied().unwrap_or(0);
+            for granted in &grant.ranges {
+                fill(&mut table, &granted.range, |before| if before == 0 { node } else { before });
+            }
+        }
+        if gateway || used {
+            self.out.image.granules.insert(id, table);
         }
         id
     }
@@ -307,37 +328,60 @@ impl Compiler<'_> {
         self.desired.allocations.get(ip)
     }
 
-    /// The id of the node that a lease is for; 0 if that very node is not there any more.
+    /// The id of the node that a lease is for; 0 if that very node is not there any more, or not known yet.
     fn lessee(&self, lease: &model::Lease) -> NodeId {
-        let agent = self.desired.nodes.get(&lease.node).and_then(|n| n.agent.as_ref());
         match self.node_ids.get(&lease.node) {
-            Some(id) if agent.is_some_and(|a| a.node_uid == lease.node_uid) => *id,
+            Some(id) if self.knows(lease) => *id,
             _ => 0,
         }
     }
 
-    /// The ports that this node may use now: those of its leases that the holder's kernel is known to have.
-    /// If this node is the holder, they come with the same change, `GRANULES` first. If nobody is, nothing
-    /// leaves anyway, and `NoOwner` is the reason to be seen.
-    fn own_lease(&self, ip: &IpAddr) -> Option<Lease> {
-        let name = &self.desired.node;
-        let a = self.desired.allocations.get(ip)?;
-        let confirmed = match &a.owner {
-            Some(owner) if owner != name => {
-                let agent = self.desired.nodes.get(owner).and_then(|n| n.agent.as_ref())?;
-                agent.loaded.get(ip).filter(|(uid, _)| *uid == a.uid).map(|(_, generation)| *generation)?
-            }
-            _ => a.generation,
-        };
-        let own_uid = self.desired.nodes.get(name)?.agent.as_ref().map(|a| a.node_uid.as_str())?;
-        let mut ranges: Vec<_> = a
-            .leases
+    /// Whether the agent of the very node that a lease is for is known.
+    fn knows(&self, lease: &model::Lease) -> bool {
+        let agent = self.desired.nodes.get(&lease.node).and_then(|n| n.agent.as_ref());
+        agent.is_some_and(|a| a.node_uid == lease.node_uid)
+    }
+
+    /// The generation of an allocation up to which its leases are in this node's table. Objects are read apart: a
+    /// lease may be known before the node that it is for, and until both are, nobody may be told that it is loaded.
+    /// The leases of a node that is gone wait for the leader to end them.
+    fn complete_up_to(&self, a: &model::Allocation) -> u64 {
+        let unknown = a.leases.iter().filter(|l| !self.knows(l)).map(|l| l.generation).min();
+        unknown.map_or(a.generation, |generation| generation.saturating_sub(1))
+    }
+
+    /// The ports that this node may take now: those granted, which whom the leader named has. Where this node sends by
+    /// another, because it knows the allocation and is ahead of or behind the leader's word, those that the other is known
+    /// to have; if by itself, those of its own table. If nobody holds the address, nothing leaves anyway, and `NoOwner`
+    /// is the reason to be seen.
+    fn own_lease(
+        &self,
+        ip: &IpAddr,
+        grant: &model::Grant,
+        owner: Option<&String>,
+        table: &GranuleTable,
+    ) -> Lease {
+        let own = &self.desired.node;
+        let node = self.node_ids.get(own).copied().unwrap_or(0);
+        let loaded = owner
+            .and_then(|o| self.desired.nodes.get(o)?.agent.as_ref()?.loaded.get(ip))
+            .filter(|(uid, _)| *uid == grant.uid)
+            .map(|(_, generation)| *generation);
+        let mut granules: Vec<_> = grant
+            .ranges
             .iter()
-            .filter(|l| l.node == *name && l.node_uid == own_uid && l.generation <= confirmed)
-            .flat_map(|l| l.ranges.iter().copied())
+            .filter(|r| !r.stopped)
+            .filter(|r| match owner {
+                None => true,
+                Some(o) if o == own || grant.owner.as_ref() == Some(o) => true,
+                Some(_) => loaded.is_some_and(|generation| generation >= r.generation),
+            })
+            .flat_map(|r| r.range.first..r.range.first + r.range.count)
+            .filter(|g| owner != Some(own) || (node != 0 && table.node[usize::from(*g)] == node))
+            .map(|first| GranuleRange { first, count: 1 })
             .collect();
-        ranges.sort_unstable();
-        Some(Lease::of(&ranges)).filter(|l| l.granules > 0)
+        granules.sort_unstable();
+        Lease::of(&granules)
     }
 
     /// `PODS`, `DELIVERY` and `POD_NAMES`.
@@ -372,8 +416,15 @@ impl Compiler<'_> {
                     break;
                 }
                 let key = Ip::from(*ip);
+                let named = self.named(pod);
+                let seen = self.seen_behind(ip).or(named);
+                if self.is_elses(pod, seen) {
+                    continue;
+                }
                 let id = self.ids.pod(key, identity);
-                let seen = self.seen_behind(ip);
+                if let Some(interface) = named.filter(|_| pod.asked) {
+                    self.ids.pins.vouch(key, identity, interface);
+                }
                 let bridged = !self.facts.host_routes.contains_key(ip)
                     && longest(&self.facts.bridge_networks, ip).is_some();
                 let sight = Sight { interface: seen, bridged, version: pod.version, ends: pod.ends };
@@ -443,6 +494,19 @@ impl Compiler<'_> {
         let f = self.facts;
         let port = || f.bridge_ports.get(ip).filter(|port| f.pod_interfaces.contains_key(port));
         f.host_routes.get(ip).or_else(port).copied()
+    }
+
+    /// The interface that the container runtime names as the pod's own.
+    fn named(&self, pod: &model::Pod) -> Option<IfIndex> {
+        let named = |i: &PodInterface| pod.interfaces.contains(&i.name);
+        self.facts.pod_interfaces.iter().find(|(_, i)| named(i)).map(|(index, _)| *index)
+    }
+
+    /// Whether the address is seen behind a pod's interface, and not one that the container runtime names: then it
+    /// is another pod's by now, and what the runtime wrote is old, or the interface has not been seen yet.
+    fn is_elses(&self, pod: &model::Pod, seen: Option<IfIndex>) -> bool {
+        let interface = seen.and_then(|index| self.facts.pod_interfaces.get(&index));
+        interface.is_some_and(|i| !pod.interfaces.is_empty() && !pod.interfaces.contains(&i.name))
     }
 
     /// The interface that a pod's packets come in by, and how and by which device to reach it. Zeros while the
@@ -620,6 +684,12 @@ fn interface(kind: InterfaceKind, guard: Guard, mac: [u8; 6], bridge: IfIndex) -
     Interface { kind: kind as u8, guarded: guard as u8, mac, bridge }
 }
 
+fn fill(table: &mut GranuleTable, range: &GranuleRange, with: impl Fn(NodeId) -> NodeId) {
+    for node in &mut table.node[usize::from(range.first)..][..usize::from(range.count)] {
+        *node = with(*node);
+    }
+}
+
 fn longest(networks: &BTreeMap<IpNet, IfIndex>, ip: &IpAddr) -> Option<IfIndex> {
     networks
         .iter()
@@ -699,6 +769,7 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.5}, {type: Hostname, ad
 ---
 kind: EgressNode
 metadata: {name: a}
+spec: {nodeUID: ua, ranges: [{egressIP: 192.0.2.100, uid: x, generation: 5, owner: b, ranges: [{first: 0, count: 10, generation: 3}, {first: 20, count: 10, generation: 5}]}]}
 status: {nodeUID: ua, tunnelAddress: 192.0.2.5, addresses: [192.0.2.5]}
 ---
 kind: EgressNode
@@ -858,7 +929,12 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
         for (granule, node) in [(0, a), (9, a), (10, 0), (29, a), (30, 0), (39, 0), (40, b), (50, 0)] {
             assert_eq!(table[granule], node, "granule {granule}; 30-39 are of a node that is gone");
         }
-        assert_eq!(c.loaded, BTreeMap::from([("192.0.2.100".parse().unwrap(), ("x".to_owned(), 5))]));
+        let loaded = |c: &Compiled| c.loaded[&"192.0.2.100".parse::<IpAddr>().unwrap()].clone();
+        assert_eq!(loaded(&c), ("x".to_owned(), 0), "that of a node that is not known is not in the table");
+        let known =
+            cluster(&[]).replace("generation: 1, ranges: [{first: 30", "generation: 4, ranges: [{first: 30");
+        assert_eq!(loaded(&of(&known)), ("x".to_owned(), 3), "up to the first such");
+        assert_eq!(loaded(&of(&known.replace("nodeUID: older", "nodeUID: ub"))), ("x".to_owned(), 5));
     }
 
     #[test]
@@ -877,31 +953,76 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
     }
 
     #[test]
-    fn leases_wait_for_the_holder() {
-        let lease = |loaded: &str, owner: &str| {
-            let yaml =
-                cluster(&[]).replace("loaded: []", &format!("loaded: [{loaded}]")).replace("owner: b", owner);
-            let c = of(&yaml);
+    fn ports_are_those_granted_as_far_as_the_node_that_they_leave_by_has_them() {
+        let lease = |change: &dyn Fn(String) -> String| {
+            let c = of(&change(cluster(&[])));
             c.image.leases.get(&egress(&c, "192.0.2.100")).copied()
         };
         let (first, second) = (GranuleRange { first: 0, count: 10 }, GranuleRange { first: 20, count: 10 });
+        let both = Some(Lease::of(&[first, second]));
+        assert_eq!(lease(&|y| y), both, "the leader says that the holder has them");
+        let unlabelled = |y: String| y.replace(", labels: {k8s.ovn.org/egress-assignable: ''}", "");
+        assert_eq!(lease(&unlabelled), both, "also to a node that has no table");
+        // The allocation names another holder than the leader has told this node.
+        let moved = |y: String, owner: &str| y.replace("\n  owner: b", &format!("\n  owner: {owner}"));
+        assert_eq!(lease(&|y| moved(y, "''")), both, "nobody to send by");
+        assert_eq!(lease(&|y| moved(y, "a")), both, "loaded with the same change");
+        let less = |y: String| {
+            moved(y, "a").replace("generation: 5, ranges: [{first: 20", "generation: 5, ranges: [{first: 90")
+        };
+        assert_eq!(lease(&less), Some(Lease::of(&[first])), "not in its own table");
+        let behind = |loaded: &str| {
+            lease(&|y| {
+                y.replace("owner: b, ranges", "owner: c, ranges")
+                    .replace("loaded: []", &format!("loaded: [{loaded}]"))
+            })
+        };
         let confirmed = |generation: u64, uid: &str| {
             format!("{{egressIP: 192.0.2.100, uid: {uid}, generation: {generation}}}")
         };
-        assert_eq!(lease("", "owner: b"), None, "nothing confirmed");
-        assert_eq!(lease(&confirmed(2, "x"), "owner: b"), None);
-        assert_eq!(lease(&confirmed(3, "x"), "owner: b"), Some(Lease::of(&[first])));
-        assert_eq!(lease(&confirmed(4, "x"), "owner: b"), Some(Lease::of(&[first])));
-        assert_eq!(lease(&confirmed(5, "x"), "owner: b"), Some(Lease::of(&[first, second])));
-        assert_eq!(lease(&confirmed(5, "y"), "owner: b"), None, "an earlier allocation of the address");
-        assert_eq!(lease("", "owner: a"), Some(Lease::of(&[first, second])), "loaded with the same change");
-        assert_eq!(lease("", "owner: ''"), Some(Lease::of(&[first, second])), "nobody to wait for");
+        assert_eq!(behind(""), None, "nothing confirmed");
+        assert_eq!(behind(&confirmed(2, "x")), None);
+        assert_eq!(behind(&confirmed(4, "x")), Some(Lease::of(&[first])));
+        assert_eq!(behind(&confirmed(5, "x")), both);
+        assert_eq!(behind(&confirmed(5, "y")), None, "an earlier allocation of the address");
+        assert_eq!(
+            lease(&|y| y.replace("uid: x, generation: 5, owner", "uid: y, generation: 5, owner")),
+            None
+        );
+    }
+
+    #[test]
+    fn a_source_sends_by_whom_the_leader_names_and_claims_nothing_by_it() {
+        let unlabelled = cluster(&[]).replace(", labels: {k8s.ovn.org/egress-assignable: ''}", "");
+        let holder = |yaml: &str| {
+            let c = of(yaml);
+            let holder = c.image.egress_ips[&egress(&c, "192.0.2.100")].holder;
+            c.image.nodes.get(&holder).map(|n| n.tunnel_ip)
+        };
+        let (a, b) = (Some(ip("192.0.2.5")), Some(ip("192.0.2.6")));
+        assert_eq!(holder(&unlabelled), b);
+        let elsewhere = unlabelled.replace("\n  owner: b", "\n  owner: c");
+        assert_eq!(holder(&elsewhere), b, "until it is told of another");
+        let told_itself = elsewhere.replace("owner: b, ranges", "owner: a, ranges");
+        assert_eq!(holder(&told_itself), None, "the allocation decides on that");
+        assert_eq!(holder(&unlabelled.replace("\n  owner: b", "\n  owner: a")), a);
+    }
+
+    #[test]
+    fn ports_that_are_given_back_are_not_taken_and_still_known() {
+        let mut desired = crate::model::desired(&objects(&cluster(&[])), "a");
+        desired.grants.get_mut(&"192.0.2.100".parse::<IpAddr>().unwrap()).unwrap().ranges[0].stopped = true;
+        let c = compile(&desired, &facts(), &mut Ids::default());
+        let id = egress(&c, "192.0.2.100");
+        assert_eq!(c.image.leases[&id], Lease::of(&[GranuleRange { first: 20, count: 10 }]));
+        assert_eq!(c.image.granules[&id].node[0], c.image.settings.node);
     }
 
     #[test]
     fn a_node_made_anew_has_no_right_to_the_old_ones_ports() {
         let c = of(&cluster(&[])
             .replace("owner: b", "owner: a")
+            .replace("uid: ua, labels", "uid: new, labels")
             .replace("nodeUID: ua, tunnel", "nodeUID: new, tunnel"));
         assert!(c.image.leases.is_empty());
         assert!(c.image.granules.values().all(|t| t.node[..30].iter().all(|n| *n == 0)));
@@ -1097,6 +1218,7 @@ spec: {egressIP: '2001:db8::100', owner: a, leases: [{node: a, nodeUID: ua, gene
             pod("new", "10.1.9.1", "fd00:1:0:9::1"),
         ];
         let cluster = CLUSTER
+            .replace("nodeUID: ua, ranges: [", "nodeUID: ua, ranges: [{egressIP: '2001:db8::100', uid: y, generation: 1, owner: a, ranges: [{first: 0, count: 10, generation: 1}]}, ")
             .replace("{type: Hostname", "{type: InternalIP, address: '2001:db8::5'}, {type: Hostname")
             .replace("tunnelAddress: 192.0.2.5, ", "tunnelAddresses: [192.0.2.5, '2001:db8::5'], ")
             .replace("tunnelAddress: 192.0.2.6, ", "tunnelAddresses: [192.0.2.6, '2001:db8::6'], ");

@@ -1,8 +1,11 @@
 //! The leader's work: from the objects to what it writes about them. A pure function; time and chance come in
 //! as arguments.
 
+mod grants;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::{Duration, UNIX_EPOCH};
 
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 
@@ -12,13 +15,15 @@ use crate::lease;
 use crate::model::{Allocation, Desired, Lease, TUNNEL_PORT};
 use crate::objects::{
     Cluster, EgressAllocation, EgressAllocationSpec, EgressFirewallReport, EgressIpReport, Granules, Meta,
-    PortLease, Tunnel,
+    Objects, PortLease, RestingPorts, Tunnel,
 };
 use crate::status;
 use crate::watch::Write;
 
-/// What the leader knows besides the objects.
+/// What the leader knows besides what the objects ask for.
 pub struct Surroundings<'a> {
+    /// The objects that [`Desired`] was made from.
+    pub objects: &'a Objects,
     /// EgressIP statuses as they are.
     pub statuses: &'a BTreeMap<String, EgressIpReport>,
     /// EgressFirewall statuses as they are, by namespace.
@@ -31,6 +36,15 @@ pub struct Surroundings<'a> {
     pub now: &'a str,
     /// Whether other nodes reach a node.
     pub reachable: &'a dyn Fn(&str) -> bool,
+}
+
+impl Surroundings<'_> {
+    /// Whether an address has an allocation that cannot be read, or makes no sense: nobody may write over it.
+    fn unknown(&self, desired: &Desired, ip: &IpAddr) -> bool {
+        let name = object_name(ip);
+        self.unreadable.contains(&name)
+            || (self.objects.egress_allocations.contains_key(&name) && !desired.allocations.contains_key(ip))
+    }
 }
 
 /// What the leader does about the objects.
@@ -51,20 +65,20 @@ pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut
     let requests: Vec<_> = requests
         .into_iter()
         .map(|mut r| {
-            r.addresses.retain(|ip| !around.unreadable.contains(&object_name(ip)));
+            r.addresses.retain(|ip| !around.unknown(desired, ip));
             r
         })
         .collect();
     let current = desired.allocations.iter().filter_map(|(ip, a)| Some((*ip, a.owner.clone()?))).collect();
     let assignment = assign::assign(&requests, &candidates, &current);
-    let refused = allocations(desired, around, &assignment, random, &mut plan);
+    let (allocations, refused) = allocations(desired, around, &assignment, random, &mut plan);
     for e in desired.by_age() {
         let previous = around.statuses.get(&e.name);
         let status = status::egress_ip(
             e,
             &assignment,
             &refused,
-            around.unreadable,
+            &|ip| around.unknown(desired, ip),
             previous.map(|p| p.status.conditions.as_slice()).unwrap_or_default(),
             around.now,
         );
@@ -78,6 +92,8 @@ pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut
         }
     }
     firewalls(desired, around, &mut plan);
+    // After the allocations: what is granted is decided there, and only there.
+    grants::node_specs(desired, around, &allocations, &mut plan);
     if around.complete {
         for name in around.statuses.keys().filter(|name| !desired.egress_ips.contains_key(*name)) {
             plan.writes.push(Write::RemoveStatus(name.clone()));
@@ -135,19 +151,20 @@ fn tunnel(desired: &Desired, random: &mut dyn FnMut() -> u64, plan: &mut Plan) {
     }
 }
 
-/// Returns the nodes that got no ports, by address.
+/// Returns the allocations as they are then, and the nodes that got no ports, by address.
 fn allocations(
     desired: &Desired,
     around: &Surroundings<'_>,
     assignment: &Assignment,
     random: &mut dyn FnMut() -> u64,
     plan: &mut Plan,
-) -> BTreeMap<IpAddr, Vec<String>> {
+) -> (BTreeMap<IpAddr, Allocation>, BTreeMap<IpAddr, Vec<String>>) {
     let demands = lease::demands(desired);
     let cluster_nodes = desired.nodes.len();
     let mut refused = BTreeMap::new();
+    let mut allocations = desired.allocations.clone();
     for (ip, e) in desired.addresses() {
-        if around.unreadable.contains(&object_name(&ip)) {
+        if around.unknown(desired, &ip) {
             continue;
         }
         let old = desired.allocations.get(&ip);
@@ -167,18 +184,21 @@ fn allocations(
             continue;
         }
         let uid = old.map_or_else(|| format!("{:016x}", random()), |a| a.uid.clone());
-        let new = Allocation { uid, generation, owner, leases: outcome.leases };
+        let new =
+            Allocation { uid, generation, owner, leases: outcome.leases, ..old.cloned().unwrap_or_default() };
         describe(&e.name, ip, old, &new, desired, assignment, &mut plan.log);
         plan.writes.push(Write::Allocation(object(ip, &new)));
+        allocations.insert(ip, new);
     }
     if around.complete {
         let named: BTreeSet<_> = desired.egress_ips.values().flat_map(|e| &e.named).collect();
         for ip in desired.allocations.keys().filter(|ip| !named.contains(ip)) {
             plan.log.push(format!("egress IP {ip}: in no EgressIP any more, its port leases end"));
             plan.writes.push(Write::RemoveAllocation(object_name(ip)));
+            allocations.remove(ip);
         }
     }
-    refused
+    (allocations, refused)
 }
 
 fn describe(
@@ -247,8 +267,18 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
         spec: EgressAllocationSpec {
             egress_ip: ip.to_string(),
             owner: a.owner.clone().unwrap_or_default(),
+            standbys: a.standbys.clone(),
             leases,
-            ..EgressAllocationSpec::default()
+            resting: a
+                .resting
+                .iter()
+                .map(|r| RestingPorts {
+                    first: r.range.first,
+                    count: r.range.count,
+                    generation: r.generation,
+                    until: status::rfc3339(UNIX_EPOCH + Duration::from_secs(r.until)),
+                })
+                .collect(),
         },
         ..EgressAllocation::default()
     }
@@ -258,7 +288,7 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
 mod tests {
     use super::*;
     use crate::model::{desired, tests::objects};
-    use crate::objects::{Objects, PortDemand};
+    use crate::objects::{LoadedAllocation, PortDemand};
 
     const CLUSTER: &str = "kind: Node
 metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
@@ -303,6 +333,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
         fn step(&mut self) -> Plan {
             let d = desired(&self.objects, "a");
             let around = Surroundings {
+                objects: &self.objects,
                 statuses: &self.statuses,
                 firewall_statuses: &self.firewall_statuses,
                 unreadable: &self.unreadable,
@@ -434,7 +465,9 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         w.objects.egress_nodes.get_mut("b").unwrap().status.demand =
             vec![PortDemand { egress_ip: "192.0.2.100".into(), granules: 0 }];
         let p = w.step();
-        assert_eq!(p.writes.len(), 1);
+        let writes: Vec<_> =
+            p.writes.iter().map(|w| matches!(w, Write::NodeSpec(n, _) if n == "b")).collect();
+        assert_eq!(writes, [false, true], "the allocation, and whom to send by");
         let a = w.objects.egress_allocations["192.0.2.100"].clone();
         assert_eq!(a.spec.leases.iter().map(|l| l.generation).collect::<Vec<_>>(), [1, 2]);
         w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
@@ -442,6 +475,123 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         let moved = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!((moved.spec.owner.as_str(), &moved.spec.leases), ("", &a.spec.leases), "b holds another");
         assert!(p.log[0].contains("was on a, which is not labelled"), "{:?}", p.log);
+    }
+
+    /// What a node is granted of 192.0.2.100: owner, generation, and the first granule and generation of each range.
+    fn granted(w: &World, node: &str) -> Option<(String, u64, Vec<(u16, u64)>)> {
+        let spec = &w.objects.egress_nodes[node].spec;
+        let g = spec.ranges.iter().find(|g| g.egress_ip == "192.0.2.100")?;
+        Some((g.owner.clone(), g.generation, g.ranges.iter().map(|r| (r.first, r.generation)).collect()))
+    }
+
+    /// A node's agent confirms the allocation of 192.0.2.100 as it is.
+    fn confirm(w: &mut World, node: &str) {
+        let m = &w.objects.egress_allocations["192.0.2.100"].metadata;
+        let loaded = LoadedAllocation {
+            egress_ip: "192.0.2.100".into(),
+            uid: m.uid.clone(),
+            generation: m.generation,
+        };
+        w.objects.egress_nodes.get_mut(node).unwrap().status.loaded = vec![loaded];
+    }
+
+    #[test]
+    fn ports_are_granted_once_the_owner_has_them() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        assert_eq!(w.objects.egress_nodes["b"].spec.node_uid, "ub");
+        let labels = &w.objects.egress_nodes["b"].spec.labels;
+        assert!(labels.contains_key(crate::objects::EGRESS_ASSIGNABLE));
+        assert_eq!(granted(&w, "b"), None, "it asks for none");
+        let owner = || "a".to_owned();
+        assert_eq!(granted(&w, "a"), Some((owner(), 1, vec![])));
+        confirm(&mut w, "a");
+        w.step();
+        assert_eq!(granted(&w, "a"), Some((owner(), 1, vec![(0, 1)])));
+        assert_eq!(w.step(), Plan::default(), "nothing more to do");
+        // Another node's lease changes nothing for it.
+        w.objects.egress_nodes.get_mut("b").unwrap().status.demand =
+            vec![PortDemand { egress_ip: "192.0.2.100".into(), granules: 0 }];
+        w.step();
+        assert_eq!(granted(&w, "b"), Some((owner(), 2, vec![])));
+        assert_eq!(granted(&w, "a"), Some((owner(), 1, vec![(0, 1)])));
+        confirm(&mut w, "a");
+        let p = w.step();
+        assert_eq!(p.writes.len(), 1);
+        assert_eq!(granted(&w, "b").unwrap().2, [(378, 2)]);
+        // What another node of the name has said and was told counts for nothing.
+        w.objects.nodes.get_mut("a").unwrap().metadata.uid = "anew".into();
+        w.objects.egress_nodes.get_mut("b").unwrap().status.demand.clear();
+        w.step();
+        assert_eq!(granted(&w, "a"), None);
+        assert_eq!(granted(&w, "b").unwrap().2, [(378, 2)], "b goes on as it is");
+    }
+
+    #[test]
+    fn another_owner_is_named_once_it_has_what_was_granted() {
+        let mut w = World::new(&CLUSTER.replace("192.0.2.100, 192.0.2.101, 192.0.2.102", "192.0.2.100"));
+        w.step();
+        confirm(&mut w, "a");
+        w.step();
+        w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
+        w.step();
+        let allocation = &w.objects.egress_allocations["192.0.2.100"];
+        assert_eq!(allocation.spec.owner, "b");
+        assert_eq!(granted(&w, "a"), Some(("a".into(), 1, vec![(0, 1)])), "the old one goes on forwarding");
+        confirm(&mut w, "b");
+        w.step();
+        assert_eq!(granted(&w, "a"), Some(("b".into(), 2, vec![(0, 1)])));
+    }
+
+    #[test]
+    fn a_leader_that_knows_less_grants_nothing_anew() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        confirm(&mut w, "a");
+        w.step();
+        let known = w.objects.egress_allocations.clone();
+        let spec = &mut w.objects.egress_nodes.get_mut("a").unwrap().spec;
+        // Another leader has taken the ports back meanwhile.
+        (spec.ranges[0].generation, spec.ranges[0].ranges) = (2, Vec::new());
+        let told = spec.clone();
+        w.objects.egress_allocations = known;
+        w.step();
+        assert_eq!(w.objects.egress_nodes["a"].spec, told);
+    }
+
+    #[test]
+    fn the_egress_node_goes_with_its_node() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        w.objects.nodes.remove("b");
+        w.complete = false;
+        w.step();
+        assert!(w.objects.egress_nodes.contains_key("b"));
+        w.complete = true;
+        w.step();
+        assert!(!w.objects.egress_nodes.contains_key("b"));
+        // One that never had a Node is its agent's, while that lives.
+        w.objects.egress_nodes.insert("b".into(), crate::objects::EgressNode::default());
+        w.step();
+        assert!(w.objects.egress_nodes.contains_key("b"));
+    }
+
+    #[test]
+    fn an_allocation_that_makes_no_sense_is_not_written_over() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        confirm(&mut w, "a");
+        w.step();
+        let told = w.objects.egress_nodes["a"].spec.clone();
+        let a = w.objects.egress_allocations.get_mut("192.0.2.100").unwrap();
+        let twice = a.spec.leases[0].clone();
+        a.spec.leases.push(twice);
+        let before = a.clone();
+        w.step();
+        assert_eq!(w.objects.egress_allocations["192.0.2.100"], before);
+        assert_eq!(w.objects.egress_nodes["a"].spec, told);
+        let c = &w.statuses["e"].status.conditions;
+        assert!(c.iter().any(|c| c.egress_ip == "192.0.2.100" && c.reason == "AllocationUnreadable"));
     }
 
     #[test]

@@ -5,6 +5,8 @@ pub mod crd;
 pub mod objects;
 pub mod watch;
 
+pub mod cni;
+
 pub mod addresses;
 pub mod firewall;
 pub mod model;

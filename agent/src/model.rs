@@ -13,6 +13,7 @@ use datapath::limits::{GRANULES, POLICY_ADDRESSES};
 use ipnet::IpNet;
 
 use crate::addresses;
+use crate::cni::known::Known;
 use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
@@ -20,6 +21,7 @@ use crate::objects::{
     TimeoutsSpec, Tunnel,
 };
 use crate::selector::{Match, Selector};
+use crate::status;
 use crate::watch::Problem;
 
 /// UDP port of the tunnel unless the EgressConfig says otherwise: near VXLAN's own 4789, which the CNI may use,
@@ -47,6 +49,8 @@ pub struct Desired {
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
+    /// What the leader has granted to this node, by address.
+    pub grants: BTreeMap<IpAddr, Grant>,
     /// What is wrong with objects.
     pub problems: BTreeSet<Problem>,
 }
@@ -215,7 +219,7 @@ impl Refusal {
 }
 
 /// One of this node's pods that has an address of its own.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Pod {
     /// UID, if it has one.
     pub uid: String,
@@ -225,6 +229,10 @@ pub struct Pod {
     pub ends: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// Interfaces at the host's side, of which its own is one, if the container runtime names them.
+    pub interfaces: Vec<String>,
+    /// Whether its sandbox is being made at this moment, with these addresses and interfaces.
+    pub asked: bool,
     /// The EgressIP that selects it.
     pub egress_ip: Option<String>,
 }
@@ -304,8 +312,45 @@ pub struct Allocation {
     pub generation: u64,
     /// The node that holds it.
     pub owner: Option<String>,
+    /// Nodes that may hold it next, best first.
+    pub standbys: Vec<String>,
     /// Who leases which ports.
     pub leases: Vec<Lease>,
+    /// Ports taken back that nobody may use yet.
+    pub resting: Vec<Resting>,
+}
+
+/// Ports taken back.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Resting {
+    /// The ports.
+    pub range: GranuleRange,
+    /// Generation of the allocation that first had no lease on them.
+    pub generation: u64,
+    /// Not free before this time, in seconds since 1970.
+    pub until: u64,
+}
+
+/// What the leader has granted to a node of one egress IP.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Grant {
+    /// UID of the allocation.
+    pub uid: String,
+    /// The node to send by, which has the port table.
+    pub owner: Option<String>,
+    /// The ports.
+    pub ranges: Vec<Granted>,
+}
+
+/// Granted ports.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Granted {
+    /// The ports.
+    pub range: GranuleRange,
+    /// Generation of the lease that they are of.
+    pub generation: u64,
+    /// Whether no port of them may be taken any more: they are being given back.
+    pub stopped: bool,
 }
 
 /// One node's ports.
@@ -373,11 +418,17 @@ impl Desired {
 /// Checks all objects, as seen from `node`.
 #[must_use]
 pub fn desired(objects: &Objects, node: &str) -> Desired {
+    desired_with(objects, node, &Known::new())
+}
+
+/// The same, with what the container runtime says of the node's pods before their objects do.
+#[must_use]
+pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
     let mut problems = BTreeSet::new();
     let config = config(objects, &mut problems);
     let nodes = nodes(objects, &mut problems);
     let egress_ips = egress_ips(objects, &config, &nodes, &mut problems);
-    let pods = pods(objects, node, &egress_ips, &mut problems);
+    let pods = pods(objects, node, known, &egress_ips, &mut problems);
     let firewalls = firewalls(objects, &nodes, &mut problems);
     let firewall_nodes = firewall_nodes(objects, &nodes, &firewalls);
     let allocations = objects
@@ -391,6 +442,7 @@ pub fn desired(objects: &Objects, node: &str) -> Desired {
             }
         })
         .collect();
+    let grants = grants(objects, node);
     let tunnel = objects.cluster.map(|c| c.tunnel);
     Desired {
         node: node.to_owned(),
@@ -402,8 +454,30 @@ pub fn desired(objects: &Objects, node: &str) -> Desired {
         firewalls,
         firewall_nodes,
         allocations,
+        grants,
         problems,
     }
+}
+
+/// What the leader has granted to this very node: a node made anew has no right to the old one's ports.
+fn grants(objects: &Objects, node: &str) -> BTreeMap<IpAddr, Grant> {
+    let uid = objects.nodes.get(node).map(|n| &n.metadata.uid);
+    let spec = objects.egress_nodes.get(node).map(|e| &e.spec).filter(|s| Some(&s.node_uid) == uid);
+    let granted = spec.into_iter().flat_map(|s| &s.ranges).filter_map(|g| {
+        let ranges = g.ranges.iter().filter_map(|r| {
+            // Nothing writes others.
+            let fits = r.count > 0 && usize::from(r.first) + usize::from(r.count) <= GRANULES;
+            let range = GranuleRange { first: r.first, count: r.count };
+            fits.then_some(Granted { range, generation: r.generation, stopped: false })
+        });
+        let grant = Grant {
+            uid: g.uid.clone(),
+            owner: Some(g.owner.clone()).filter(|o| !o.is_empty()),
+            ranges: ranges.collect(),
+        };
+        Some((addresses::address(&g.egress_ip).ok()?, grant))
+    });
+    granted.collect()
 }
 
 fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
@@ -657,6 +731,10 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
     }
     for (name, o) in &objects.egress_nodes {
         let s = &o.status;
+        // What the leader tells a node is there before its agent, and after it.
+        if *s == objects::EgressNodeStatus::default() {
+            continue;
+        }
         let texts = |texts: &[String]| texts.iter().filter_map(|t| addresses::address(t).ok()).collect();
         let working = || s.uplinks.iter().filter(|u| u.up);
         let default_route = |family: &str| working().any(|u| u.default_route.iter().any(|f| f == family));
@@ -844,33 +922,50 @@ fn stands_for_network(ip: &IpAddr, network: &IpNet) -> bool {
         && (network.network() == *ip || (ip.is_ipv4() && network.broadcast() == *ip))
 }
 
+/// The pods of a node that have a network of their own, in the order in which an address is theirs.
+fn local_pods<'a>(
+    objects: &'a Objects,
+    node: &str,
+    known: &Known,
+) -> Vec<(&'a (String, String), &'a objects::Pod)> {
+    // Pods that are going away last, and the youngest first: an address that two have belongs to the one
+    // that came later, the other is on its way out. Before all, those whose sandboxes are being made.
+    let asked = |name: &(String, String)| known.get(name).is_some_and(|k| k.asked);
+    let mut local: Vec<_> =
+        objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
+    local.sort_by(|(a_name, a), (b_name, b)| {
+        let (a, b) = (&a.metadata, &b.metadata);
+        asked(b_name)
+            .cmp(&asked(a_name))
+            .then_with(|| a.deletion_timestamp.is_some().cmp(&b.deletion_timestamp.is_some()))
+            .then_with(|| b.age().cmp(&a.age()))
+    });
+    local
+}
+
 fn pods(
     objects: &Objects,
     node: &str,
+    known: &Known,
     egress_ips: &BTreeMap<String, EgressIp>,
     problems: &mut BTreeSet<Problem>,
 ) -> BTreeMap<(String, String), Pod> {
     let mut by_age: Vec<_> = egress_ips.values().collect();
     by_age.sort_by_key(|e| e.age);
-    // Pods that are going away last, and the youngest first: an address that two have belongs to the one
-    // that came later, the other is on its way out.
-    let mut local: Vec<_> =
-        objects.pods.iter().filter(|(_, p)| p.spec.node_name == node && has_network(p)).collect();
-    local.sort_by(|(_, a), (_, b)| {
-        let (a, b) = (&a.metadata, &b.metadata);
-        a.deletion_timestamp
-            .is_some()
-            .cmp(&b.deletion_timestamp.is_some())
-            .then_with(|| b.age().cmp(&a.age()))
-    });
+    let local = local_pods(objects, node, known);
     let mut owners: BTreeMap<IpAddr, String> = BTreeMap::new();
     let mut overlaps: BTreeMap<String, Problem> = BTreeMap::new();
     let mut pods = BTreeMap::new();
     for ((namespace, name), o) in local {
         let about = format!("Pod {namespace}/{name}");
         let mut addresses = Vec::new();
-        for text in o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]).filter(|t| !t.is_empty())
-        {
+        let told = known.get(&(namespace.clone(), name.clone()));
+        let written = o.status.pod_ips.iter().map(|p| &p.ip).chain([&o.status.pod_ip]);
+        let texts: Vec<String> = match told {
+            Some(told) => told.addresses.iter().map(ToString::to_string).collect(),
+            None => written.filter(|t| !t.is_empty()).cloned().collect(),
+        };
+        for text in &texts {
             match addresses::address(text) {
                 Err(error) => {
                     problems.insert(Problem::new(
@@ -939,6 +1034,8 @@ fn pods(
                 version: version(o),
                 ends: o.metadata.deletion_timestamp.is_some(),
                 addresses,
+                interfaces: told.map(|k| k.interfaces.clone()).unwrap_or_default(),
+                asked: told.is_some_and(|k| k.asked),
                 egress_ip,
             },
         );
@@ -957,7 +1054,7 @@ fn version(pod: &objects::Pod) -> u64 {
 }
 
 /// Whether a pod has a network of its own and still uses it.
-fn has_network(pod: &objects::Pod) -> bool {
+pub(crate) fn has_network(pod: &objects::Pod) -> bool {
     !pod.spec.host_network && !matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
 }
 
@@ -965,20 +1062,22 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
     let ip = addresses::address(&o.spec.egress_ip)
         .map_err(|error| format!("spec.egressIP: {:?} {error}; ignored", o.spec.egress_ip))?;
     let mut used = [false; GRANULES];
+    let mut take = |first: u16, count: u16, whose: &str| {
+        let granules = used
+            .get_mut(usize::from(first)..usize::from(first) + usize::from(count))
+            .filter(|_| count > 0)
+            .ok_or_else(|| format!("{whose}: no granules {first}+{count}; ignored"))?;
+        if granules.iter().any(|g| *g) {
+            return Err(format!("granules {first}+{count} are leased twice; ignored"));
+        }
+        granules.fill(true);
+        Ok(GranuleRange { first, count })
+    };
     let mut leases = Vec::new();
     for lease in &o.spec.leases {
         let mut ranges = Vec::new();
         for range in &lease.ranges {
-            let (first, count) = (usize::from(range.first), usize::from(range.count));
-            let granules = used
-                .get_mut(first..first + count)
-                .filter(|_| count > 0)
-                .ok_or_else(|| format!("node {}: no granules {first}+{count}; ignored", lease.node))?;
-            if granules.iter().any(|g| *g) {
-                return Err(format!("granules {first}+{count} are leased twice; ignored"));
-            }
-            granules.fill(true);
-            ranges.push(GranuleRange { first: range.first, count: range.count });
+            ranges.push(take(range.first, range.count, &format!("node {}", lease.node))?);
         }
         ranges.sort_unstable();
         leases.push(Lease {
@@ -989,13 +1088,24 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
             ranges,
         });
     }
+    let mut resting = Vec::new();
+    for r in &o.spec.resting {
+        resting.push(Resting {
+            range: take(r.first, r.count, "resting")?,
+            generation: r.generation,
+            until: status::seconds(&r.until)
+                .ok_or_else(|| format!("spec.resting: {:?} is not a time; ignored", r.until))?,
+        });
+    }
     Ok((
         ip,
         Allocation {
             uid: o.metadata.uid.clone(),
             generation: o.metadata.generation,
             owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
+            standbys: o.spec.standbys.clone(),
             leases,
+            resting,
         },
     ))
 }

@@ -542,15 +542,31 @@ pub struct GrantedPorts {
     /// `metadata.uid` of the EgressAllocation: an address given up and taken again is another allocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
-    /// `metadata.generation` of the EgressAllocation that these ranges are of.
+    /// `metadata.generation` of the EgressAllocation that this was last changed for. A leader that knows only an earlier
+    /// one leaves this alone, so an entry stays, without ranges, while the allocation does.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
-    /// The node that holds the address; empty for none.
+    /// The node to send by: that which holds the address, once it has the table; empty for none.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub owner: String,
-    /// The ports, as ranges of granules.
+    /// The ports, each range with the generation of the lease that it is of.
     #[serde(deserialize_with = "or_default")]
-    pub ranges: Vec<Granules>,
+    pub ranges: Vec<GrantedGranules>,
+}
+
+/// A contiguous range of granules of one lease: 64 ports each, granule 0 begins at port 1024. The lease's generation tells
+/// them from the same granules leased again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct GrantedGranules {
+    /// The first.
+    #[schemars(range(max = LAST_GRANULE))]
+    pub first: u16,
+    /// How many.
+    #[schemars(range(max = GRANULES))]
+    pub count: u16,
+    /// `generation` of the lease.
+    pub generation: u64,
 }
 
 /// What the node's agent says about its node.
@@ -612,9 +628,9 @@ pub struct ReturnedPorts {
     /// `metadata.uid` of the EgressAllocation.
     #[serde(deserialize_with = "or_default")]
     pub uid: String,
-    /// The ports, as ranges of granules.
+    /// The ports, as they were granted.
     #[serde(deserialize_with = "or_default")]
-    pub ranges: Vec<Granules>,
+    pub ranges: Vec<GrantedGranules>,
 }
 
 /// What has come of one EgressFirewall in a node's kernel.

@@ -101,6 +101,11 @@ impl Pins {
         Place::At(interface)
     }
 
+    /// Takes the word of whoever makes the pod's sandbox, at the moment that it is made, for where its address is.
+    pub(crate) fn vouch(&mut self, ip: Ip, identity: u64, interface: IfIndex) {
+        self.0.insert((ip, identity), Pin { interface, gone: None });
+    }
+
     /// Forgets all pods that the image has not.
     pub(crate) fn forget_others(&mut self, image: &MapImage) {
         let there: BTreeSet<_> = image.delivery.values().map(|d| (d.ip, d.identity)).collect();
@@ -172,6 +177,16 @@ mod tests {
         assert_eq!(at(&mut pins, bridged(22, 1), &[20, 22]), Place::Held(21));
         assert_eq!(at(&mut pins, bridged(0, 2), &[20, 22]), Place::Unknown);
         assert_eq!(at(&mut pins, bridged(22, 2), &[20, 22]), Place::At(22));
+    }
+
+    #[test]
+    fn a_new_sandbox_that_is_vouched_for_counts_at_once() {
+        let mut pins = Pins::default();
+        assert_eq!(at(&mut pins, sight(10, 1), &[10]), Place::At(10));
+        assert_eq!(at(&mut pins, sight(11, 1), &[11]), Place::Held(10));
+        pins.vouch(IP, 7, 11);
+        assert_eq!(at(&mut pins, sight(11, 1), &[11]), Place::At(11));
+        assert_eq!(at(&mut pins, sight(12, 2), &[12]), Place::Held(11), "and is one as any other then");
     }
 
     #[test]

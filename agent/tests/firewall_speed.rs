@@ -53,13 +53,7 @@ fn how_long_a_change_of_8000_rules_takes() {
     let facts = Facts::default();
     let mut ids = Ids::recover(datapath.recovered());
     let mut desired = Desired::default();
-    let pod = Pod {
-        uid: String::new(),
-        version: 1,
-        ends: false,
-        addresses: vec![Ipv4Addr::new(10, 0, 0, 1).into()],
-        egress_ip: None,
-    };
+    let pod = Pod { version: 1, addresses: vec![Ipv4Addr::new(10, 0, 0, 1).into()], ..Pod::default() };
     desired.pods.insert(("prod".into(), "client".into()), pod);
     let mut put = |what: &str, rules: Vec<Rule>| {
         let firewall =

@@ -69,8 +69,8 @@ struct Agent {
     loaded: BTreeMap<IpAddr, (String, u64)>,
     /// The allocations that the image was made from.
     uids: BTreeMap<IpAddr, String>,
-    /// Who holds what, as the image was made.
-    owners: BTreeMap<IpAddr, Option<String>>,
+    /// The allocations of which it was granted ports, as the image was made.
+    granted: BTreeMap<IpAddr, String>,
     /// Every granule that its kernel has ever let another node use: the node, with its UID.
     passed: BTreeSet<(Granule, String)>,
 }
@@ -116,7 +116,7 @@ impl World {
         for step in [Step::Label(0), Step::Label(1)].into_iter().chain((0..NODES).map(Step::Pod)) {
             world.step(&step);
         }
-        for _ in 0..3 {
+        for _ in 0..4 {
             for n in 0..NODES {
                 world.step(&Step::Look(n));
                 world.step(&Step::Reconcile(n));
@@ -192,6 +192,7 @@ impl World {
         view.cluster = self.objects.cluster;
         let desired = model::desired(&view, "");
         let around = Surroundings {
+            objects: &view,
             statuses: &BTreeMap::new(),
             firewall_statuses: &BTreeMap::new(),
             unreadable: &BTreeSet::new(),
@@ -248,13 +249,13 @@ impl World {
         let identity = Identity { node: name(n), boot_id: "b".into() };
         let mut desired = model::desired(&agent.view, &name(n));
         let own = egress_node(&identity, &desired, &facts, &agent.loaded, &BTreeMap::new());
-        agent.view.egress_nodes.insert(name(n), own);
+        agent.view.egress_nodes.entry(name(n)).or_default().status = own.status;
         desired = model::desired(&agent.view, &name(n));
         let compiled = compile(&desired, &facts, &mut agent.ids);
         agent.image = compiled.image;
         agent.loaded = compiled.loaded;
         agent.uids = desired.allocations.iter().map(|(ip, a)| (*ip, a.uid.clone())).collect();
-        agent.owners = desired.allocations.iter().map(|(ip, a)| (*ip, a.owner.clone())).collect();
+        agent.granted = desired.grants.iter().map(|(ip, g)| (*ip, g.uid.clone())).collect();
         for (ip, id) in &agent.image.egress_addrs {
             let Some(table) = agent.image.granules.get(id) else { continue };
             let ip = IpAddr::from(*ip);
@@ -265,8 +266,8 @@ impl World {
             }
         }
         let own = egress_node(&identity, &desired, &facts, &agent.loaded, &BTreeMap::new());
-        agent.view.egress_nodes.insert(name(n), own.clone());
-        self.objects.egress_nodes.insert(name(n), own);
+        agent.view.egress_nodes.entry(name(n)).or_default().status = own.status.clone();
+        self.objects.egress_nodes.entry(name(n)).or_default().status = own.status;
     }
 
     /// The granules that a node may take ports from.
@@ -276,7 +277,7 @@ impl World {
         for (ip, id) in &agent.image.egress_addrs {
             let (Some(lease), ip) = (agent.image.leases.get(id), IpAddr::from(*ip)) else { continue };
             for granule in &lease.granule[..lease.granules as usize] {
-                granules.insert((ip, agent.uids[&ip].clone(), usize::from(*granule)));
+                granules.insert((ip, agent.granted[&ip].clone(), usize::from(*granule)));
             }
         }
         granules
@@ -292,8 +293,12 @@ impl World {
                     prop_assert!(false, "{:?} is usable by n{} and n{}", granule, other, n);
                 }
                 // Whoever this node sends by has let its packets pass before it sends.
-                if let Some(Some(owner)) = self.agents[n].owners.get(&granule.0) {
-                    let owner: usize = owner[1..].parse().unwrap();
+                let image = &self.agents[n].image;
+                let holder = image.egress_ips[&image.egress_addrs[&granule.0.into()]].holder;
+                if let Some(owner) = image.nodes.get(&holder) {
+                    let owner = (0..NODES)
+                        .find(|o| Ip::from(IpAddr::from(self::tunnel(*o))) == owner.tunnel_ip)
+                        .unwrap();
                     let passes = self.agents[owner].passed.contains(&(granule.clone(), tunnel.clone()));
                     prop_assert!(passes, "n{} uses {:?} by n{}, which does not know", n, granule, owner);
                 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::Context as _;
@@ -23,7 +23,6 @@ use crate::conntrack::{self, Conntrack};
 use crate::facts::Facts;
 use crate::firewall::audit;
 use crate::image::MapImage;
-use crate::metrics;
 use crate::names::Names;
 use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;
@@ -31,6 +30,7 @@ use crate::notrack::Notrack;
 use crate::watch::Problem;
 use crate::watch::dir::DirSource;
 use crate::watch::kube::{KubeSource, Role};
+use crate::{cni, metrics};
 
 pub(super) fn run(args: AgentArgs) -> anyhow::Result<()> {
     super::log(&args.log)?;
@@ -43,7 +43,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
-    let door = datapath.names()?;
+    let names_door = datapath.names()?;
     let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
     let guarded = cgroup.as_ref().map_or(Ok(()), |cgroup| datapath.guard(cgroup));
     if args.pod_cgroup.is_some() {
@@ -69,6 +69,11 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), read));
     }
     tokio::task::spawn_local(audit::run(bpf::pin_dir(&args.bpffs.bpffs), Rc::clone(&state)));
+    let asked = args.cni_socket.as_deref().unwrap_or(Path::new(cni::door::SOCKET));
+    let door = cni::Door::open(asked);
+    if args.cni_socket.is_some() {
+        door.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
+    }
     info!(
         "outgate {} on node {}, objects from {}",
         env!("CARGO_PKG_VERSION"),
@@ -84,13 +89,17 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         (None, _) => info!("no kubepods cgroup is seen here; --pod-cgroup can name one"),
         (_, Err(error)) => warn!("{error}; pods that start while no agent runs are held at the uplinks only"),
     }
+    if let Err(error) = &door {
+        warn!("{error}; a chained outgate-cni refuses pods until it can be served");
+    }
+    let runtime = cni::Runtime { cache: Some(cni::Cache::open(&args.cni_results)), door: door.ok() };
     let conflicts = Conflicts::new(Rc::clone(&state));
     let names = bpf::maps::LearntNames::open(&bpf::pin_dir(&args.bpffs.bpffs))?;
     let conntrack = Conntrack::new(datapath.recovered(), Box::new(names));
     let ruled = conntrack::ruled(datapath.recovered());
     let resolv_conf = ResolvConf::open(&args.resolv_conf);
     // What is in force is learnt from the first moment on, not from the first change.
-    let lookups = Names::start(door, random());
+    let lookups = Names::start(names_door, random());
     lookups.update(datapath.recovered(), &BTreeSet::new(), resolv_conf.nameservers());
     let kernel = NodeKernel {
         datapath,
@@ -105,6 +114,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let work = async {
         match source {
             Opened::Dir(source) => Agent::new(identity, *source, kernel, facts, resolv_conf, state)
+                .with_runtime(runtime)
                 .run()
                 .await
                 .map_err(anyhow::Error::from),
@@ -114,6 +124,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
                     source.refuse_ovn()?;
                 }
                 Agent::new(identity, *source, kernel, facts, resolv_conf, state)
+                    .with_runtime(runtime)
                     .run()
                     .await
                     .map_err(anyhow::Error::from)

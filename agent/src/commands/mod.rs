@@ -2,6 +2,7 @@
 
 mod agent;
 mod cleanup;
+mod cni;
 mod controller;
 mod convert;
 mod crds;
@@ -31,6 +32,7 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
         Command::Convert(args) => convert::run(&args, out),
         Command::Validate(args) => validate::run(&args, out),
         Command::Crds => crds::run(out),
+        Command::Cni(args) => cni::run(&args, out),
         Command::Version => Ok(writeln!(out, "outgate {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completions { shell } => {
             // The generator panics when its writer fails, so it gets one that does not.

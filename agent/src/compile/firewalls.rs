@@ -221,13 +221,7 @@ mod tests {
         }
 
         fn pod(&mut self, namespace: &str, i: u32) {
-            let pod = Pod {
-                uid: String::new(),
-                version: 1,
-                ends: false,
-                addresses: vec![address(i).into()],
-                egress_ip: None,
-            };
+            let pod = Pod { version: 1, addresses: vec![address(i).into()], ..Pod::default() };
             self.desired.pods.insert((namespace.to_owned(), "p".to_owned()), pod);
         }
 

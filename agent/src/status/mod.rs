@@ -2,11 +2,10 @@
 
 pub mod firewall;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::addresses::object_name;
 use crate::assign::Assignment;
 use crate::model::EgressIp;
 use crate::objects::{Condition, EgressIpItem, EgressIpStatus};
@@ -25,7 +24,7 @@ pub fn egress_ip(
     e: &EgressIp,
     assignment: &Assignment,
     no_ports: &BTreeMap<IpAddr, Vec<String>>,
-    unreadable: &BTreeSet<String>,
+    unreadable: &dyn Fn(&IpAddr) -> bool,
     previous: &[Condition],
     now: &str,
 ) -> EgressIpStatus {
@@ -43,7 +42,7 @@ pub fn egress_ip(
         let text = ip.to_string();
         if let Some(node) = assignment.owners.get(ip) {
             items.push(EgressIpItem { node: node.clone(), egress_ip: text.clone() });
-        } else if unreadable.contains(&object_name(ip)) {
+        } else if unreadable(ip) {
             let message =
                 "its EgressAllocation cannot be read, so who leases its ports is not known".to_owned();
             conditions.push(condition(
@@ -113,9 +112,32 @@ pub fn rfc3339(time: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
+/// The seconds since 1970 of a time as [`rfc3339`] writes it; nothing for another text.
+#[must_use]
+pub fn seconds(text: &str) -> Option<u64> {
+    let parts = [0..4, 5..7, 8..10, 11..13, 14..16, 17..19].map(|r| text.get(r)?.parse::<u64>().ok());
+    let [Some(year), Some(month), Some(day), Some(hour), Some(minute), Some(second)] = parts else {
+        return None;
+    };
+    if year < 1970 || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    // https://howardhinnant.github.io/date_algorithms.html#days_from_civil
+    let y = year - u64::from(month <= 2);
+    let (era, year_of_era) = (y / 400, y % 400);
+    let shifted = (month + 9) % 12;
+    let day_of_era =
+        year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + (153 * shifted + 2) / 5 + day - 1;
+    let days = era * 146_097 + day_of_era - 719_468;
+    let seconds = days * 86_400 + hour * 3600 + minute * 60 + second;
+    // Also what does not look the same: another zone, fractions.
+    (rfc3339(UNIX_EPOCH + std::time::Duration::from_secs(seconds)) == text).then_some(seconds)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     #[test]
@@ -128,6 +150,17 @@ mod tests {
             (4_107_542_400, "2100-03-01T00:00:00Z"),
         ] {
             assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+            assert_eq!(super::seconds(text), Some(seconds));
+        }
+        for text in [
+            "",
+            "now",
+            "2026-02-30T00:00:00Z",
+            "2026-01-01T00:00:00+01:00",
+            "2026-01-01T24:00:00Z",
+            "1969-12-31T23:59:59Z",
+        ] {
+            assert_eq!(super::seconds(text), None, "{text}");
         }
     }
 
@@ -145,7 +178,7 @@ mod tests {
             selectors: None,
         };
         let of = |a: &Assignment, previous: &[Condition], now: &str| {
-            egress_ip(&e, a, &BTreeMap::new(), &BTreeSet::new(), previous, now).conditions
+            egress_ip(&e, a, &BTreeMap::new(), &|_| false, previous, now).conditions
         };
         let mut a = Assignment::default();
         a.unassigned.insert(e.addresses[0], crate::assign::Unassigned::NoNode);

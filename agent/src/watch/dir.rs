@@ -171,6 +171,7 @@ pub(crate) enum Object {
     Foreign,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one a file")]
 #[derive(Clone, Debug)]
 enum Own {
     Cluster(Cluster),
@@ -392,6 +393,13 @@ impl DirSource {
             }
         }
         self.places = seen.into_iter().map(|(name, place)| (name.to_string(), place)).collect();
+        self.merge_own(&mut objects, &mut problems);
+        self.objects = objects;
+        self.problems = problems;
+    }
+
+    /// The same of Outgate's own files.
+    fn merge_own(&mut self, objects: &mut Objects, problems: &mut BTreeSet<Problem>) {
         self.statuses.clear();
         self.firewall_statuses.clear();
         self.unreadable.clear();
@@ -428,8 +436,6 @@ impl DirSource {
                 }
             }
         }
-        self.objects = objects;
-        self.problems = problems;
     }
 
     /// Writes one of Outgate's own files.
@@ -535,14 +541,16 @@ impl Source for DirSource {
         match write {
             Write::EgressNode(mut o) => {
                 // The leader's part is a file of its own.
-                let spec = std::mem::take(&mut o.spec);
+                o.spec = EgressNodeSpec::default();
                 self.write_own(&format!("/egressnodes/{}.yaml", o.metadata.name), &o, false)?;
-                o.spec = spec;
+                let before = self.objects.egress_nodes.remove(&o.metadata.name);
+                o.spec = before.map(|b| b.spec).unwrap_or_default();
                 self.objects.egress_nodes.insert(o.metadata.name.clone(), o);
             }
             Write::NodeSpec(name, spec) => {
                 self.write_own(&format!("{NODE_SPECS}{name}.yaml"), &spec, true)?;
-                self.objects.egress_nodes.entry(name).or_default().spec = spec;
+                let node = self.objects.egress_nodes.entry(name.clone()).or_default();
+                (node.metadata.name, node.spec) = (name, spec);
             }
             Write::RemoveEgressNode(name) => {
                 self.remove(&format!("{NODE_SPECS}{name}.yaml"))?;

@@ -36,6 +36,7 @@ impl fmt::Display for Problem {
 }
 
 /// One of Outgate's own objects, to be written.
+#[expect(clippy::large_enum_variant, reason = "few live at once, and not for long")]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Write {
     /// This node's EgressNode, its status only.

@@ -1,0 +1,318 @@
+//! The agent's side of the chained CNI plugin: a unix socket, a line of JSON each way.
+//!
+//! A sandbox that is asked about is known from that moment, and the answer is sent when the kernel has it. It is
+//! forgotten when its pod's status says the same, when the pod goes, on DEL, and when whoever asked hangs up
+//! before it was answered, for then the runtime makes another.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::unix::OwnedReadHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, Semaphore, oneshot};
+use tracing::debug;
+
+use super::Attachment;
+use super::known::{is_same, status_addresses};
+use crate::model::has_network;
+use crate::objects::Objects;
+
+/// Where the plugin asks unless it is told otherwise.
+pub const SOCKET: &str = "/run/outgate/cni.sock";
+
+/// The longest question, in bytes.
+const LINE: u64 = 64 << 10;
+/// Who has not asked by then is gone.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest wait that can be asked for.
+const LONGEST: Duration = Duration::from_mins(2);
+/// How many may ask at the same time; others wait until they are let in. A node has 110 pods unless told otherwise.
+const MANY: usize = 512;
+
+/// What the plugin asks.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "command")]
+pub enum Question {
+    /// Take these addresses for the pod's, and answer when the kernel has them.
+    #[serde(rename = "ADD", rename_all = "camelCase")]
+    Add {
+        /// The sandbox.
+        attachment: Attachment,
+        /// How long to wait at most.
+        timeout_milliseconds: u64,
+    },
+    /// Answer when the kernel has these addresses.
+    #[serde(rename = "CHECK", rename_all = "camelCase")]
+    Check {
+        /// The sandbox.
+        attachment: Attachment,
+        /// How long to wait at most.
+        timeout_milliseconds: u64,
+    },
+    /// The sandbox is going away.
+    #[serde(rename = "DEL")]
+    Del {
+        /// Its identifier.
+        container: String,
+    },
+    /// Whether ADD would be served.
+    #[serde(rename = "STATUS")]
+    Status,
+}
+
+/// What the agent answers.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Answer {
+    /// Whether it is so.
+    pub ok: bool,
+    /// If not: what is missing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+impl Answer {
+    fn of(result: Result<(), String>) -> Self {
+        match result {
+            Ok(()) => Self { ok: true, message: String::new() },
+            Err(message) => Self { ok: false, message },
+        }
+    }
+}
+
+/// The socket, and who waits at it.
+#[derive(Debug)]
+pub struct Door {
+    shared: Rc<Shared>,
+    path: PathBuf,
+    /// The socket's inode, by which it is known from a later agent's.
+    inode: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: RefCell<State>,
+    news: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Sandboxes that were asked about, by identifier.
+    sandboxes: BTreeMap<String, Attachment>,
+    waiting: BTreeMap<u64, Waiting>,
+    next: u64,
+    not_ready: Option<String>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    attachment: Attachment,
+    /// What is missing.
+    why: String,
+    done: oneshot::Sender<()>,
+}
+
+/// The socket cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot serve the CNI plugin at {}: {error}; --cni-socket can name another place", path.display())]
+pub struct Error {
+    path: PathBuf,
+    error: std::io::Error,
+}
+
+impl Door {
+    /// Makes the socket, in place of one that an earlier agent left, and serves it in a task of the current
+    /// `LocalSet`.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let failure = |error| Error { path: path.to_owned(), error };
+        let (listener, inode) = listen(path).map_err(failure)?;
+        let state =
+            State { not_ready: Some("the node's agent has just started".to_owned()), ..State::default() };
+        let shared = Rc::new(Shared { state: RefCell::new(state), news: Notify::new() });
+        tokio::task::spawn_local(serve(listener, Rc::clone(&shared)));
+        Ok(Self { shared, path: path.to_owned(), inode })
+    }
+
+    /// Waits until somebody asks or leaves. Cancelling it loses nothing.
+    pub async fn changed(&self) {
+        self.shared.news.notified().await;
+    }
+
+    /// The sandboxes that were asked about.
+    #[must_use]
+    pub fn attachments(&self) -> Vec<Attachment> {
+        self.shared.state.borrow().sandboxes.values().cloned().collect()
+    }
+
+    /// Whether ADD is served now, and if not why.
+    pub fn set_not_ready(&self, why: Option<String>) {
+        self.shared.state.borrow_mut().not_ready = why;
+    }
+
+    /// Whether somebody waits for an answer.
+    #[must_use]
+    pub fn is_asked(&self) -> bool {
+        !self.shared.state.borrow().waiting.is_empty()
+    }
+
+    /// Answers those whose pods are programmed.
+    pub fn answer(&self, programmed: impl Fn(&Attachment) -> Result<(), String>) {
+        let mut state = self.shared.state.borrow_mut();
+        let waiting = std::mem::take(&mut state.waiting);
+        for (number, mut waiting) in waiting {
+            match programmed(&waiting.attachment) {
+                // Whoever has left forgets the sandbox itself.
+                Ok(()) => drop(waiting.done.send(())),
+                Err(why) => {
+                    waiting.why = why;
+                    state.waiting.insert(number, waiting);
+                }
+            }
+        }
+    }
+
+    /// Forgets sandboxes that the objects say enough of: whose pod's status has the same addresses, or is gone.
+    pub fn forget(&self, objects: &Objects) {
+        let State { sandboxes, waiting, .. } = &mut *self.shared.state.borrow_mut();
+        sandboxes.retain(|container, a| {
+            let pod = objects.pods.get(&(a.namespace.clone(), a.name.clone())).filter(|pod| is_same(a, pod));
+            match pod {
+                None => waiting.values().any(|w| w.attachment.container == *container),
+                Some(pod) => {
+                    let said: Vec<_> = status_addresses(pod).collect();
+                    has_network(pod) && !a.addresses.iter().all(|ip| said.contains(ip))
+                        || waiting.values().any(|w| w.attachment.container == *container)
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // A later agent's is not ours to remove.
+        if fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn listen(path: &Path) -> std::io::Result<(UnixListener, u64)> {
+    if let Some(dir) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    }
+    // Beside it and renamed: there is no moment without a socket, nor one where others may connect.
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}", std::process::id()));
+    let beside = PathBuf::from(beside);
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&beside)?;
+    fs::set_permissions(&beside, Permissions::from_mode(0o600))?;
+    let inode = fs::symlink_metadata(&beside)?.ino();
+    fs::rename(&beside, path)?;
+    Ok((listener, inode))
+}
+
+async fn serve(listener: UnixListener, shared: Rc<Shared>) {
+    let room = std::sync::Arc::new(Semaphore::new(MANY));
+    loop {
+        let Ok(permit) = std::sync::Arc::clone(&room).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let shared = Rc::clone(&shared);
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = talk(stream, &shared).await {
+                        debug!("CNI plugin: {error}");
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                // Out of file descriptors.
+                debug!("CNI plugin: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn talk(stream: UnixStream, shared: &Shared) -> std::io::Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::new(reader.take(LINE));
+    let mut line = String::new();
+    tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await??;
+    let mut reader = reader.into_inner().into_inner();
+    let result = match serde_json::from_str(&line) {
+        Err(error) => {
+            Err(format!("the question is not understood: {error}; are plugin and agent of one version?"))
+        }
+        Ok(Question::Status) => shared.state.borrow().not_ready.clone().map_or(Ok(()), Err),
+        Ok(Question::Del { container }) => {
+            if shared.state.borrow_mut().sandboxes.remove(&container).is_some() {
+                shared.news.notify_one();
+            }
+            Ok(())
+        }
+        Ok(Question::Add { attachment, timeout_milliseconds: t }) => {
+            wait(shared, attachment, true, t, &mut reader).await
+        }
+        Ok(Question::Check { attachment, timeout_milliseconds: t }) => {
+            wait(shared, attachment, false, t, &mut reader).await
+        }
+    };
+    let mut answer = serde_json::to_string(&Answer::of(result))?;
+    answer.push('\n');
+    writer.write_all(answer.as_bytes()).await
+}
+
+/// Waits until the pod is programmed, the time is over, or whoever asks hangs up.
+async fn wait(
+    shared: &Shared,
+    mut attachment: Attachment,
+    add: bool,
+    milliseconds: u64,
+    reader: &mut OwnedReadHalf,
+) -> Result<(), String> {
+    let limit = Duration::from_millis(milliseconds).min(LONGEST);
+    let container = attachment.container.clone();
+    let (done, mut answered) = oneshot::channel();
+    let number = {
+        let mut state = shared.state.borrow_mut();
+        attachment.written = SystemTime::now();
+        if add {
+            state.sandboxes.insert(container.clone(), attachment.clone());
+        }
+        state.next += 1;
+        let number = state.next;
+        let why = "the node's agent is busy".to_owned();
+        state.waiting.insert(number, Waiting { attachment, why, done });
+        number
+    };
+    shared.news.notify_one();
+    let programmed = tokio::select! {
+        biased;
+        done = &mut answered => done.is_ok(),
+        () = tokio::time::sleep(limit) => false,
+        // Nothing more is to come: the end of the stream, or nonsense.
+        _ = reader.read_u8() => false,
+    };
+    let mut state = shared.state.borrow_mut();
+    let waiting = state.waiting.remove(&number);
+    if programmed {
+        return Ok(());
+    }
+    if add {
+        state.sandboxes.remove(&container);
+        shared.news.notify_one();
+    }
+    Err(waiting.map(|w| w.why).unwrap_or_default())
+}
