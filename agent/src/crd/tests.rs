@@ -14,8 +14,8 @@ use super::check::{Checker, Mistake};
 use super::*;
 use crate::objects::{
     AppliedFirewall, Condition, EgressAllocation, EgressFirewallReport, EgressIpItem, EgressIpReport,
-    EgressNode, EgressUplink, GrantedPorts, Granules, LoadedAllocation, Meta, PortDemand, PortLease,
-    RestingPorts, ReturnedPorts,
+    EgressNode, EgressUplink, GrantedGranules, GrantedPorts, Granules, LoadedAllocation, Meta, PortDemand,
+    PortLease, RestingPorts, ReturnedPorts,
 };
 
 /// What the schema and the rules of its kind say of an object, as `field: message`.
@@ -544,6 +544,10 @@ fn what_outgate_writes_is_taken() {
         last_transition_time: "2026-01-02T03:04:05Z".into(),
     };
     let ranges = || vec![Granules { first: 0, count: 94 }, Granules { first: 1007, count: 1 }];
+    let granted = || {
+        let of = |g: Granules| GrantedGranules { first: g.first, count: g.count, generation: 2 };
+        ranges().into_iter().map(of).collect()
+    };
     let ip = || "2001:db8::1".to_owned();
 
     let mut node = EgressNode { metadata: meta(), ..EgressNode::default() };
@@ -553,9 +557,14 @@ fn what_outgate_writes_is_taken() {
     node.spec.internal_ips = vec![ip()];
     node.spec.external_ips = vec![ip()];
     node.spec.pod_cidrs = vec!["10.1.0.0/24".into()];
-    let granted =
-        GrantedPorts { egress_ip: ip(), uid: "2".into(), generation: 3, owner: "b".into(), ranges: ranges() };
-    node.spec.ranges = vec![GrantedPorts::default(), granted];
+    let ports = GrantedPorts {
+        egress_ip: ip(),
+        uid: "2".into(),
+        generation: 3,
+        owner: "b".into(),
+        ranges: granted(),
+    };
+    node.spec.ranges = vec![GrantedPorts::default(), ports];
     node.status.boot_id = "4".into();
     node.status.tunnel_addresses = vec![ip()];
     node.status.addresses = vec![ip()];
@@ -568,7 +577,7 @@ fn what_outgate_writes_is_taken() {
     };
     node.status.uplinks = vec![EgressUplink::default(), uplink];
     node.status.demand = vec![PortDemand::default(), PortDemand { egress_ip: ip(), granules: 1008 }];
-    node.status.returned = vec![ReturnedPorts { egress_ip: ip(), uid: "2".into(), ranges: ranges() }];
+    node.status.returned = vec![ReturnedPorts { egress_ip: ip(), uid: "2".into(), ranges: granted() }];
     node.status.loaded =
         vec![LoadedAllocation { egress_ip: ip(), uid: "2".into(), generation: u64::from(u32::MAX) }];
     node.status.firewalls = vec![
