@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use datapath::addr::Ip;
-use datapath::keys::IfIndex;
+use datapath::keys::{EgressId, IfIndex};
 use datapath::limits::GRANULE_PORTS;
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -23,7 +23,9 @@ use crate::image::MapImage;
 use crate::metrics;
 use crate::model::{self, Desired};
 use crate::names::resolv_conf::ResolvConf;
-use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta, PortDemand};
+use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
+use crate::ports::{self, Ports, Use};
+use crate::status;
 use crate::watch::{Problem, Source, Write};
 
 /// How often one that does not lead asks to, and failed work is tried again.
@@ -73,6 +75,16 @@ pub trait Kernel {
 
     /// Removes dead flows; how many were removed, and how many are left.
     fn sweep(&mut self) -> Result<(usize, usize), Self::Error>;
+
+    /// How the ports of each address are used by this node's flows.
+    fn ports_used(&mut self) -> Result<BTreeMap<EgressId, Use>, Self::Error> {
+        Ok(BTreeMap::new())
+    }
+
+    /// Addresses of which a flow has found no port in the last second. Called at every tick.
+    fn exhausted(&mut self) -> Result<BTreeSet<EgressId>, Self::Error> {
+        Ok(BTreeSet::new())
+    }
 }
 
 /// Who and where the agent is.
@@ -102,6 +114,14 @@ pub struct Agent<S, K> {
     loaded: BTreeMap<IpAddr, (String, u64)>,
     /// What has come of firewalls in the kernel, by namespace.
     firewalls: BTreeMap<String, FirewallState>,
+    /// Ports that are asked for and given back.
+    ports: Ports,
+    /// How long no pod has to need an address until its ports are given back, in seconds.
+    idle: u64,
+    /// What its times are counted from.
+    start: Instant,
+    /// When the leader's work is to be done again although nothing has changed, in seconds since 1970.
+    plan_at: Option<u64>,
     leading: bool,
     tunnel_port: Option<u16>,
     retry_at: Option<Instant>,
@@ -138,6 +158,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let ids = Ids::recover(kernel.recovered());
         let loaded = still_loaded(&identity, source.objects(), kernel.recovered());
         let firewalls = still_in_force(&identity, source.objects(), kernel.recovered());
+        let own = source.objects().egress_nodes.get(&identity.node);
+        let ports = own.map(|own| Ports::recover(&own.status)).unwrap_or_default();
         state.borrow_mut().not_ready = Some("nothing is applied yet".to_owned());
         Self {
             identity,
@@ -151,6 +173,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             applied: None,
             loaded,
             firewalls,
+            ports,
+            idle: ports::IDLE,
+            start: Instant::now(),
+            plan_at: None,
             leading: false,
             tunnel_port: None,
             retry_at: None,
@@ -190,9 +216,13 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 }
                 _ = tick.tick() => {
                     self.retire();
-                    self.lead() || self.kernel.has_news() || self.retry_at.is_some_and(|at| at <= Instant::now())
+                    let news = [self.lead(), self.kernel.has_news(), self.is_plan_due(), self.look_for_exhaustion()];
+                    news.contains(&true) || self.retry_at.is_some_and(|at| at <= Instant::now())
                 }
-                _ = sweep.tick() => { self.sweep(); self.resolv_conf.reread() }
+                _ = sweep.tick() => {
+                    let left = self.sweep();
+                    [self.resolv_conf.reread(), self.look_at_ports(left)].contains(&true)
+                }
             };
             if work {
                 self.reconcile().await;
@@ -255,11 +285,6 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         self.answer(&desired);
     }
 
-    fn desired(&self) -> Desired {
-        let (objects, node) = (self.source.objects(), &self.identity.node);
-        model::desired_with(objects, node, &self.runtime.known(objects, node))
-    }
-
     /// Tells those who wait for a pod that it is programmed, or what is missing.
     fn answer(&self, desired: &Desired) {
         let Some(door) = &self.runtime.door else { return };
@@ -268,6 +293,90 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         door.set_not_ready(self.state.borrow().not_ready.clone());
         door.answer(|a| cni::programmed(a, objects, desired, image, &self.said.problems));
         door.forget(objects);
+    }
+
+    /// Seconds since the agent has started.
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_secs()
+    }
+
+    fn desired(&mut self) -> Desired {
+        let (objects, node, now) = (self.source.objects(), &self.identity.node, self.now());
+        let mut desired = model::desired_with(objects, node, &self.runtime.known(objects, node));
+        self.ports.observe(&mut desired, now);
+        desired
+    }
+
+    /// Whether time has made work for the leader.
+    fn is_plan_due(&self) -> bool {
+        self.leading && self.plan_at.is_some_and(|at| status::seconds_of(SystemTime::now()) >= at)
+    }
+
+    /// Asks for more ports where a flow has found none. Whether there is news.
+    fn look_for_exhaustion(&mut self) -> bool {
+        match self.kernel.exhausted() {
+            Ok(none) if none.is_empty() => false,
+            Ok(some) => {
+                let use_of = some.into_iter().map(|id| (id, Use::default())).collect();
+                self.ask_for_more(&use_of, true)
+            }
+            Err(error) => {
+                warn!("cannot see whether flows have found no port: {error}");
+                false
+            }
+        }
+    }
+
+    fn ask_for_more(&mut self, use_of: &BTreeMap<EgressId, Use>, exhausted: bool) -> bool {
+        let Some((image, _)) = &self.applied else { return false };
+        let addresses: Vec<_> = use_of
+            .iter()
+            .filter_map(|(id, how)| Some((IpAddr::from(image.egress_ips.get(id)?.ip), *how)))
+            .collect();
+        let desired = self.desired();
+        let mut news = false;
+        for (ip, how) in addresses {
+            if self.ports.used(&desired, &ip, how, exhausted) {
+                info!("egress IP {ip}: this node asks for more ports");
+                news = true;
+            }
+        }
+        news
+    }
+
+    /// Looks how ports are used: asks for more, and gives back what pods have not needed for a while. `left` is how many
+    /// flows there are after a sweep, none if that has failed. Whether there is news.
+    fn look_at_ports(&mut self, left: Option<usize>) -> bool {
+        let Some(left) = left else { return false };
+        let Some((image, _)) = &self.applied else { return false };
+        // So few flows are half of no lease: nothing has to be counted.
+        let smallest = image.leases.values().map(|l| l.granules * u32::from(GRANULE_PORTS)).min();
+        let busy = smallest.is_some_and(|ports| left >= ports as usize / 2);
+        let mut news = false;
+        let draining = self.ports.draining(self.now());
+        if busy || !draining.is_empty() {
+            let used = match self.kernel.ports_used() {
+                Ok(used) => used,
+                Err(error) => {
+                    warn!("cannot see how ports are used: {error}");
+                    return false;
+                }
+            };
+            // An address that is not in the maps has no flow: the sweep has just removed them.
+            let flows = |ip: &IpAddr| {
+                let id = image.egress_addrs.get(&Ip::from(*ip));
+                id.and_then(|id| used.get(id)).is_some_and(|u| u.flows > 0)
+            };
+            let drained: Vec<_> = draining.into_iter().filter(|ip| !flows(ip)).collect();
+            for ip in drained {
+                info!("egress IP {ip}: this node gives its ports back");
+                self.ports.drained(&ip);
+                news = true;
+            }
+            news |= self.ask_for_more(&used, false);
+        }
+        let desired = self.desired();
+        news | self.ports.stop_idle(&desired, self.now(), self.idle)
     }
 
     async fn write(&mut self, what: &str, write: Write) -> bool {
@@ -281,7 +390,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
     /// Writes this node's EgressNode, if it has changed.
     async fn publish(&mut self, desired: &Desired, facts: &Facts) -> bool {
-        let own = egress_node(&self.identity, desired, facts, &self.loaded, &self.firewalls);
+        let own = egress_node(&self.identity, desired, facts, &self.loaded, &self.firewalls, &self.ports);
         let name = &self.identity.node;
         if self.source.objects().egress_nodes.get(name).is_some_and(|o| o.status == own.status) {
             return false;
@@ -295,7 +404,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
     /// Does the leader's work. Whether anything was written.
     async fn plan(&mut self, desired: &Desired) -> bool {
-        controller::lead(&mut self.source, desired, &mut self.failures).await
+        let led = controller::lead(&mut self.source, desired, &mut self.failures).await;
+        self.plan_at = led.again;
+        led.written
     }
 
     async fn apply(&mut self, desired: &Desired, compiled: &Compiled, facts: &Facts) {
@@ -316,6 +427,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         if self.applied.as_ref().is_some_and(|(i, f)| *i == compiled.image && f == facts) {
             // An object that was refused, or whose rules come to the same, changes no map; what is said of it does.
             self.firewalls.clone_from(&compiled.firewalls);
+            self.loaded.clone_from(&compiled.loaded);
+            self.ports.applied(self.now());
             return;
         }
         match self.kernel.apply(&compiled.image, facts) {
@@ -328,6 +441,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 }
                 self.loaded.clone_from(&compiled.loaded);
                 self.firewalls.clone_from(&compiled.firewalls);
+                self.ports.applied(self.now());
                 self.state.borrow_mut().applies += 1;
                 if let Some(message) = unattached {
                     // The port tables are there all the same: other nodes need not wait.
@@ -365,14 +479,19 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
     }
 
-    fn sweep(&mut self) {
+    /// Returns how many flows are left.
+    fn sweep(&mut self) -> Option<usize> {
         match self.kernel.sweep() {
             Ok((removed, left)) => {
                 let mut state = self.state.borrow_mut();
                 state.flows_swept += removed as u64;
                 state.flows = left;
+                Some(left)
             }
-            Err(error) => warn!("cannot look for dead flows: {error}"),
+            Err(error) => {
+                warn!("cannot look for dead flows: {error}");
+                None
+            }
         }
     }
 
@@ -450,7 +569,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
 /// What the agent before this one confirmed and the kernel still has. Taken back for the moment of a restart,
 /// it would stop the nodes that wait for it from opening connections.
-fn still_loaded(
+#[must_use]
+pub fn still_loaded(
     identity: &Identity,
     objects: &crate::objects::Objects,
     kernel: &MapImage,
@@ -501,6 +621,7 @@ pub fn egress_node(
     facts: &Facts,
     loaded: &BTreeMap<IpAddr, (String, u64)>,
     firewalls: &BTreeMap<String, FirewallState>,
+    ports: &Ports,
 ) -> EgressNode {
     let node = desired.nodes.get(&identity.node);
     // An egress IP that somebody has put on an interface is the node's own: the model then refuses it, and
@@ -531,12 +652,8 @@ pub fn egress_node(
                     up: u.up,
                 })
                 .collect(),
-            demand: desired
-                .demand()
-                .into_iter()
-                .map(|ip| PortDemand { egress_ip: ip.to_string(), granules: 0 })
-                .collect(),
-            returned: Vec::new(),
+            demand: ports.demand(),
+            returned: ports.returned(),
             loaded: loaded
                 .iter()
                 .map(|(ip, (uid, generation))| LoadedAllocation {
@@ -546,6 +663,7 @@ pub fn egress_node(
                 })
                 .collect(),
             firewalls: firewall::report(firewalls),
+            shadowed: desired.shadowed.clone(),
         },
         ..EgressNode::default()
     }
@@ -592,6 +710,8 @@ mod tests {
         unsettled: Rc<RefCell<Option<String>>>,
         settles: Rc<RefCell<usize>>,
         gone: Rc<RefCell<BTreeSet<IfIndex>>>,
+        exhausted: Rc<RefCell<BTreeSet<EgressId>>>,
+        used: Rc<RefCell<BTreeMap<EgressId, Use>>>,
     }
 
     impl Kernel for Memory {
@@ -623,7 +743,13 @@ mod tests {
             Ok(())
         }
         fn sweep(&mut self) -> Result<(usize, usize), std::io::Error> {
-            Ok((0, 0))
+            Ok((0, self.used.borrow().values().map(|u| u.flows as usize).sum()))
+        }
+        fn exhausted(&mut self) -> Result<BTreeSet<EgressId>, std::io::Error> {
+            Ok(std::mem::take(&mut *self.exhausted.borrow_mut()))
+        }
+        fn ports_used(&mut self) -> Result<BTreeMap<EgressId, Use>, std::io::Error> {
+            Ok(self.used.borrow().clone())
         }
     }
 
@@ -731,6 +857,22 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
         }
 
         fn start(&mut self, name: &'static str, kernel: Memory) {
+            let (mut agent, state, facts) = self.make(name, &kernel);
+            let task = spawn_local(async move { agent.run().await.unwrap() });
+            self.nodes.push(Node { name, kernel, state, facts, task });
+        }
+
+        /// An agent that somebody else runs.
+        fn agent(&self, name: &'static str, kernel: Memory) -> Agent<DirSource, Memory> {
+            self.make(name, &kernel).0
+        }
+
+        #[expect(clippy::type_complexity, reason = "what an agent is made of")]
+        fn make(
+            &self,
+            name: &'static str,
+            kernel: &Memory,
+        ) -> (Agent<DirSource, Memory>, Rc<RefCell<metrics::State>>, Sender<Facts>) {
             let address = format!("192.0.2.{}", name.as_bytes()[0]);
             let uplink = Uplink {
                 name: "eth0".into(),
@@ -748,14 +890,12 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
                 tunnel_ifindex: 9,
                 ..Facts::default()
             });
-            let state = Rc::default();
+            let state: Rc<RefCell<metrics::State>> = Rc::default();
             let identity = Identity { node: name.into(), boot_id: "boot".into() };
             let source = DirSource::open(&self.dir).unwrap();
             let resolv_conf = ResolvConf::open(&self.dir.join("resolv.conf"));
-            let mut agent =
-                Agent::new(identity, source, kernel.clone(), facts, resolv_conf, Rc::clone(&state));
-            let task = spawn_local(async move { agent.run().await.unwrap() });
-            self.nodes.push(Node { name, kernel, state, facts: sender, task });
+            let agent = Agent::new(identity, source, kernel.clone(), facts, resolv_conf, Rc::clone(&state));
+            (agent, state, sender)
         }
 
         fn start_all(&mut self) {
@@ -879,6 +1019,68 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             })
             .await;
             assert_eq!(w.get("a").image().leases, lease, "the ports stay");
+        });
+    }
+
+    fn granules(w: &World, node: &str, ip: &str) -> u32 {
+        let n = w.get(node);
+        n.image().leases.get(&n.egress(ip)).map_or(0, |l| l.granules)
+    }
+
+    #[test]
+    fn a_node_whose_ports_run_out_gets_more_within_a_second() {
+        in_a_world(async || {
+            let mut w = World::usual("growth");
+            w.start_all();
+            w.eventually("a way out", |w| w.works("a", "192.0.2.100")).await;
+            let before = granules(&w, "a", "192.0.2.100");
+            let a = w.get("a");
+            a.kernel.exhausted.borrow_mut().insert(a.egress("192.0.2.100"));
+            w.eventually("more ports", |w| granules(w, "a", "192.0.2.100") >= 2 * before).await;
+            assert!(w.works("a", "192.0.2.100"));
+        });
+    }
+
+    #[test]
+    fn ports_that_no_pod_needs_go_back_once_no_flow_is_on_them() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, async {
+            let mut w = World::usual("return");
+            for name in ["b", "c"] {
+                w.start(name, Memory::default());
+            }
+            w.pod("b", "shop", "10.2.0.1");
+            w.eventually("a way out", |w| w.works("b", "192.0.2.100")).await;
+            let mut b = w.nodes.remove(0);
+            b.task.abort();
+            assert!((&mut b.task).await.is_err(), "cancelled");
+            let told = |w: &World| fs::read_to_string(w.dir.join(".outgate/egressnodes/b.yaml")).unwrap();
+            let mut agent = w.agent("b", b.kernel.clone());
+            agent.idle = 0;
+            agent.reconcile().await;
+            fs::remove_file(w.dir.join("pod-10.2.0.1.yaml")).unwrap();
+            agent.source.changed().await.unwrap();
+            agent.reconcile().await;
+            let id = agent.applied.as_ref().unwrap().0.egress_addrs[&key("192.0.2.100")];
+            assert!(agent.look_at_ports(Some(0)), "it stops");
+            agent.reconcile().await;
+            b.kernel.used.borrow_mut().insert(id, Use { flows: 1, busiest: 1 });
+            tokio::time::sleep(Duration::from_millis(2100)).await;
+            assert!(!agent.look_at_ports(Some(1)), "a flow is on them");
+            assert!(!told(&w).contains("returned"));
+            b.kernel.used.borrow_mut().clear();
+            assert!(agent.look_at_ports(Some(0)));
+            agent.reconcile().await;
+            assert!(told(&w).contains("returned"), "{}", told(&w));
+            drop(agent);
+            // Another agent has the leader take them back, and says no more of it then. A pod gets others.
+            w.pod("b", "shop", "10.2.0.1");
+            w.start("b", b.kernel.clone());
+            w.eventually("the ports' rest", |w| {
+                let a = fs::read_to_string(w.dir.join(".outgate/egressallocations/192.0.2.100.yaml"));
+                a.unwrap().contains("resting") && !told(w).contains("returned") && w.works("b", "192.0.2.100")
+            })
+            .await;
         });
     }
 

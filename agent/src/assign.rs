@@ -2,7 +2,7 @@
 //!
 //! **Stable**: an address stays where it is while it may be there. Nothing is moved to even out, and a node
 //! that comes back gets what nobody holds. **Even**: an address that needs a node gets the one that holds the
-//! fewest. **At most one** address of an object on a node per family, so that the death of a node takes one.
+//! fewest; if it had one, the first of its standbys, whose kernel has its port table. **At most one** address of an object on a node per family, so that the death of a node takes one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -28,11 +28,11 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    fn healthy(&self) -> bool {
+    pub(crate) fn healthy(&self) -> bool {
         self.assignable && self.ready && self.reachable
     }
 
-    fn has_network_of(&self, ip: &IpAddr) -> bool {
+    pub(crate) fn has_network_of(&self, ip: &IpAddr) -> bool {
         self.networks.iter().any(|n| n.contains(ip))
     }
 }
@@ -42,6 +42,8 @@ impl Candidate {
 pub struct Request {
     /// The addresses.
     pub addresses: Vec<IpAddr>,
+    /// Nodes that are ready to take an address over, best first.
+    pub standbys: BTreeMap<IpAddr, Vec<String>>,
 }
 
 /// Why no node holds an address.
@@ -96,7 +98,11 @@ pub fn inputs(
     reachable: impl Fn(&str) -> bool,
 ) -> (Vec<Request>, BTreeMap<String, Candidate>) {
     let v6 = desired.tunnel_over_v6();
-    let requests = desired.by_age().into_iter().map(|e| Request { addresses: e.addresses.clone() }).collect();
+    let requests = desired
+        .by_age()
+        .into_iter()
+        .map(|e| Request { addresses: e.addresses.clone(), standbys: BTreeMap::new() })
+        .collect();
     let candidates = desired
         .nodes
         .iter()
@@ -168,7 +174,7 @@ pub fn assign(
                 .filter_map(|ip| state.owners.get(ip).cloned())
                 .collect();
             for ip in &rest {
-                matching.place(&state, &siblings, *ip, &mut BTreeSet::new());
+                matching.place(&state, request, &siblings, *ip, &mut BTreeSet::new());
             }
             let placed = matching.placed;
             for (node, ip) in &placed {
@@ -237,6 +243,7 @@ impl Matching {
     fn place(
         &mut self,
         state: &State<'_>,
+        request: &Request,
         siblings: &BTreeSet<String>,
         ip: IpAddr,
         seen: &mut BTreeSet<String>,
@@ -247,9 +254,11 @@ impl Matching {
             .filter(|(node, c)| !siblings.contains(*node) && state.may_hold(node, c, &ip))
             .map(|(node, _)| node)
             .collect();
-        // Free nodes first, the least burdened first among them; the name decides between equals.
+        // Free nodes first, standbys first among them, then the least burdened; the name decides between equals.
+        let standbys = request.standbys.get(&ip).map(Vec::as_slice).unwrap_or_default();
         nodes.sort_by_key(|node| {
-            (self.placed.contains_key(*node), state.held(node).iter().sum::<u32>(), *node)
+            let place = standbys.iter().position(|s| s == *node).unwrap_or(standbys.len());
+            (self.placed.contains_key(*node), place, state.held(node).iter().sum::<u32>(), *node)
         });
         for node in nodes {
             if !seen.insert(node.clone()) {
@@ -257,7 +266,7 @@ impl Matching {
             }
             let free = match self.placed.get(node).copied() {
                 None => true,
-                Some(other) => self.place(state, siblings, other, seen),
+                Some(other) => self.place(state, request, siblings, other, seen),
             };
             if free {
                 self.placed.insert(node.clone(), ip);
@@ -277,6 +286,10 @@ mod tests {
         IpAddr::from([192, 0, 2, n])
     }
 
+    fn ip6(n: u8) -> IpAddr {
+        IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, n.into()])
+    }
+
     fn candidate() -> Candidate {
         Candidate {
             assignable: true,
@@ -292,7 +305,7 @@ mod tests {
     }
 
     fn request(addresses: &[u8]) -> Request {
-        Request { addresses: addresses.iter().map(|n| ip(*n)).collect() }
+        Request { addresses: addresses.iter().map(|n| ip(*n)).collect(), ..Request::default() }
     }
 
     fn first(requests: &[Request], candidates: &BTreeMap<String, Candidate>) -> Assignment {
@@ -308,7 +321,8 @@ mod tests {
 
     #[test]
     fn families_may_share_a_node() {
-        let requests = [Request { addresses: vec![ip(1), "2001:db8::1".parse().unwrap()] }];
+        let requests =
+            [Request { addresses: vec![ip(1), "2001:db8::1".parse().unwrap()], ..Request::default() }];
         let a = first(&requests, &candidates(&["a"]));
         assert_eq!(a.owners.len(), 2);
     }
@@ -333,7 +347,7 @@ mod tests {
         let mut c = candidates(&["a", "b"]);
         c.get_mut("a").unwrap().networks.push("198.51.100.0/24".parse().unwrap());
         let far: IpAddr = "198.51.100.1".parse().unwrap();
-        let a = first(&[Request { addresses: vec![ip(1), far] }], &c);
+        let a = first(&[Request { addresses: vec![ip(1), far], ..Request::default() }], &c);
         assert_eq!(a.owners, BTreeMap::from([(ip(1), "b".to_owned()), (far, "a".to_owned())]));
     }
 
@@ -346,6 +360,22 @@ mod tests {
         assert_eq!(both.owners[&ip(1)], "a");
         assert_eq!(both.owners[&ip(2)], "b");
         assert_eq!(both.owners[&ip(3)], "a", "nothing moves to even out");
+    }
+
+    #[test]
+    fn a_standby_takes_over_and_nothing_moves_to_one() {
+        let mut request = request(&[1]);
+        request.standbys.insert(ip(1), vec!["c".into(), "b".into()]);
+        let requests = [request];
+        let held: BTreeMap<_, _> = [(ip(1), "a".to_owned())].into();
+        let owner = |names: &[&str]| assign(&requests, &candidates(names), &held).owners[&ip(1)].clone();
+        assert_eq!(owner(&["a", "b", "c", "d"]), "a");
+        assert_eq!(owner(&["b", "c", "d"]), "c");
+        assert_eq!(owner(&["b", "d"]), "b");
+        assert_eq!(owner(&["d", "e"]), "d", "who is not ready is better than nobody");
+        let mut c = candidates(&["b", "c"]);
+        c.get_mut("c").unwrap().ready = false;
+        assert_eq!(assign(&requests, &c, &held).owners[&ip(1)], "b");
     }
 
     #[test]
@@ -372,9 +402,11 @@ mod tests {
                 c.assignable = flags[0] || flags[1];
                 c.ready = flags[1] || flags[2];
                 c.capacity.ipv4 = room;
+                c.capacity.ipv6 = room.map(|room| room / 2);
                 c.networks = vec!["192.0.2.0/25".parse().unwrap()];
                 if second {
                     c.networks.push("192.0.2.128/25".parse().unwrap());
+                    c.networks.push("2001:db8::/64".parse().unwrap());
                 }
                 all.insert(format!("n{i}"), c);
             }
@@ -384,16 +416,19 @@ mod tests {
             let mut next = 0_u8;
             let mut address = || {
                 next += 1;
-                // Both networks in turn.
-                ip(next.wrapping_mul(67))
+                // All networks in turn.
+                match next % 3 {
+                    0 => ip6(next),
+                    _ => ip(next.wrapping_mul(67)),
+                }
             };
             sizes
                 .into_iter()
-                .map(|n| Request { addresses: (0..n).map(|_| address()).collect() })
+                .map(|n| Request { addresses: (0..n).map(|_| address()).collect(), ..Request::default() })
                 .collect::<Vec<_>>()
         });
         let current = proptest::collection::btree_map(
-            (0_u8..255).prop_map(ip),
+            prop_oneof![(0_u8..255).prop_map(ip), (0_u8..48).prop_map(ip6)],
             (0..7).prop_map(|n| format!("n{n}")),
             0..40,
         );
@@ -404,7 +439,8 @@ mod tests {
         #[test]
         fn always_valid_complete_and_stable((requests, nodes, current) in worlds()) {
             let a = assign(&requests, &nodes, &current);
-            let mut load: BTreeMap<&str, u32> = BTreeMap::new();
+            let mut load: BTreeMap<(&str, bool), u32> = BTreeMap::new();
+            let most = |node: &str, six: bool| if six { nodes[node].capacity.ipv6 } else { nodes[node].capacity.ipv4 };
             for request in &requests {
                 let mut seen = BTreeSet::new();
                 for ip in &request.addresses {
@@ -412,24 +448,27 @@ mod tests {
                     prop_assert_ne!(a.owners.contains_key(ip), a.unassigned.contains_key(ip));
                     if let Some(node) = a.owners.get(ip) {
                         prop_assert!(nodes[node].healthy() && nodes[node].has_network_of(ip));
-                        prop_assert!(seen.insert(node), "two of an object on {}", node);
-                        *load.entry(node).or_default() += 1;
+                        prop_assert!(seen.insert((node, ip.is_ipv6())), "two of an object and family on {}", node);
+                        *load.entry((node, ip.is_ipv6())).or_default() += 1;
                     }
                 }
             }
-            for (node, n) in &load {
-                prop_assert!(nodes[*node].capacity.ipv4.is_none_or(|most| *n <= most));
+            for ((node, six), n) in &load {
+                prop_assert!(most(node, *six).is_none_or(|most| *n <= most));
             }
             // Nothing that may stay moves, and doing it again changes nothing.
             let again = assign(&requests, &nodes, &a.owners);
             prop_assert_eq!(&again.owners, &a.owners);
             // An unassigned address has no node left that could take it.
             for request in &requests {
-                let mine: BTreeSet<_> = request.addresses.iter().filter_map(|ip| a.owners.get(ip)).collect();
+                let held = request.addresses.iter().filter_map(|ip| Some((a.owners.get(ip)?, ip.is_ipv6())));
+                let mine: BTreeSet<_> = held.collect();
                 for ip in request.addresses.iter().filter(|ip| a.unassigned.contains_key(ip)) {
                     for (name, c) in &nodes {
-                        let room = c.capacity.ipv4.is_none_or(|m| load.get(name.as_str()).copied().unwrap_or(0) < m);
-                        let could = c.healthy() && c.has_network_of(ip) && room && !mine.contains(name);
+                        let six = ip.is_ipv6();
+                        let has = load.get(&(name.as_str(), six)).copied().unwrap_or(0);
+                        let room = most(name, six).is_none_or(|most| has < most);
+                        let could = c.healthy() && c.has_network_of(ip) && room && !mine.contains(&(name, six));
                         prop_assert!(!could, "{} could hold {}", name, ip);
                     }
                 }

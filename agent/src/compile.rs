@@ -280,7 +280,7 @@ impl Compiler<'_> {
         // wrong. Others know it only by what they are granted.
         let known = desired.allocations.get(&ip);
         let allocation = known.filter(|a| gateway || a.owner.as_ref() == Some(own));
-        let grant = desired.grants.get(&ip);
+        let grant = desired.grant(&ip);
         let owner = match (allocation, grant) {
             (Some(a), _) => a.owner.as_ref(),
             (None, Some(g)) => g.owner.as_ref().filter(|owner| *owner != own),
@@ -1011,7 +1011,8 @@ spec: {clusterCIDRs: [10.0.0.0/8, 'fd00::/48'], serviceCIDRs: [10.96.0.0/12]}"
     #[test]
     fn ports_that_are_given_back_are_not_taken_and_still_known() {
         let mut desired = crate::model::desired(&objects(&cluster(&[])), "a");
-        desired.grants.get_mut(&"192.0.2.100".parse::<IpAddr>().unwrap()).unwrap().ranges[0].stopped = true;
+        let grants = desired.grants.as_mut().unwrap();
+        grants.get_mut(&"192.0.2.100".parse::<IpAddr>().unwrap()).unwrap().ranges[0].stopped = true;
         let c = compile(&desired, &facts(), &mut Ids::default());
         let id = egress(&c, "192.0.2.100");
         assert_eq!(c.image.leases[&id], Lease::of(&[GranuleRange { first: 20, count: 10 }]));

@@ -12,8 +12,7 @@ use crate::agent::random;
 use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
-use crate::objects::Objects;
-use crate::status::rfc3339;
+use crate::status::{self, rfc3339};
 use crate::watch::{Problem, Source, Write};
 
 /// How often leadership is looked at, and failed work tried again.
@@ -29,6 +28,8 @@ pub struct Controller<S> {
     state: Rc<RefCell<metrics::State>>,
     leading: bool,
     retry_at: Option<Instant>,
+    /// When time alone makes work for the leader, in seconds since 1970.
+    plan_at: Option<u64>,
     lead_error: Option<Problem>,
     failures: BTreeSet<Problem>,
     said: BTreeSet<Problem>,
@@ -42,6 +43,7 @@ impl<S: Source> Controller<S> {
             state,
             leading: false,
             retry_at: None,
+            plan_at: None,
             lead_error: None,
             failures: BTreeSet::new(),
             said: BTreeSet::new(),
@@ -57,7 +59,7 @@ impl<S: Source> Controller<S> {
         loop {
             let work = tokio::select! {
                 changed = self.source.changed() => { changed?; true }
-                _ = tick.tick() => self.retry_at.is_some_and(|at| at <= Instant::now()),
+                _ = tick.tick() => self.retry_at.is_some_and(|at| at <= Instant::now()) || self.is_plan_due(),
             };
             let news = self.lead();
             if work || news {
@@ -89,14 +91,23 @@ impl<S: Source> Controller<S> {
         news
     }
 
+    /// Whether time has made work for the leader.
+    fn is_plan_due(&self) -> bool {
+        self.leading && self.plan_at.is_some_and(|at| status::seconds_of(SystemTime::now()) >= at)
+    }
+
     async fn reconcile(&mut self) {
         self.failures.clear();
         self.retry_at = None;
         let mut desired = model::desired(self.source.objects(), "");
-        if self.leading && lead(&mut self.source, &desired, &mut self.failures).await {
-            desired = model::desired(self.source.objects(), "");
-            // What was written may lead to more, also where no watch brings it back.
-            self.retry_at = Some(Instant::now());
+        if self.leading {
+            let led = lead(&mut self.source, &desired, &mut self.failures).await;
+            self.plan_at = led.again;
+            if led.written {
+                desired = model::desired(self.source.objects(), "");
+                // What was written may lead to more, also where no watch brings it back.
+                self.retry_at = Some(Instant::now());
+            }
         }
         if !self.failures.is_empty() {
             self.retry_at = Some(Instant::now() + RETRY);
@@ -129,8 +140,17 @@ impl<S: Source> Controller<S> {
     }
 }
 
-/// Does the leader's work once. Whether anything was written.
-pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut BTreeSet<Problem>) -> bool {
+/// What came of the leader's work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Led {
+    /// Whether anything was written.
+    pub written: bool,
+    /// When time alone makes work, in seconds since 1970.
+    pub again: Option<u64>,
+}
+
+/// Does the leader's work once.
+pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut BTreeSet<Problem>) -> Led {
     let now = rfc3339(SystemTime::now());
     let plan = {
         let source = &*source;
@@ -145,73 +165,27 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         };
         plan(desired, &around, &mut random)
     };
-    let mut writes = plan.writes;
-    if source.complete() {
-        writes.extend(gone(source.objects()).into_iter().map(Write::RemoveEgressNode));
-    }
+    let (writes, again) = (plan.writes, plan.again);
     for line in plan.log {
         info!("{line}");
     }
     let mut written = false;
     for write in writes {
         let begun = Instant::now();
+        // Ports and who is told of them were decided together; what is said of objects was not.
+        let decides = matches!(
+            write,
+            Write::Cluster(_) | Write::Allocation(_) | Write::RemoveAllocation(_) | Write::NodeSpec(..)
+        );
         match source.write(write).await {
             Ok(()) => written = true,
             Err(error) => {
                 failures.insert(Problem::new("the leader's objects", error));
-                if begun.elapsed() > PATIENCE {
+                if decides || begun.elapsed() > PATIENCE {
                     break;
                 }
             }
         }
     }
-    written
-}
-
-/// EgressNodes of nodes that are gone and have no part in any allocation.
-fn gone(objects: &Objects) -> Vec<String> {
-    let used: BTreeSet<_> = objects
-        .egress_allocations
-        .values()
-        .flat_map(|a| {
-            let leases = a.spec.leases.iter().map(|l| &l.node);
-            leases.chain(&a.spec.standbys).chain([&a.spec.owner])
-        })
-        .collect();
-    let gone =
-        objects.egress_nodes.keys().filter(|name| !objects.nodes.contains_key(*name) && !used.contains(name));
-    gone.cloned().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::tests::objects;
-
-    const CLUSTER: &str = "kind: Node
-metadata: {name: a, uid: ua, labels: {x: y}}
----
-kind: EgressNode
-metadata: {name: a}
-spec: {ranges: [{egressIP: 192.0.2.1, uid: u, generation: 1, ranges: [{first: 0, count: 1}]}]}
----
-kind: EgressNode
-metadata: {name: b}
-spec: {nodeUID: ub}
----
-kind: EgressNode
-metadata: {name: c}
-spec: {nodeUID: uc}
----
-kind: EgressAllocation
-metadata: {name: 192.0.2.1}
-spec: {egressIP: 192.0.2.1, owner: a, leases: [{node: b, ranges: [{first: 0, count: 1}]}]}";
-
-    #[test]
-    fn an_egress_node_stays_while_its_node_has_ports() {
-        let mut o = objects(CLUSTER);
-        assert_eq!(gone(&o), ["c"]);
-        o.egress_allocations.clear();
-        assert_eq!(gone(&o), ["b", "c"]);
-    }
+    Led { written, again }
 }

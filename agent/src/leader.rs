@@ -2,22 +2,25 @@
 //! as arguments.
 
 mod grants;
+mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, UNIX_EPOCH};
 
+use datapath::keys::GranuleRange;
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 
+use self::tables::{Standbys, Tables};
 use crate::addresses::object_name;
-use crate::assign::{self, Assignment};
-use crate::lease;
-use crate::model::{Allocation, Desired, Lease, TUNNEL_PORT};
+use crate::assign::{self, Assignment, Candidate};
+use crate::lease::{self, Returned};
+use crate::model::{Allocation, Desired, TUNNEL_PORT};
 use crate::objects::{
     Cluster, EgressAllocation, EgressAllocationSpec, EgressFirewallReport, EgressIpReport, Granules, Meta,
     Objects, PortLease, RestingPorts, Tunnel,
 };
-use crate::status;
+use crate::status::{self, Outcomes, Ports, Shadow};
 use crate::watch::Write;
 
 /// What the leader knows besides what the objects ask for.
@@ -50,10 +53,13 @@ impl Surroundings<'_> {
 /// What the leader does about the objects.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Plan {
-    /// To be written, in this order.
+    /// To be written, in this order. If one fails, what follows must not be written: it was decided on what did not
+    /// come to be.
     pub writes: Vec<Write>,
     /// What an operator may want to read later.
     pub log: Vec<String>,
+    /// When to plan again although nothing has changed, in seconds since 1970.
+    pub again: Option<u64>,
 }
 
 /// Decides what to write. `random` gives 64 random bits a call.
@@ -62,38 +68,54 @@ pub fn plan(desired: &Desired, around: &Surroundings<'_>, random: &mut dyn FnMut
     let mut plan = Plan::default();
     tunnel(desired, random, &mut plan);
     let (requests, candidates) = assign::inputs(desired, around.reachable);
+    let tables = Tables::new(desired);
     let requests: Vec<_> = requests
         .into_iter()
         .map(|mut r| {
             r.addresses.retain(|ip| !around.unknown(desired, ip));
+            let allocations = r.addresses.iter().filter_map(|ip| Some((*ip, desired.allocations.get(ip)?)));
+            r.standbys = allocations
+                .map(|(ip, a)| {
+                    let current = a.standbys.iter().filter(|s| tables.is_current(&ip, a, s));
+                    (ip, current.cloned().collect())
+                })
+                .collect();
             r
         })
         .collect();
     let current = desired.allocations.iter().filter_map(|(ip, a)| Some((*ip, a.owner.clone()?))).collect();
     let assignment = assign::assign(&requests, &candidates, &current);
-    let (allocations, refused) = allocations(desired, around, &assignment, random, &mut plan);
+    let known = Known { desired, around, tables: &tables, assignment: &assignment, candidates: &candidates };
+    let (allocations, ports) = allocations(&known, random, &mut plan);
+    let shadowed = shadowed(desired);
     for e in desired.by_age() {
         let previous = around.statuses.get(&e.name);
         let status = status::egress_ip(
             e,
-            &assignment,
-            &refused,
-            &|ip| around.unknown(desired, ip),
+            &Outcomes {
+                assignment: &assignment,
+                ports: &ports,
+                unreadable: &|ip| around.unknown(desired, ip),
+                shadowed: shadowed.get(e.name.as_str()).map(Vec::as_slice).unwrap_or_default(),
+            },
             previous.map(|p| p.status.conditions.as_slice()).unwrap_or_default(),
             around.now,
         );
         if previous.is_none_or(|p| p.status != status) {
+            let events = status::events(&e.name, previous.map(|p| &p.status), &status);
             plan.writes.push(Write::Status(EgressIpReport {
                 api_version: crate::objects::OVN_API.to_owned(),
                 kind: "EgressIP".to_owned(),
                 metadata: Meta { name: e.name.clone(), ..Meta::default() },
                 status,
             }));
+            // After the status: who reads that again says nothing twice.
+            plan.writes.extend(events.into_iter().map(Write::Event));
         }
     }
     firewalls(desired, around, &mut plan);
     // After the allocations: what is granted is decided there, and only there.
-    grants::node_specs(desired, around, &allocations, &mut plan);
+    grants::node_specs(&known, &allocations, &mut plan);
     if around.complete {
         for name in around.statuses.keys().filter(|name| !desired.egress_ips.contains_key(*name)) {
             plan.writes.push(Write::RemoveStatus(name.clone()));
@@ -151,43 +173,84 @@ fn tunnel(desired: &Desired, random: &mut dyn FnMut() -> u64, plan: &mut Plan) {
     }
 }
 
-/// Returns the allocations as they are then, and the nodes that got no ports, by address.
+/// What the leader knows, and has decided so far.
+struct Known<'a> {
+    desired: &'a Desired,
+    around: &'a Surroundings<'a>,
+    tables: &'a Tables<'a>,
+    assignment: &'a Assignment,
+    candidates: &'a BTreeMap<String, Candidate>,
+}
+
+/// Pods that an object selects and an older one serves, by object: the older one, how many, and on how many nodes.
+fn shadowed(desired: &Desired) -> BTreeMap<&str, Vec<Shadow<'_>>> {
+    let mut all: BTreeMap<&str, BTreeMap<&str, (u32, u32)>> = BTreeMap::new();
+    for s in desired.nodes.values().filter_map(|n| n.agent.as_ref()).flat_map(|a| &a.shadowed) {
+        let (pods, nodes) = all.entry(&s.egress_ip).or_default().entry(&s.by).or_default();
+        (*pods, *nodes) = (*pods + s.pods, *nodes + 1);
+    }
+    let list = |(by, (pods, nodes))| Shadow { by, pods, nodes };
+    all.into_iter().map(|(name, by)| (name, by.into_iter().map(list).collect())).collect()
+}
+
+/// Returns the allocations as they are then, and how the ports of each address are shared out.
 fn allocations(
-    desired: &Desired,
-    around: &Surroundings<'_>,
-    assignment: &Assignment,
+    known: &Known<'_>,
     random: &mut dyn FnMut() -> u64,
     plan: &mut Plan,
-) -> (BTreeMap<IpAddr, Allocation>, BTreeMap<IpAddr, Vec<String>>) {
+) -> (BTreeMap<IpAddr, Allocation>, BTreeMap<IpAddr, Ports>) {
+    let Known { desired, around, tables, assignment, .. } = *known;
     let demands = lease::demands(desired);
-    let cluster_nodes = desired.nodes.len();
-    let mut refused = BTreeMap::new();
+    let cluster_nodes = desired.nodes.values().filter(|n| n.exists).count();
+    let now = status::seconds(around.now).unwrap_or(0);
+    let timeouts = &desired.config.timeouts;
+    let gone = |node: &str, uid: &str| {
+        around.complete && around.objects.nodes.get(node).is_none_or(|n| n.metadata.uid != uid)
+    };
+    let mut returned = returned(desired);
+    let nothing = Allocation::default();
+    let mut standbys = Standbys::new(known, now);
+    let mut ports = BTreeMap::new();
     let mut allocations = desired.allocations.clone();
     for (ip, e) in desired.addresses() {
         if around.unknown(desired, &ip) {
             continue;
         }
         let old = desired.allocations.get(&ip);
+        let before = old.unwrap_or(&nothing);
         let owner = assignment.owners.get(&ip).cloned();
-        let generation = old.map_or(0, |a| a.generation) + 1;
+        let standbys = standbys.of(&ip, e, before, owner.as_ref());
         let nobody = BTreeSet::new();
-        let outcome = lease::lease(
-            old.map(|a| a.leases.as_slice()).unwrap_or_default(),
-            demands.get(&ip).unwrap_or(&nobody),
-            cluster_nodes,
-            generation,
-        );
-        if !outcome.refused.is_empty() {
-            refused.insert(ip, outcome.refused);
+        let situation = lease::Situation {
+            demanders: demands.get(&ip).unwrap_or(&nobody),
+            returned: &returned.remove(&(ip, before.uid.as_str())).unwrap_or_default(),
+            gone: &gone,
+            loaded: tables.by_all(&ip, &before.uid, owner.iter().chain(&standbys)),
+            nodes: cluster_nodes,
+            now,
+            // No new connection may be taken for an old one, neither outside nor by what outlives it here.
+            rest: u64::from(timeouts.rest.max(timeouts.tcp_transitory)),
+        };
+        let outcome = lease::next(before, &situation);
+        let uid = if old.is_some() { before.uid.clone() } else { format!("{:016x}", random()) };
+        let mut new = Allocation {
+            uid,
+            generation: before.generation,
+            owner,
+            standbys,
+            leases: outcome.leases,
+            resting: outcome.resting,
+        };
+        if old != Some(&new) {
+            new.generation += 1;
+            describe(&e.name, ip, old, &new, desired, assignment, &mut plan.log);
+            plan.writes.push(Write::Allocation(object(ip, &new)));
         }
-        if old.is_some_and(|a| a.owner == owner && a.leases == outcome.leases) {
-            continue;
-        }
-        let uid = old.map_or_else(|| format!("{:016x}", random()), |a| a.uid.clone());
-        let new =
-            Allocation { uid, generation, owner, leases: outcome.leases, ..old.cloned().unwrap_or_default() };
-        describe(&e.name, ip, old, &new, desired, assignment, &mut plan.log);
-        plan.writes.push(Write::Allocation(object(ip, &new)));
+        // What only time changes: ports that have rested, and standbys that are waited for no more.
+        let times = new.resting.iter().map(|r| r.until).chain(tables.patience(&ip, &new));
+        plan.again = times.filter(|t| *t > now).chain(plan.again).min();
+        let used = lease::leased(&new);
+        ports.insert(ip, Ports { leased: used, refused: outcome.refused, short: outcome.short });
         allocations.insert(ip, new);
     }
     if around.complete {
@@ -198,7 +261,25 @@ fn allocations(
             allocations.remove(ip);
         }
     }
-    (allocations, refused)
+    (allocations, ports)
+}
+
+/// What nodes give back, by address and UID of the allocation.
+fn returned(desired: &Desired) -> BTreeMap<(IpAddr, &str), Vec<Returned>> {
+    let mut all: BTreeMap<(IpAddr, &str), Vec<Returned>> = BTreeMap::new();
+    for (name, node) in desired.nodes.iter().filter(|(_, n)| n.exists) {
+        let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid);
+        for (ip, (uid, ranges)) in agent.into_iter().flat_map(|a| &a.returned) {
+            let of = |r: &crate::model::Granted| Returned {
+                node: name.clone(),
+                node_uid: node.uid.clone(),
+                generation: r.generation,
+                range: r.range,
+            };
+            all.entry((*ip, uid)).or_default().extend(ranges.iter().map(of));
+        }
+    }
+    all
 }
 
 fn describe(
@@ -231,17 +312,33 @@ fn describe(
     }
     for lease in &new.leases {
         if old.is_none_or(|a| !a.leases.contains(lease)) {
-            log.push(format!("egress IP {ip}: node {} leases ports {}", lease.node, ports(lease)));
+            log.push(format!("egress IP {ip}: node {} leases ports {}", lease.node, ports(&lease.ranges)));
         }
+    }
+    let rest = |a: &Allocation| a.resting.iter().map(|r| r.range).collect::<Vec<_>>();
+    let (before, after) = (old.map(rest).unwrap_or_default(), rest(new));
+    for range in after.iter().filter(|r| !before.contains(r)) {
+        let of = old
+            .into_iter()
+            .flat_map(|a| &a.leases)
+            .find(|l| l.ranges.iter().any(|r| (r.first..r.first + r.count).contains(&range.first)));
+        let node = of.map_or("a node", |l| l.node.as_str());
+        log.push(format!(
+            "egress IP {ip}: ports {} of node {node} are taken back, and rest",
+            ports(&[*range])
+        ));
+    }
+    for range in before.iter().filter(|r| !after.contains(r)) {
+        log.push(format!("egress IP {ip}: ports {} are free again", ports(&[*range])));
     }
 }
 
-/// A lease's ports as text: `1024-17151, 20000-20063`.
+/// Ranges of ports as text: `1024-17151, 20000-20063`.
 #[must_use]
-pub fn ports(lease: &Lease) -> String {
+pub fn ports(ranges: &[GranuleRange]) -> String {
     let port = |granule: u16| u32::from(FIRST_PORT) + u32::from(granule) * u32::from(GRANULE_PORTS);
     let ranges: Vec<_> =
-        lease.ranges.iter().map(|r| format!("{}-{}", port(r.first), port(r.first + r.count) - 1)).collect();
+        ranges.iter().map(|r| format!("{}-{}", port(r.first), port(r.first + r.count) - 1)).collect();
     ranges.join(", ")
 }
 
@@ -253,6 +350,10 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
             node: l.node.clone(),
             node_uid: l.node_uid.clone(),
             boot_id: l.boot_id.clone(),
+            since: match l.since {
+                0 => String::new(),
+                since => status::rfc3339(UNIX_EPOCH + Duration::from_secs(since)),
+            },
             generation: l.generation,
             ranges: l.ranges.iter().map(|r| Granules { first: r.first, count: r.count }).collect(),
         })
@@ -288,7 +389,7 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
 mod tests {
     use super::*;
     use crate::model::{desired, tests::objects};
-    use crate::objects::{LoadedAllocation, PortDemand};
+    use crate::objects::{LoadedAllocation, PortDemand, ShadowedPods};
 
     const CLUSTER: &str = "kind: Node
 metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
@@ -315,6 +416,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
         unreadable: BTreeSet<String>,
         complete: bool,
         seed: u64,
+        now: u64,
     }
 
     impl World {
@@ -326,19 +428,21 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
                 unreadable: BTreeSet::new(),
                 complete: true,
                 seed: 41,
+                now: 1_767_225_600,
             }
         }
 
         /// Plans, and does what was planned.
         fn step(&mut self) -> Plan {
             let d = desired(&self.objects, "a");
+            let now = status::rfc3339(UNIX_EPOCH + Duration::from_secs(self.now));
             let around = Surroundings {
                 objects: &self.objects,
                 statuses: &self.statuses,
                 firewall_statuses: &self.firewall_statuses,
                 unreadable: &self.unreadable,
                 complete: self.complete,
-                now: "2026-01-01T00:00:00Z",
+                now: &now,
                 reachable: &|_| true,
             };
             let seed = &mut self.seed;
@@ -557,6 +661,195 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         w.objects.egress_allocations = known;
         w.step();
         assert_eq!(w.objects.egress_nodes["a"].spec, told);
+    }
+
+    /// One address, three nodes that may hold it; a, which does, needs ports.
+    fn three() -> World {
+        let third = "---
+kind: Node
+metadata: {name: c, uid: uc, labels: {k8s.ovn.org/egress-assignable: ''}}
+---
+kind: EgressNode
+metadata: {name: c}
+status: {nodeUID: uc, tunnelAddress: 192.0.2.7, uplinks: [{name: eth0, up: true, networks: [192.0.2.7/24]}]}";
+        let one = CLUSTER.replace("192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'", "192.0.2.100");
+        let mut w = World::new(&format!("{one}\n{third}"));
+        w.step();
+        w
+    }
+
+    fn standbys(w: &World) -> Vec<&str> {
+        let a = &w.objects.egress_allocations["192.0.2.100"];
+        a.spec.standbys.iter().map(String::as_str).collect()
+    }
+
+    fn asks(w: &mut World, node: &str, granules: u16) {
+        w.objects.egress_nodes.get_mut(node).unwrap().status.demand =
+            vec![PortDemand { egress_ip: "192.0.2.100".into(), granules }];
+    }
+
+    #[test]
+    fn a_standby_has_the_ports_before_it_is_one_and_before_they_are_used() {
+        let mut w = three();
+        assert!(standbys(&w).is_empty());
+        confirm(&mut w, "c");
+        w.step();
+        assert_eq!(standbys(&w), ["c"]);
+        confirm(&mut w, "b");
+        w.step();
+        assert_eq!(standbys(&w), ["c", "b"], "first come, first to take over");
+        for node in ["a", "b", "c"] {
+            confirm(&mut w, node);
+        }
+        w.step();
+        asks(&mut w, "b", 0);
+        w.step();
+        confirm(&mut w, "a");
+        confirm(&mut w, "b");
+        w.step();
+        assert_eq!(granted(&w, "b").unwrap().2, [], "c has not got them yet");
+        w.now += 9;
+        let p = w.step();
+        assert_eq!((p.writes.len(), p.again), (0, Some(w.now + 1)));
+        w.now += 1;
+        w.step();
+        assert_eq!(standbys(&w), ["b"], "it is not waited for longer");
+        assert_eq!(granted(&w, "b").unwrap().2.len(), 1);
+        confirm(&mut w, "c");
+        w.step();
+        assert_eq!(standbys(&w), ["b", "c"]);
+        // The owner is not ready any more: the first that is.
+        w.objects.nodes.get_mut("b").unwrap().metadata.labels.clear();
+        let not =
+            crate::objects::Condition { kind: "Ready".into(), status: "False".into(), ..Default::default() };
+        w.objects.nodes.get_mut("a").unwrap().status.conditions = vec![not];
+        w.step();
+        assert_eq!((w.items(), standbys(&w)), (vec![("192.0.2.100", "c")], vec![]));
+        assert_eq!(granted(&w, "a").unwrap().0, "c", "at once: it has the table");
+    }
+
+    #[test]
+    fn more_ports_are_leased_on_demand_and_those_before_stay() {
+        let mut w = three();
+        confirm(&mut w, "a");
+        w.step();
+        asks(&mut w, "a", 600);
+        let p = w.step();
+        assert!(p.log.iter().any(|l| l.contains("node a leases ports")), "{:?}", p.log);
+        let had = granted(&w, "a").unwrap().2;
+        assert_eq!(had.len(), 1);
+        confirm(&mut w, "a");
+        w.step();
+        let has = granted(&w, "a").unwrap().2;
+        assert_eq!((has[0], has.len()), (had[0], 2));
+        asks(&mut w, "a", 1008);
+        w.step();
+        let c = &w.statuses["e"].status.conditions;
+        let of =
+            |kind: &str| c.iter().find(|c| c.kind == kind).map(|c| (c.status.as_str(), c.reason.as_str()));
+        assert_eq!(of("PortsScarce"), Some(("True", "MostLeased")));
+        assert_eq!(of("PortsAvailable"), Some(("False", "AllLeased")));
+    }
+
+    #[test]
+    fn what_is_given_back_rests_and_is_free_again() {
+        let mut w = three();
+        confirm(&mut w, "a");
+        w.step();
+        let lease = w.objects.egress_allocations["192.0.2.100"].clone();
+        let range = lease.spec.leases[0].ranges[0];
+        let status = &mut w.objects.egress_nodes.get_mut("a").unwrap().status;
+        status.demand.clear();
+        status.returned = vec![crate::objects::ReturnedPorts {
+            egress_ip: "192.0.2.100".into(),
+            uid: lease.metadata.uid.clone(),
+            ranges: vec![crate::objects::GrantedGranules {
+                first: range.first,
+                count: range.count,
+                generation: 1,
+            }],
+        }];
+        let mut other = World::new(CLUSTER);
+        other.objects = w.objects.clone();
+        let back = &mut other.objects.egress_nodes.get_mut("a").unwrap().status.returned[0];
+        back.uid = "another".into();
+        other.step();
+        assert_eq!(other.objects.egress_allocations["192.0.2.100"].spec.leases, lease.spec.leases);
+
+        let p = w.step();
+        assert!(p.log.iter().any(|l| l.contains("of node a are taken back")), "{:?}", p.log);
+        assert_eq!(granted(&w, "a").unwrap().2, [], "an entry stays, and the generation with it");
+        let a = &w.objects.egress_allocations["192.0.2.100"];
+        assert!(a.spec.leases.is_empty());
+        assert_eq!(a.spec.resting[0].until, "2026-01-01T00:04:00Z", "240 s, the longer of the two timers");
+        w.objects.egress_nodes.get_mut("a").unwrap().status.returned.clear();
+        w.now += 239;
+        confirm(&mut w, "a");
+        assert_eq!(w.step().again, Some(w.now + 1));
+        assert_eq!(w.objects.egress_allocations["192.0.2.100"].spec.resting.len(), 1);
+        w.now += 1;
+        w.step();
+        assert!(w.objects.egress_allocations["192.0.2.100"].spec.resting.is_empty());
+    }
+
+    #[test]
+    fn the_ports_of_a_node_that_is_gone_are_fenced_before_they_are_free() {
+        let mut w = three();
+        asks(&mut w, "b", 0);
+        w.step();
+        for node in ["a", "b", "c"] {
+            confirm(&mut w, node);
+        }
+        w.step();
+        assert_eq!(granted(&w, "b").unwrap().2.len(), 1);
+        w.objects.nodes.remove("b");
+        w.complete = false;
+        w.step();
+        assert_eq!(
+            w.objects.egress_allocations["192.0.2.100"].spec.leases.len(),
+            2,
+            "it may be in a file that is not read"
+        );
+        w.complete = true;
+        w.step();
+        assert_eq!(w.objects.egress_allocations["192.0.2.100"].spec.leases.len(), 1);
+        assert!(!w.objects.egress_nodes.contains_key("b"));
+        w.now += 1000;
+        w.step();
+        let resting = |w: &World| w.objects.egress_allocations["192.0.2.100"].spec.resting.len();
+        assert_eq!(resting(&w), 1, "gateways have not dropped them");
+        confirm(&mut w, "a");
+        w.step();
+        assert_eq!(resting(&w), 1, "c, which is a standby, neither");
+        confirm(&mut w, "c");
+        w.step();
+        assert_eq!(resting(&w), 0);
+    }
+
+    #[test]
+    fn an_object_that_selects_what_an_older_one_serves_says_so_once() {
+        let mut w = three();
+        for (node, pods) in [("a", 2), ("b", 1)] {
+            w.objects.egress_nodes.get_mut(node).unwrap().status.shadowed =
+                vec![ShadowedPods { egress_ip: "e".into(), by: "older".into(), pods }];
+        }
+        let p = w.step();
+        let events = |p: &Plan| {
+            let of = |w: &Write| if let Write::Event(e) = w { Some(e.clone()) } else { None };
+            p.writes.iter().filter_map(of).collect::<Vec<_>>()
+        };
+        let said = events(&p);
+        assert_eq!((said.len(), said[0].reason.as_str(), said[0].warning), (1, "UndefinedRequest", true));
+        assert_eq!(
+            said[0].message,
+            "pods that it selects are served by older objects: 3 pods on 2 nodes by EgressIP older"
+        );
+        w.objects.egress_nodes.get_mut("b").unwrap().status.shadowed.clear();
+        let p = w.step();
+        assert_eq!((p.writes.len(), events(&p)), (1, vec![]), "another number is no event");
+        w.objects.egress_nodes.get_mut("a").unwrap().status.shadowed.clear();
+        w.step();
+        assert!(!w.statuses["e"].status.conditions.iter().any(|c| c.kind == status::SHADOWED));
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub mod names;
 pub mod netlink;
 mod nfnetlink;
 pub mod notrack;
+pub mod ports;
 
 pub mod cli;
 pub mod commands;

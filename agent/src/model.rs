@@ -18,7 +18,7 @@ use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
     self, AppliedFirewall, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig,
-    EgressNodeStatus, Meta, Objects, TimeoutsSpec, Tunnel,
+    EgressNodeStatus, Meta, Objects, ShadowedPods, TimeoutsSpec, Tunnel,
 };
 use crate::selector::{Match, Selector};
 use crate::status;
@@ -50,8 +50,10 @@ pub struct Desired {
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
-    /// What the leader has granted to this node, by address.
-    pub grants: BTreeMap<IpAddr, Grant>,
+    /// EgressIPs that select this node's pods which older ones serve.
+    pub shadowed: Vec<ShadowedPods>,
+    /// What the leader has granted to this node, by address; none: it has not told this very node anything.
+    pub grants: Option<BTreeMap<IpAddr, Grant>>,
     /// What is wrong with objects.
     pub problems: BTreeSet<Problem>,
 }
@@ -300,8 +302,12 @@ pub struct NodeAgent {
     pub demand: BTreeMap<IpAddr, u16>,
     /// Allocations whose whole port table its kernel has: address to UID and generation.
     pub loaded: BTreeMap<IpAddr, (String, u64)>,
+    /// Ports that it gives back, with the UID of the allocation.
+    pub returned: BTreeMap<IpAddr, (String, Vec<Granted>)>,
     /// What has come of firewalls, by namespace.
     pub firewalls: BTreeMap<String, AppliedFirewall>,
+    /// EgressIPs that select pods there which older ones serve.
+    pub shadowed: Vec<ShadowedPods>,
 }
 
 /// Who holds an egress IP and who leases its ports.
@@ -363,6 +369,8 @@ pub struct Lease {
     pub node_uid: String,
     /// Its boot id when it last asked.
     pub boot_id: String,
+    /// Since when it is as it is, in seconds since 1970; 0: not known.
+    pub since: u64,
     /// Generation of the allocation that first had this lease as it is.
     pub generation: u64,
     /// The ports, ascending.
@@ -378,6 +386,12 @@ impl NodeAgent {
 }
 
 impl Desired {
+    /// What the leader has granted to this node of an address.
+    #[must_use]
+    pub fn grant(&self, ip: &IpAddr) -> Option<&Grant> {
+        self.grants.as_ref()?.get(ip)
+    }
+
     /// Whether the nodes' tunnel runs over IPv6. All nodes use one family, for a packet's outer source is the
     /// address that its receiver knows the sender by: IPv4 if all have it, else IPv6 if all have that, else
     /// what more of them have.
@@ -429,7 +443,9 @@ pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
     let config = config(objects, &mut problems);
     let nodes = nodes(objects, &mut problems);
     let egress_ips = egress_ips(objects, &config, &nodes, &mut problems);
-    let pods = pods(objects, node, known, &egress_ips, &mut problems);
+    let mut shadowed = BTreeMap::new();
+    let pods = pods(objects, node, known, &egress_ips, &mut shadowed, &mut problems);
+    let shadowed = shadowed.into_iter().map(|((egress_ip, by), pods)| ShadowedPods { egress_ip, by, pods });
     let firewalls = firewalls(objects, &nodes, &mut problems);
     let firewall_nodes = firewall_nodes(objects, &nodes, &firewalls);
     let allocations = objects
@@ -455,30 +471,38 @@ pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
         firewalls,
         firewall_nodes,
         allocations,
+        shadowed: shadowed.collect(),
         grants,
         problems,
     }
 }
 
 /// What the leader has granted to this very node: a node made anew has no right to the old one's ports.
-fn grants(objects: &Objects, node: &str) -> BTreeMap<IpAddr, Grant> {
-    let uid = objects.nodes.get(node).map(|n| &n.metadata.uid);
-    let spec = objects.egress_nodes.get(node).map(|e| &e.spec).filter(|s| Some(&s.node_uid) == uid);
-    let granted = spec.into_iter().flat_map(|s| &s.ranges).filter_map(|g| {
-        let ranges = g.ranges.iter().filter_map(|r| {
-            // Nothing writes others.
-            let fits = r.count > 0 && usize::from(r.first) + usize::from(r.count) <= GRANULES;
-            let range = GranuleRange { first: r.first, count: r.count };
-            fits.then_some(Granted { range, generation: r.generation, stopped: false })
-        });
+fn grants(objects: &Objects, node: &str) -> Option<BTreeMap<IpAddr, Grant>> {
+    let uid = &objects.nodes.get(node)?.metadata.uid;
+    let spec = objects.egress_nodes.get(node).map(|e| &e.spec).filter(|s| s.node_uid == *uid)?;
+    let all = spec.ranges.iter().filter_map(|g| {
         let grant = Grant {
             uid: g.uid.clone(),
             owner: Some(g.owner.clone()).filter(|o| !o.is_empty()),
-            ranges: ranges.collect(),
+            ranges: granted(&g.ranges),
         };
         Some((addresses::address(&g.egress_ip).ok()?, grant))
     });
-    granted.collect()
+    Some(all.collect())
+}
+
+/// Nothing writes ranges that do not fit.
+fn granted(ranges: &[objects::GrantedGranules]) -> Vec<Granted> {
+    let fits = |r: &&objects::GrantedGranules| {
+        r.count > 0 && usize::from(r.first) + usize::from(r.count) <= GRANULES
+    };
+    let of = |r: &objects::GrantedGranules| Granted {
+        range: GranuleRange { first: r.first, count: r.count },
+        generation: r.generation,
+        stopped: false,
+    };
+    ranges.iter().filter(fits).map(of).collect()
 }
 
 fn config(objects: &Objects, problems: &mut BTreeSet<Problem>) -> Config {
@@ -777,7 +801,15 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
                 .iter()
                 .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.clone(), l.generation))))
                 .collect(),
+            returned: s
+                .returned
+                .iter()
+                .filter_map(|r| {
+                    Some((addresses::address(&r.egress_ip).ok()?, (r.uid.clone(), granted(&r.ranges))))
+                })
+                .collect(),
             firewalls: s.firewalls.iter().map(|f| (f.namespace.clone(), f.clone())).collect(),
+            shadowed: s.shadowed.clone(),
         });
     }
     nodes
@@ -957,6 +989,7 @@ fn pods(
     node: &str,
     known: &Known,
     egress_ips: &BTreeMap<String, EgressIp>,
+    shadowed: &mut BTreeMap<(String, String), u32>,
     problems: &mut BTreeSet<Problem>,
 ) -> BTreeMap<(String, String), Pod> {
     let mut by_age: Vec<_> = egress_ips.values().collect();
@@ -1014,6 +1047,7 @@ fn pods(
                 }
                 (Match::Yes, None) => chosen = Some(e),
                 (Match::Yes | Match::Unknown, Some(older)) => {
+                    *shadowed.entry((e.name.clone(), older.name.clone())).or_default() += 1;
                     overlaps.entry(e.name.clone()).or_insert_with(|| {
                         Problem::new(
                             format_args!("EgressIP {}", e.name),
@@ -1093,6 +1127,7 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
             node: lease.node.clone(),
             node_uid: lease.node_uid.clone(),
             boot_id: lease.boot_id.clone(),
+            since: status::seconds(&lease.since).unwrap_or(0),
             generation: lease.generation,
             ranges,
         });

@@ -603,6 +603,23 @@ pub struct EgressNodeStatus {
     /// What has come of each EgressFirewall whose namespace has pods on the node.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
     pub firewalls: Vec<AppliedFirewall>,
+    /// EgressIPs that select pods of the node which older ones serve.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub shadowed: Vec<ShadowedPods>,
+}
+
+/// Pods of a node that an EgressIP selects and an older one serves.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct ShadowedPods {
+    /// Name of the object.
+    #[serde(rename = "egressIP", deserialize_with = "or_default")]
+    pub egress_ip: String,
+    /// Name of the older one.
+    #[serde(deserialize_with = "or_default")]
+    pub by: String,
+    /// How many pods.
+    pub pods: u32,
 }
 
 /// An egress IP that a node's pods need ports of.
@@ -772,6 +789,9 @@ pub struct PortLease {
     /// Boot id of the node.
     #[serde(rename = "bootID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub boot_id: String,
+    /// Since when it is as it is, RFC 3339, UTC.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub since: String,
     /// `metadata.generation` of the allocation that first had this lease as it is.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,

@@ -1,4 +1,5 @@
-//! A lease of one granule: 64 connections to a destination and not one more, and nobody else is the worse for it.
+//! A lease of one granule: 64 connections to a destination and not one more, and nobody else is the worse for it. Where
+//! there are more ports, a node that runs out of them gets some.
 
 use std::fs;
 use std::thread;
@@ -15,22 +16,31 @@ const PORTS: u64 = 64;
 /// Source nodes among which the leader divides three quarters of 1,008 granules: one each.
 const SOURCE_NODES: usize = 500;
 
-/// A cluster of so many source nodes that each has one granule of the egress IP. Two of them run; what the others'
-/// agents would have written is there, as in a cluster.
+/// A cluster of so many source nodes that each has one granule of the egress IP, and none can have more: one of them has
+/// asked for all that is left. Two of them run; what the others' agents would have written is there, as in a cluster.
 fn one_granule(config: &str) -> (Lab, Vec<Agent>) {
+    cluster(config, 1008)
+}
+
+/// The same, of whose other nodes the first asks for so many granules.
+fn cluster(config: &str, asks: u16) -> (Lab, Vec<Agent>) {
     let lab = Lab::with(&LabSpec::default().nodes(2));
     lab.describe_cluster(&["node-b"]);
     lab.objects.config(config);
     let dir = lab.objects.dir().join(".outgate/egressnodes");
     fs::create_dir_all(&dir).expect("the lab's directory can be written");
+    let mut nodes = String::new();
     for number in 0..SOURCE_NODES {
         let name = format!("far-{number:03}");
+        let granules = if number == 0 { asks } else { 0 };
         let text = format!(
             "apiVersion: outgate.dev/v1alpha1\nkind: EgressNode\nmetadata: {{name: {name}}}\n\
-             status: {{nodeUID: uid-{name}, bootID: boot, demand: [{{egressIP: {EGRESS}}}]}}\n"
+             status: {{nodeUID: uid-{name}, bootID: boot, demand: [{{egressIP: {EGRESS}, granules: {granules}}}]}}\n"
         );
         fs::write(dir.join(format!("{name}.yaml")), text).expect("the lab's directory can be written");
+        nodes += &format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, uid: uid-{name}}}\n");
     }
+    fs::write(lab.objects.dir().join("far.yaml"), nodes).expect("the lab's directory can be written");
     lab.objects.egress_ip("prod", &[EGRESS], &[("env", "prod")], &[]);
     let agents = lab.start_agents();
     assert_eq!(lab.wait_owner(EGRESS), "node-b");
@@ -124,6 +134,27 @@ fn the_65th_connection_fails_and_the_64th_works() {
         let _ = full.process.finish(Duration::from_secs(5)).expect_success();
         all_ports_come_back(&pod, protocol, &web);
     }
+    outside.expect_at_most(&[EGRESS]);
+}
+
+#[test]
+fn a_node_that_runs_out_of_ports_gets_more_at_once() {
+    let (lab, _agents) = cluster(SHORT, 0);
+    let hosts = [&lab.web, &lab.neighbour];
+    let _servers = hosts.map(|host| lab.echo(&host.netns));
+    let pod = pod_with_one_granule(&lab, "client");
+    let outside = Outside::watch(&lab);
+    let web = format!("{}:{ECHO}", lab.web.address);
+    let full = hold(&pod, "tcp", &web, PORTS);
+    assert_eq!((full.open, full.failed), (PORTS, 0));
+    eventually_ok("more ports", Duration::from_secs(5), || {
+        pod.netns.tcp_source(&web, Duration::from_millis(500)).map_err(|error| error.to_string())
+    });
+    let leases = lab.map("node-a", "LEASES");
+    assert!(leases[0]["value"]["granules"].as_u64() >= Some(2), "{leases:?}");
+    let more = hold(&pod, "tcp", &web, PORTS / 2);
+    assert_eq!((more.open, more.failed), (PORTS / 2, 0), "those before are held still");
+    drop(full);
     outside.expect_at_most(&[EGRESS]);
 }
 

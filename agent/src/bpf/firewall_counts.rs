@@ -172,7 +172,7 @@ fn merge(
 }
 
 /// Looks at every entry of a pinned hash map.
-fn each<K: keys::MapData, V: keys::MapData>(
+pub(super) fn each<K: keys::MapData, V: keys::MapData>(
     dir: &Path,
     name: &'static str,
     look: impl FnMut(&K, &V),

@@ -8,6 +8,7 @@ pub mod guard;
 pub mod maps;
 pub mod names;
 mod object;
+pub mod ports;
 pub mod sweep;
 mod words;
 

@@ -1,7 +1,7 @@
 //! `outgate agent`.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use anyhow::Context as _;
 use datapath::addr::Ip;
-use datapath::keys::{IfIndex, PodId};
+use datapath::keys::{EgressId, IfIndex, PodId};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -27,6 +27,7 @@ use crate::names::Names;
 use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;
 use crate::notrack::Notrack;
+use crate::ports::Use;
 use crate::watch::Problem;
 use crate::watch::dir::DirSource;
 use crate::watch::kube::{KubeSource, Role};
@@ -102,6 +103,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let lookups = Names::start(names_door, random());
     lookups.update(datapath.recovered(), &BTreeSet::new(), resolv_conf.nameservers());
     let kernel = NodeKernel {
+        dir: bpf::pin_dir(&args.bpffs.bpffs),
         datapath,
         announcer: Announcer::default(),
         conntrack,
@@ -190,6 +192,8 @@ fn boot_id() -> anyhow::Result<String> {
 
 /// The kernel of this node.
 struct NodeKernel {
+    /// Where the maps are pinned.
+    dir: PathBuf,
     datapath: Datapath,
     announcer: Announcer,
     conntrack: Conntrack,
@@ -270,5 +274,13 @@ impl Kernel for NodeKernel {
         self.notrack.keep();
         let swept = self.datapath.sweep()?;
         Ok((swept.removed as usize, swept.left as usize))
+    }
+
+    fn ports_used(&mut self) -> Result<BTreeMap<EgressId, Use>, bpf::Error> {
+        bpf::ports::used(&self.dir)
+    }
+
+    fn exhausted(&mut self) -> Result<BTreeSet<EgressId>, bpf::Error> {
+        bpf::ports::exhausted(&self.dir)
     }
 }

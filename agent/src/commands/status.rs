@@ -1,5 +1,6 @@
 //! `outgate status`: what the objects ask for, and what has come of it, from the source alone.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -38,14 +39,18 @@ struct EgressIp {
     addresses: Vec<Address>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Default)]
 #[serde(rename_all = "camelCase")]
 struct Address {
     #[serde(rename = "egressIP")]
     egress_ip: String,
     owner: Option<String>,
+    /// Nodes that are ready to take it over, best first.
+    standbys: Vec<String>,
     state: String,
     ports_leased: usize,
+    /// Ports that were given back, or were a node's that is gone, and that nobody may use yet.
+    ports_resting: usize,
     leases: Vec<Lease>,
 }
 
@@ -128,18 +133,13 @@ fn status<S: Source>(source: &S) -> Status {
             let accepted = e.addresses.iter().map(|ip| address(&desired, &reported, *ip));
             let refused = e.refused.iter().map(|(text, refusal)| Address {
                 egress_ip: text.clone(),
-                owner: None,
                 state: format!("refused: {refusal}"),
-                ports_leased: 0,
-                leases: Vec::new(),
+                ..Address::default()
             });
-            let rejected = e.rejected.iter().map(|message| Address {
-                egress_ip: String::new(),
-                owner: None,
-                state: format!("object refused: {message}"),
-                ports_leased: 0,
-                leases: Vec::new(),
-            });
+            let rejected = e
+                .rejected
+                .iter()
+                .map(|message| Address { state: format!("object refused: {message}"), ..Address::default() });
             EgressIp {
                 name: e.name.clone(),
                 addresses: accepted.chain(refused).chain(rejected).collect(),
@@ -240,27 +240,36 @@ fn address(desired: &Desired, reported: &EgressIpStatus, ip: IpAddr) -> Address 
         egress_ip: text,
         owner,
         state,
+        standbys: allocation.map(|a| a.standbys.clone()).unwrap_or_default(),
         ports_leased: allocation.map_or(0, lease::leased) * usize::from(GRANULE_PORTS),
+        ports_resting: allocation
+            .iter()
+            .flat_map(|a| &a.resting)
+            .map(|r| usize::from(r.range.count) * usize::from(GRANULE_PORTS))
+            .sum(),
         leases: allocation
             .iter()
             .flat_map(|a| &a.leases)
-            .map(|l| Lease { node: l.node.clone(), ports: leader::ports(l) })
+            .map(|l| Lease { node: l.node.clone(), ports: leader::ports(&l.ranges) })
             .collect(),
     }
 }
 
 impl Status {
     fn print_into(&self, out: &mut impl Write) -> io::Result<()> {
-        let mut table = Table::new(&["EGRESS IP", "OBJECT", "OWNER", "PORTS LEASED", "STATE"]);
+        let mut table = Table::new(&["EGRESS IP", "OBJECT", "OWNER", "STANDBYS", "PORTS LEASED", "STATE"]);
         for e in &self.egress_ips {
             for a in &e.addresses {
                 let all = GRANULES * usize::from(GRANULE_PORTS);
-                let ports = format!("{} of {all} ({} nodes)", a.ports_leased, a.leases.len());
+                // A node that has grown has several leases.
+                let nodes: BTreeSet<_> = a.leases.iter().map(|l| &l.node).collect();
+                let ports = format!("{} of {all} ({} nodes)", a.ports_leased, nodes.len());
                 let ports = if a.ports_leased == 0 { String::new() } else { ports };
                 table.row([
                     a.egress_ip.clone(),
                     e.name.clone(),
                     a.owner.clone().unwrap_or_default(),
+                    a.standbys.join(","),
                     ports,
                     a.state.clone(),
                 ]);
@@ -366,7 +375,7 @@ status:
             (
                 ".outgate/egressallocations/192.0.2.100.yaml",
                 "metadata: {name: 192.0.2.100, uid: x, generation: 2}
-spec: {egressIP: 192.0.2.100, owner: a, leases: [{node: a, generation: 1, ranges: [{first: 0, count: 2}]}]}
+spec: {egressIP: 192.0.2.100, owner: a, standbys: [b, c], leases: [{node: a, generation: 1, ranges: [{first: 0, count: 2}]}]}
 ",
             ),
             (
@@ -404,12 +413,12 @@ status:
         let lines: Vec<_> =
             text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         for line in [
-            "EGRESS IP OBJECT OWNER PORTS LEASED STATE",
-            "192.0.2.100 e a 128 of 64512 (1 nodes) held",
-            "192.0.2.101 e - - unassigned: no room",
-            "2001:db8::1 e - - unassigned: no uplink",
-            "ff02::1 e - - refused: not an address that a host can have on a network",
-            "- wrong - - object refused: spec.egressIPs[0]: \"192.0.2.x\" is not an IP address",
+            "EGRESS IP OBJECT OWNER STANDBYS PORTS LEASED STATE",
+            "192.0.2.100 e a b,c 128 of 64512 (1 nodes) held",
+            "192.0.2.101 e - - - unassigned: no room",
+            "2001:db8::1 e - - - unassigned: no uplink",
+            "ff02::1 e - - - refused: not an address that a host can have on a network",
+            "- wrong - - - object refused: spec.egressIPs[0]: \"192.0.2.x\" is not an IP address",
             "a yes yes yes 192.0.2.5 192.0.2.100 192.0.2.5,2001:db8:5::5 192.0.2.0/24,2001:db8:5::/64",
         ] {
             assert!(lines.iter().any(|l| l == line), "{line} in\n{text}");

@@ -8,28 +8,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::{Plan, Surroundings};
+use super::{Known, Plan};
 use crate::addresses;
 use crate::digest::digest;
-use crate::model::{Allocation, Desired, Lease};
+use crate::model::{Allocation, Lease};
 use crate::objects::{EgressNodeSpec, GrantedGranules, GrantedPorts};
 use crate::watch::Write;
 
-/// The generation of an address's allocation that a node's kernel is known to have whole. Nothing that an earlier
-/// node of the name has said counts.
-pub(super) fn loaded(desired: &Desired, node: &str, ip: &IpAddr, uid: &str) -> Option<u64> {
-    let node = desired.nodes.get(node).filter(|n| n.exists)?;
-    let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid)?;
-    agent.loaded.get(ip).filter(|(of, _)| of == uid).map(|(_, generation)| *generation)
-}
-
 /// Writes the spec of every node's EgressNode, and removes those of nodes that are gone and lease nothing any more.
-pub(super) fn node_specs(
-    desired: &Desired,
-    around: &Surroundings<'_>,
-    allocations: &BTreeMap<IpAddr, Allocation>,
-    plan: &mut Plan,
-) {
+pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Allocation>, plan: &mut Plan) {
+    let around = known.around;
     let mut leases: BTreeMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = BTreeMap::new();
     let is_of = |lease: &Lease| {
         around.objects.nodes.get(&lease.node).is_some_and(|n| n.metadata.uid == lease.node_uid)
@@ -51,7 +39,7 @@ pub(super) fn node_specs(
         let leases = leases.get(name.as_str()).unwrap_or(&nothing);
         // What another node of the name was granted is nothing to this one.
         let granted = before.filter(|b| b.node_uid == spec.node_uid);
-        spec.ranges = ranges(desired, around, allocations, name, &spec.node_uid, leases, granted);
+        spec.ranges = ranges(known, allocations, name, &spec.node_uid, leases, granted);
         if before != Some(&spec) {
             plan.writes.push(Write::NodeSpec(name.clone(), spec));
         }
@@ -69,14 +57,14 @@ pub(super) fn node_specs(
 }
 
 fn ranges(
-    desired: &Desired,
-    around: &Surroundings<'_>,
+    known: &Known<'_>,
     allocations: &BTreeMap<IpAddr, Allocation>,
     name: &str,
     uid: &str,
     leases: &BTreeMap<IpAddr, Vec<&Lease>>,
     granted: Option<&EgressNodeSpec>,
 ) -> Vec<GrantedPorts> {
+    let Known { desired, around, tables, .. } = *known;
     let before: BTreeMap<IpAddr, &GrantedPorts> = granted
         .into_iter()
         .flat_map(|s| &s.ranges)
@@ -98,7 +86,7 @@ fn ranges(
             return Some(before.clone());
         }
         let leases = leases.get(ip).unwrap_or(&nothing);
-        let (owner, ranges) = entry(a, leases, before, |node| loaded(desired, node, ip, &a.uid));
+        let (owner, ranges) = entry(a, leases, before, |node| tables.loaded(node, ip, &a.uid));
         match before {
             Some(b) if b.owner == owner && b.ranges == ranges => before.cloned(),
             _ => Some(GrantedPorts {

@@ -1,10 +1,15 @@
 //! What is said about an EgressIP: who holds its addresses, and why one is not in force. A pure function.
 
+mod events;
 pub mod firewall;
+
+pub use events::events;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use datapath::limits::{GRANULE_PORTS, GRANULES};
 
 use crate::assign::Assignment;
 use crate::model::EgressIp;
@@ -14,20 +19,53 @@ use crate::objects::{Condition, EgressIpItem, EgressIpStatus};
 pub const ASSIGNED: &str = "Assigned";
 /// The condition of one address that is not in force.
 pub const ADDRESS_ASSIGNED: &str = "AddressAssigned";
-/// The condition of an address whose ports are all leased.
+/// The condition of an address that some node gets no ports of, or not as many as it needs.
 pub const PORTS_AVAILABLE: &str = "PortsAvailable";
+/// The condition of an address of whose ports most are leased.
+pub const PORTS_SCARCE: &str = "PortsScarce";
+/// The condition of an object that selects pods which older ones serve.
+pub const SHADOWED: &str = "Shadowed";
 
-/// The status of an object. `no_ports` names the nodes that got none, by address; conditions of `previous`
-/// that still hold keep the time since when they do.
+/// From more granules than these on, three quarters, ports are scarce. The first shares of all nodes are so many.
+const SCARCE: usize = GRANULES * 3 / 4;
+
+/// How the ports of an address are shared out.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Ports {
+    /// Granules that are leased.
+    pub leased: usize,
+    /// Nodes that need some and got none.
+    pub refused: Vec<String>,
+    /// Nodes that need more than they have got.
+    pub short: Vec<String>,
+}
+
+/// Pods that an object selects and an older one serves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shadow<'a> {
+    /// The older one.
+    pub by: &'a str,
+    /// How many pods.
+    pub pods: u32,
+    /// On how many nodes.
+    pub nodes: u32,
+}
+
+/// What the leader has decided that concerns an object.
+pub struct Outcomes<'a> {
+    /// Who holds which address.
+    pub assignment: &'a Assignment,
+    /// How the ports of each are shared out.
+    pub ports: &'a BTreeMap<IpAddr, Ports>,
+    /// Whether an address's allocation cannot be read.
+    pub unreadable: &'a dyn Fn(&IpAddr) -> bool,
+    /// Pods that the object selects in vain.
+    pub shadowed: &'a [Shadow<'a>],
+}
+
+/// The status of an object. Conditions of `previous` that still hold keep the time since when they do.
 #[must_use]
-pub fn egress_ip(
-    e: &EgressIp,
-    assignment: &Assignment,
-    no_ports: &BTreeMap<IpAddr, Vec<String>>,
-    unreadable: &dyn Fn(&IpAddr) -> bool,
-    previous: &[Condition],
-    now: &str,
-) -> EgressIpStatus {
+pub fn egress_ip(e: &EgressIp, outcomes: &Outcomes<'_>, previous: &[Condition], now: &str) -> EgressIpStatus {
     let mut items = Vec::new();
     let mut conditions = Vec::new();
     let condition = |kind: &str, ip: String, ok: bool, reason: &str, message: String| Condition {
@@ -38,6 +76,7 @@ pub fn egress_ip(
         message,
         last_transition_time: String::new(),
     };
+    let Outcomes { assignment, unreadable, .. } = outcomes;
     for ip in &e.addresses {
         let text = ip.to_string();
         if let Some(node) = assignment.owners.get(ip) {
@@ -55,10 +94,32 @@ pub fn egress_ip(
         } else if let Some(why) = assignment.unassigned.get(ip) {
             conditions.push(condition(ADDRESS_ASSIGNED, text.clone(), false, why.reason(), why.to_string()));
         }
-        if let Some(nodes) = no_ports.get(ip) {
-            let message = format!("all ports are leased; none for node {}", nodes.join(", "));
-            conditions.push(condition(PORTS_AVAILABLE, text, false, "AllLeased", message));
+        let Some(ports) = outcomes.ports.get(ip) else { continue };
+        let lists = [("none", &ports.refused), ("no more", &ports.short)];
+        let lists = lists.iter().filter(|(_, nodes)| !nodes.is_empty());
+        let lists: Vec<_> =
+            lists.map(|(what, nodes)| format!("{what} for node {}", nodes.join(", "))).collect();
+        if !lists.is_empty() {
+            let message = format!("all ports that may be leased are; {}", lists.join("; "));
+            conditions.push(condition(PORTS_AVAILABLE, text.clone(), false, "AllLeased", message));
         }
+        if ports.leased > SCARCE {
+            let message = format!(
+                "{} of {} ports are leased; another address for the object would help, or fewer nodes that use it",
+                ports.leased * usize::from(GRANULE_PORTS),
+                GRANULES * usize::from(GRANULE_PORTS),
+            );
+            conditions.push(condition(PORTS_SCARCE, text, true, "MostLeased", message));
+        }
+    }
+    if !outcomes.shadowed.is_empty() {
+        let count = |n: u32, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let of = |s: &Shadow<'_>| {
+            format!("{} on {} by EgressIP {}", count(s.pods, "pod"), count(s.nodes, "node"), s.by)
+        };
+        let all: Vec<_> = outcomes.shadowed.iter().map(of).collect();
+        let message = format!("pods that it selects are served by older objects: {}", all.join(", "));
+        conditions.push(condition(SHADOWED, String::new(), true, "OlderServes", message));
     }
     for (text, refusal) in &e.refused {
         conditions.push(condition(
@@ -96,7 +157,7 @@ fn date(conditions: &mut [Condition], previous: &[Condition], now: &str) {
 /// A time as objects have it: RFC 3339, UTC, whole seconds.
 #[must_use]
 pub fn rfc3339(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let seconds = seconds_of(time);
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Days to date in the proleptic Gregorian calendar, years beginning in March so that the leap day is last:
     // https://howardhinnant.github.io/date_algorithms.html#civil_from_days
@@ -110,6 +171,12 @@ pub fn rfc3339(time: SystemTime) -> String {
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// A time in seconds since 1970.
+#[must_use]
+pub fn seconds_of(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// The seconds since 1970 of a time as [`rfc3339`] writes it; nothing for another text.
@@ -178,7 +245,9 @@ mod tests {
             selectors: None,
         };
         let of = |a: &Assignment, previous: &[Condition], now: &str| {
-            egress_ip(&e, a, &BTreeMap::new(), &|_| false, previous, now).conditions
+            let outcomes =
+                Outcomes { assignment: a, ports: &BTreeMap::new(), unreadable: &|_| false, shadowed: &[] };
+            egress_ip(&e, &outcomes, previous, now).conditions
         };
         let mut a = Assignment::default();
         a.unassigned.insert(e.addresses[0], crate::assign::Unassigned::NoNode);

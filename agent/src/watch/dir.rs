@@ -35,7 +35,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::{Problem, Source, Write};
 use crate::objects::{
@@ -548,7 +548,7 @@ impl Source for DirSource {
                 self.objects.egress_nodes.insert(o.metadata.name.clone(), o);
             }
             Write::NodeSpec(name, spec) => {
-                self.write_own(&format!("{NODE_SPECS}{name}.yaml"), &spec, true)?;
+                self.write_own(&format!("{NODE_SPECS}{name}.yaml"), &spec, false)?;
                 let node = self.objects.egress_nodes.entry(name.clone()).or_default();
                 (node.metadata.name, node.spec) = (name, spec);
             }
@@ -561,7 +561,8 @@ impl Source for DirSource {
                 if event.warning {
                     warn!("{}: {} ({})", event.about, event.message, event.reason);
                 } else {
-                    info!("{}: {} ({})", event.about, event.message, event.reason);
+                    // The leader's log has it.
+                    debug!("{}: {} ({})", event.about, event.message, event.reason);
                 }
             }
             Write::Allocation(o) => {

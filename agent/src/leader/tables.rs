@@ -1,0 +1,132 @@
+//! Who has the port table of an address: what the leader knows of gateways' kernels, and the nodes that it keeps ready
+//! to take an address over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::Known;
+use crate::model::{Allocation, Desired, EgressIp};
+
+/// How many nodes are kept ready to take an address over.
+const STANDBYS: usize = 2;
+/// How long new leases wait for a standby that does not load them, in seconds: then it is none any more.
+const PATIENCE: u64 = 10;
+
+/// The generations of allocations that nodes' kernels are known to have whole.
+pub(super) struct Tables<'a> {
+    desired: &'a Desired,
+    /// Nodes that have anything of an address: name, UID of the allocation, generation.
+    by_address: BTreeMap<IpAddr, Vec<(&'a str, &'a str, u64)>>,
+}
+
+impl<'a> Tables<'a> {
+    pub(super) fn new(desired: &'a Desired) -> Self {
+        let mut by_address: BTreeMap<IpAddr, Vec<_>> = BTreeMap::new();
+        for (name, node) in desired.nodes.iter().filter(|(_, n)| n.exists) {
+            // Nothing that an earlier node of the name has said counts.
+            let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid);
+            for (ip, (uid, generation)) in agent.into_iter().flat_map(|a| &a.loaded) {
+                by_address.entry(*ip).or_default().push((name.as_str(), uid.as_str(), *generation));
+            }
+        }
+        Self { desired, by_address }
+    }
+
+    /// The generation of an address's allocation, of this UID, that a node has.
+    pub(super) fn loaded(&self, node: &str, ip: &IpAddr, uid: &str) -> Option<u64> {
+        let node = self.desired.nodes.get(node).filter(|n| n.exists)?;
+        let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid)?;
+        agent.loaded.get(ip).filter(|(of, _)| of == uid).map(|(_, generation)| *generation)
+    }
+
+    /// The generation that everybody has: those that must have it, and whoever else has any, for they steer as well.
+    pub(super) fn by_all<'n>(
+        &self,
+        ip: &IpAddr,
+        uid: &str,
+        must: impl Iterator<Item = &'n String>,
+    ) -> Option<u64> {
+        let must = must.map(|node| self.loaded(node, ip, uid));
+        let others = self.by_address.get(ip).into_iter().flatten().filter(|(_, of, _)| *of == uid);
+        must.chain(others.map(|(.., generation)| Some(*generation))).fold(Some(u64::MAX), Option::min)
+    }
+
+    /// Whether a node has all that an allocation says of ports.
+    pub(super) fn is_current(&self, ip: &IpAddr, a: &Allocation, node: &str) -> bool {
+        let newest =
+            a.leases.iter().map(|l| l.generation).chain(a.resting.iter().map(|r| r.generation)).max();
+        self.loaded(node, ip, &a.uid).is_some_and(|generation| Some(generation) >= newest)
+    }
+
+    /// Since when the standbys of an allocation are waited for, each.
+    fn waits(&self, ip: &IpAddr, a: &Allocation, node: &str) -> Option<u64> {
+        let loaded = self.loaded(node, ip, &a.uid);
+        a.leases.iter().filter(|l| loaded.is_none_or(|g| g < l.generation)).map(|l| l.since).min()
+    }
+
+    /// When standbys will be waited for no more.
+    pub(super) fn patience(&self, ip: &IpAddr, a: &Allocation) -> impl Iterator<Item = u64> {
+        a.standbys.iter().filter_map(|s| self.waits(ip, a, s)).map(|since| since + PATIENCE)
+    }
+}
+
+/// The choice of standbys.
+pub(super) struct Standbys<'a> {
+    known: &'a Known<'a>,
+    now: u64,
+    /// Of how many addresses each node is one.
+    roles: BTreeMap<&'a str, usize>,
+    healthy: Vec<&'a String>,
+}
+
+impl<'a> Standbys<'a> {
+    pub(super) fn new(known: &'a Known<'a>, now: u64) -> Self {
+        let mut roles = BTreeMap::new();
+        for name in known.desired.allocations.values().flat_map(|a| &a.standbys) {
+            *roles.entry(name.as_str()).or_default() += 1;
+        }
+        let healthy = known.candidates.iter().filter(|(_, c)| c.healthy()).map(|(name, _)| name).collect();
+        Self { known, now, roles, healthy }
+    }
+
+    /// The standbys of an address: those that it has, while they may be, and others that have its table already.
+    /// One that does not load what is new is not waited for long: nobody would get ports.
+    pub(super) fn of(
+        &mut self,
+        ip: &IpAddr,
+        e: &EgressIp,
+        a: &'a Allocation,
+        owner: Option<&String>,
+    ) -> Vec<String> {
+        let Known { tables, candidates, assignment, .. } = *self.known;
+        let may = |node: &String| {
+            owner != Some(node) && candidates.get(node).is_some_and(|c| c.healthy() && c.has_network_of(ip))
+        };
+        let waits =
+            |node: &String| tables.waits(ip, a, node).is_some_and(|since| self.now < since + PATIENCE);
+        let mut standbys: Vec<String> = a
+            .standbys
+            .iter()
+            .filter(|node| may(node) && (tables.is_current(ip, a, node) || waits(node)))
+            .take(STANDBYS)
+            .cloned()
+            .collect();
+        if standbys.len() < STANDBYS && owner.is_some() {
+            // A node that holds another address of the object cannot take this one as well.
+            let siblings = e.addresses.iter().filter(|o| o.is_ipv6() == ip.is_ipv6());
+            let busy: BTreeSet<_> = siblings.filter_map(|o| assignment.owners.get(o)).collect();
+            let able = self.healthy.iter().copied();
+            let mut more: Vec<&String> = able
+                .filter(|node| !standbys.contains(node) && may(node) && tables.is_current(ip, a, node))
+                .collect();
+            more.sort_by_key(|node| {
+                (busy.contains(*node), self.roles.get(node.as_str()).copied().unwrap_or(0), *node)
+            });
+            for node in more.into_iter().take(STANDBYS - standbys.len()) {
+                *self.roles.entry(node.as_str()).or_default() += 1;
+                standbys.push(node.clone());
+            }
+        }
+        standbys
+    }
+}
