@@ -116,6 +116,8 @@ pub(super) struct Seen {
     pub(super) key: Key,
     /// Its UID.
     pub(super) uid: String,
+    /// Counts the changes of its spec; 0 where they are not counted.
+    pub(super) generation: i64,
     /// Its resourceVersion, if that is a number.
     pub(super) version: Option<u64>,
     /// Itself, or why it cannot be read.
@@ -141,6 +143,7 @@ pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
     let key = (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default());
     let uid = metadata.uid.clone().unwrap_or_default();
     let version = version(metadata.resource_version.as_deref());
+    let generation = metadata.generation.unwrap_or_default();
     let ovn = kind == Kind::Node && runs_ovn(&metadata);
     // Who wrote which field is larger than many an object, and of annotations one counts.
     metadata.managed_fields = None;
@@ -148,7 +151,7 @@ pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
     if let Some(annotations) = &mut metadata.annotations {
         annotations.retain(|key, _| key == EGRESS_CAPACITY);
     }
-    Seen { key, uid, version, object: parse(kind, &metadata, data, ovn, original) }
+    Seen { key, uid, generation, version, object: parse(kind, &metadata, data, ovn, original) }
 }
 
 fn parse(

@@ -63,6 +63,11 @@ impl Set {
         self.heads.get(key).map(|h| (h.uid.as_str(), h.version))
     }
 
+    /// Forgets everything; which objects that were.
+    pub(super) fn clear(&mut self) -> Vec<Key> {
+        std::mem::take(self).heads.into_keys().collect()
+    }
+
     /// A list begins.
     pub(super) fn begin(&mut self) {
         self.listing = Some(BTreeMap::new());
@@ -149,6 +154,7 @@ mod tests {
         Seen {
             key: key(name),
             uid: uid.into(),
+            generation: 1,
             version: Some(version),
             object: Ok(Object::Heartbeat(version.to_string())),
         }

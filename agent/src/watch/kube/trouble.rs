@@ -99,8 +99,8 @@ fn words(status: &Status) -> String {
     }
 }
 
-/// A write that did not work: [`super::Error`]'s text.
-pub(super) fn write(
+/// A request that did not work, in words: what was to be done to what.
+pub(super) fn request(
     trouble: &Trouble,
     what: &str,
     verb: &str,
@@ -110,17 +110,17 @@ pub(super) fn write(
     let plural = kind.plural();
     let (server, user) = (&connection.server, &connection.user);
     match trouble {
-        Trouble::Unreachable(cause) => format!("cannot write {what} to {server}: {cause}"),
+        Trouble::Unreachable(cause) => format!("cannot {verb} {what} at {server}: {cause}"),
         Trouble::Unauthorized => {
-            format!("cannot write {what}: {server} does not accept the credentials of {user}")
+            format!("cannot {verb} {what}: {server} does not accept the credentials of {user}")
         }
         Trouble::Forbidden(_, said) => {
             format!("may not {verb} {plural}: give {user} the verb {verb} on them ({said})")
         }
-        Trouble::Missing => format!("cannot write {what}: it is gone, or the server has no {plural}"),
-        Trouble::Conflict => format!("{what} has changed meanwhile: it is read and planned for again"),
-        Trouble::Expired => format!("cannot write {what}: its version has expired"),
-        Trouble::Refused(said) => format!("cannot write {what}: {said}"),
+        Trouble::Missing => format!("cannot {verb} {what}: it is gone, or the server has no {plural}"),
+        Trouble::Conflict => format!("{what} has changed meanwhile"),
+        Trouble::Expired => format!("cannot {verb} {what}: its version has expired"),
+        Trouble::Refused(said) => format!("cannot {verb} {what}: {said}"),
     }
 }
 
