@@ -21,6 +21,8 @@ use crate::watch::{Problem, Source, Write};
 const TICK: Duration = Duration::from_millis(500);
 /// After a failed write, try again not before.
 const RETRY: Duration = Duration::from_secs(1);
+/// After so long of writing, what has come in meanwhile is looked at before the rest is planned again.
+const ROUND: Duration = Duration::from_secs(3);
 /// A write that fails and took longer than this has met a server that is away: the others would wait as long.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -159,7 +161,11 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         info!("{line}");
     }
     let mut written = false;
+    let round = Instant::now();
     for write in writes {
+        if round.elapsed() > ROUND {
+            break;
+        }
         let begun = Instant::now();
         match source.write(write).await {
             Ok(()) => written = true,

@@ -168,7 +168,8 @@ impl Follower {
                     Ok(events) => events,
                     Err(error) => {
                         let trouble = Trouble::of(&error, "watch");
-                        let expired = trouble.is_expired();
+                        // Where the kind is not known any more, its objects are another's when it is.
+                        let expired = trouble.is_expired() || trouble == Trouble::Missing;
                         self.failed(trouble).await?;
                         if expired {
                             break;

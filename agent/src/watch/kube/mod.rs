@@ -356,7 +356,7 @@ impl KubeSource {
         let trouble = match &message.change {
             Change::Failed(trouble, since) => Some((trouble.clone(), since.clone())),
             Change::Begin => watch.trouble.clone(),
-            _ => None,
+            Change::Page(_) | Change::End(_) | Change::Put(_) | Change::Gone(..) | Change::Alive => None,
         };
         let heard = !matches!(message.change, Change::Begin | Change::Page(_) | Change::Failed(..));
         let mut changed = trouble != watch.trouble;
@@ -549,7 +549,7 @@ impl KubeSource {
     /// Takes up an object that a request has brought.
     fn absorb(&mut self, kind: Kind, object: DynamicObject) {
         if let Some(index) = self.watch_of(kind)
-            && let Some(Step::Put(seen)) = self.watches[index].set.put(read(kind, object))
+            && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object))
         {
             self.view.put(kind, seen);
         }
@@ -758,27 +758,20 @@ impl Source for KubeSource {
     }
 
     async fn write(&mut self, write: Write) -> Result<(), Error> {
-        let write = match write {
+        match write {
             Write::EgressNode(node) => {
                 self.view.say(node.status);
                 self.unsent = true;
                 self.send_status();
-                return Ok(());
+                Ok(())
             }
             Write::Event(event) => {
-                let about = &event.about;
-                let uid = self.uid_of(about);
+                let uid = self.uid_of(&event.about);
                 // Full: news that nobody could read anyway.
                 let _ = self.events.try_send((event, uid));
-                return Ok(());
+                Ok(())
             }
-            write => write,
-        };
-        if !self.holds_lease() {
-            return Err(Error::NotLeader);
-        }
-        match write {
-            Write::EgressNode(_) | Write::Event(_) => Ok(()),
+            _ if !self.holds_lease() => Err(Error::NotLeader),
             Write::NodeSpec(name, spec) => {
                 let old = self.head(Kind::EgressNode, "", &name).and_then(|(_, version)| version);
                 let outcome = self.writer.node_spec(&name, &spec, old).await;
