@@ -28,6 +28,9 @@ const PATIENCE: (Duration, Duration) = (Duration::from_millis(400), Duration::fr
 /// A watch that lasted no longer than this was none.
 const BRIEF: Duration = Duration::from_millis(500);
 
+/// After so many answers that there is no such kind, some of them seconds apart, there is none.
+const MISSING: u32 = 8;
+
 /// What is watched.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Scope {
@@ -162,14 +165,17 @@ impl Follower {
     async fn run(&mut self) -> Result<(), Over> {
         loop {
             let mut version = self.list().await?;
+            let mut missing = 0;
             loop {
                 let params = self.watch_params();
                 let events = match self.events(&params, &version).await {
                     Ok(events) => events,
                     Err(error) => {
                         let trouble = Trouble::of(&error, "watch");
-                        // Where the kind is not known any more, its objects are another's when it is.
-                        let expired = trouble.is_expired() || trouble == Trouble::Missing;
+                        // A server that starts does not know all kinds at first. One that goes on not to know this one
+                        // may have forgotten its objects with it.
+                        missing = if trouble == Trouble::Missing { missing + 1 } else { 0 };
+                        let expired = trouble.is_expired() || missing > MISSING;
                         self.failed(trouble).await?;
                         if expired {
                             break;
@@ -177,6 +183,7 @@ impl Follower {
                         continue;
                     }
                 };
+                missing = 0;
                 self.works().await?;
                 let begun = Instant::now();
                 if let Next::List = self.drain(events, &mut version).await? {
