@@ -23,18 +23,18 @@ const PATIENCE: (Duration, Duration) = (Duration::from_millis(400), Duration::fr
 struct Version {
     uid: String,
     generation: i64,
-    version: Option<u64>,
+    resource: Option<u64>,
 }
 
 impl Version {
     fn of(seen: &Seen) -> Self {
-        Self { uid: seen.uid.clone(), generation: seen.generation, version: seen.version }
+        Self { uid: seen.uid.clone(), generation: seen.generation, resource: seen.version }
     }
 
     /// Whether this may have another spec than what was got before. A status changes the version and not the generation;
     /// what was got may be newer than what the watch has come to.
     fn differs_from(&self, got: &Self) -> bool {
-        let newer = !matches!((self.version, got.version), (Some(known), Some(got)) if known <= got);
+        let newer = !matches!((self.resource, got.resource), (Some(known), Some(got)) if known <= got);
         newer && (&self.uid, self.generation) != (&got.uid, got.generation)
     }
 }

@@ -82,10 +82,12 @@ impl Scope {
 
     /// Objects to a page of a list: some kinds' are large.
     fn page(&self) -> u32 {
-        match self.kind {
-            Kind::EgressFirewall if !self.metadata => 50,
-            Kind::Node => 100,
-            _ => 500,
+        if self.kind == Kind::EgressFirewall && !self.metadata {
+            50
+        } else if self.kind == Kind::Node {
+            100
+        } else {
+            500
         }
     }
 }
@@ -100,7 +102,7 @@ pub(super) enum Change {
     /// It has ended, of this version.
     End(Option<u64>),
     /// An object is new or has changed.
-    Put(Seen),
+    Put(Box<Seen>),
     /// An object is gone.
     Gone(Key, String, Option<u64>),
     /// The server is there and has nothing to say.
@@ -276,7 +278,7 @@ impl Follower {
                 Ok(Some(Ok(event))) => match event {
                     WatchEvent::Added(o) | WatchEvent::Modified(o) => {
                         advance(from, o.metadata.resource_version.as_deref());
-                        Change::Put(read(self.scope.kind, o))
+                        Change::Put(Box::new(read(self.scope.kind, o)))
                     }
                     WatchEvent::Deleted(o) => {
                         advance(from, o.metadata.resource_version.as_deref());

@@ -161,10 +161,7 @@ fn parse(
     ovn: bool,
     original: Option<Box<ObjectMeta>>,
 ) -> Result<Object, String> {
-    let mut fields = match data {
-        Value::Object(fields) => fields,
-        _ => serde_json::Map::new(),
-    };
+    let mut fields = if let Value::Object(fields) = data { fields } else { serde_json::Map::new() };
     fields.insert("metadata".to_owned(), serde_json::to_value(metadata).map_err(|e| e.to_string())?);
     let status =
         matches!(kind, Kind::EgressIp | Kind::EgressFirewall).then(|| fields.remove("status")).flatten();

@@ -181,7 +181,7 @@ impl KubeSource {
     pub async fn open(role: Role, kubeconfig: Option<&Path>, namespace: &str) -> Result<Self, Error> {
         let connection = client::connect(kubeconfig).await?;
         let (sender, messages) = mpsc::channel(QUEUE);
-        let (noter, notes) = mpsc::unbounded_channel();
+        let (noter, note_queue) = mpsc::unbounded_channel();
         let (status, said) = watch::channel(None);
         let (heartbeat, wanted) = watch::channel(None);
         let (events, event_queue) = mpsc::channel(events::QUEUE);
@@ -210,7 +210,7 @@ impl KubeSource {
             }
             Role::Controller => {
                 let (leads, leading) = watch::channel(false);
-                let (stop, stopped) = watch::channel(false);
+                let (stop, ended) = watch::channel(false);
                 let look = Arc::new(Notify::new());
                 let stand = election::stand(
                     client.clone(),
@@ -218,7 +218,7 @@ impl KubeSource {
                     identity.clone(),
                     leads,
                     Arc::clone(&look),
-                    stopped,
+                    ended,
                     noter.clone(),
                 );
                 let task = tokio::spawn(stand);
@@ -242,7 +242,7 @@ impl KubeSource {
             messages,
             judge: Judge::default(),
             problems: BTreeSet::new(),
-            notes,
+            notes: note_queue,
             noted: BTreeMap::new(),
             due: None,
             election,
@@ -371,7 +371,7 @@ impl KubeSource {
                 Vec::new()
             }
             Change::End(of) => watch.set.end(of),
-            Change::Put(seen) => Vec::from_iter(watch.set.put(seen)),
+            Change::Put(seen) => Vec::from_iter(watch.set.put(*seen)),
             Change::Gone(key, uid, version) => Vec::from_iter(watch.set.gone(&key, &uid, version)),
             Change::Alive | Change::Failed(..) => Vec::new(),
         };
@@ -403,7 +403,7 @@ impl KubeSource {
         match step {
             Step::Put(seen) => {
                 let newer = other(&seen.key).is_some_and(|known| known > seen.version);
-                !newer && self.put(kind, seen)
+                !newer && self.put(kind, *seen)
             }
             Step::Remove(key) => other(&key).is_none() && self.view.remove(kind, &key),
         }
@@ -551,7 +551,7 @@ impl KubeSource {
         if let Some(index) = self.watch_of(kind)
             && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object))
         {
-            self.view.put(kind, seen);
+            self.view.put(kind, *seen);
         }
     }
 

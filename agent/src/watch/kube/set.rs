@@ -18,7 +18,7 @@ struct Head {
 #[derive(Debug)]
 pub(super) enum Step {
     /// This is the object now.
-    Put(Seen),
+    Put(Box<Seen>),
     /// There is none of this name.
     Remove(Key),
 }
@@ -132,7 +132,7 @@ impl Set {
         }
         self.removed.remove(&seen.key);
         self.heads.insert(seen.key.clone(), Head { uid: seen.uid.clone(), version: seen.version });
-        Some(Step::Put(seen))
+        Some(Step::Put(Box::new(seen)))
     }
 
     /// An object is gone, says the watch.

@@ -28,16 +28,20 @@ pub(super) enum Trouble {
 impl Trouble {
     /// The trouble behind an error of a request with a verb.
     pub(super) fn of(error: &kube::Error, verb: &'static str) -> Self {
-        match error {
-            kube::Error::Api(status) => Self::said(status, verb),
-            other => Self::Unreachable(chain(other)),
+        if let kube::Error::Api(status) = error {
+            Self::said(status, verb)
+        } else {
+            Self::Unreachable(chain(error))
         }
     }
 
     fn said(status: &Status, verb: &'static str) -> Self {
         match status.code {
             401 => Self::Unauthorized,
-            403 => Self::Forbidden(verb, status.message.clone()),
+            // The server goes on with every role that it has not found, which is many while it starts.
+            403 => {
+                Self::Forbidden(verb, status.message.split(": RBAC: [").next().unwrap_or_default().to_owned())
+            }
             404 => Self::Missing,
             409 => Self::Conflict,
             410 => Self::Expired,
@@ -138,6 +142,7 @@ mod tests {
         for (code, reason, trouble) in [
             (401, "Unauthorized", Trouble::Unauthorized),
             (403, "Forbidden", Trouble::Forbidden("list", "m".into())),
+            (409, "AlreadyExists", Trouble::Conflict),
             (404, "NotFound", Trouble::Missing),
             (409, "Conflict", Trouble::Conflict),
             (410, "Expired", Trouble::Expired),
@@ -148,6 +153,8 @@ mod tests {
         ] {
             assert_eq!(Trouble::of(&api(code, reason, "m"), "list"), trouble, "{code}");
         }
+        let long = api(403, "Forbidden", "no: RBAC: [clusterrole.rbac.authorization.k8s.io \"x\" not found]");
+        assert_eq!(Trouble::of(&long, "list"), Trouble::Forbidden("list", "no".into()));
         assert_eq!(Trouble::of(&api(502, "", ""), "list"), Trouble::Unreachable("HTTP status 502".into()));
     }
 }
