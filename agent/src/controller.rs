@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::agent::random;
 use crate::digest::digest;
@@ -132,7 +132,7 @@ impl<S: Source> Controller<S> {
     }
 }
 
-/// Does the leader's work once. Whether anything was written.
+/// Does the leader's work once. Whether anything is different now.
 pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut BTreeSet<Problem>) -> bool {
     let now = rfc3339(SystemTime::now());
     let plan = {
@@ -169,6 +169,10 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         let begun = Instant::now();
         match source.write(write).await {
             Ok(()) => written = true,
+            Err(error) if S::is_conflict(&error) => {
+                debug!("{error}");
+                written = true;
+            }
             Err(error) => {
                 failures.insert(Problem::new("the leader's objects", error));
                 if begun.elapsed() > PATIENCE {

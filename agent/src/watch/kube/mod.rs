@@ -319,7 +319,7 @@ impl KubeSource {
     /// is not yet. An API server that is away is waited for.
     pub async fn ready(&mut self, mut tell: impl FnMut(&BTreeSet<Problem>)) -> Result<(), Error> {
         let mut told = None;
-        while !self.complete() {
+        while !self.is_known() {
             self.changed().await?;
             if told.as_ref() != Some(&self.problems) {
                 tell(&self.problems);
@@ -327,6 +327,15 @@ impl KubeSource {
             }
         }
         Ok(())
+    }
+
+    /// Whether every object is known, good or bad.
+    fn is_known(&self) -> bool {
+        let firewalls = match &self.role {
+            Role::Agent { node } => self.firewalls.is_complete(&own_namespaces(&self.view.objects, node)),
+            Role::Controller | Role::Command => true,
+        };
+        firewalls && self.watches.iter().all(|w| !w.required || w.task.is_none() || w.set.complete())
     }
 
     /// Refuses a cluster that OVN-Kubernetes serves.
@@ -729,15 +738,8 @@ impl Source for KubeSource {
     }
 
     fn complete(&self) -> bool {
-        let firewalls = match &self.role {
-            Role::Agent { node } => self.firewalls.is_complete(&own_namespaces(&self.view.objects, node)),
-            Role::Controller | Role::Command => true,
-        };
-        let watched = |w: &Watch| !w.required || w.task.is_none() || w.set.complete();
-        firewalls
-            && self.watches.iter().all(watched)
-            // Of an EgressIP that never could be read nobody knows which addresses it has.
-            && self.view.bad.keys().all(|(kind, key)| *kind != Kind::EgressIp || self.view.objects.egress_ips.contains_key(&key.1))
+        // Which addresses an EgressIP has that never could be read, nobody knows.
+        self.is_known() && self.view.partial.is_empty()
     }
 
     fn problems(&self) -> &BTreeSet<Problem> {
@@ -755,6 +757,10 @@ impl Source for KubeSource {
         }
         let listed = self.watches.iter().all(|w| !w.required || w.set.is_listed());
         Ok(elected && listed && self.holds_lease())
+    }
+
+    fn is_conflict(error: &Error) -> bool {
+        matches!(error, Error::Conflict(_))
     }
 
     async fn write(&mut self, write: Write) -> Result<(), Error> {
