@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::agent::random;
 use crate::leader::{Surroundings, plan};
@@ -19,6 +19,8 @@ use crate::watch::{Problem, Source, Write};
 const TICK: Duration = Duration::from_millis(500);
 /// After a failed write, try again not before.
 const RETRY: Duration = Duration::from_secs(1);
+/// After so long of writing, what has come in meanwhile is looked at before the rest is planned again.
+const ROUND: Duration = Duration::from_secs(3);
 /// A write that fails and took longer than this has met a server that is away: the others would wait as long.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -143,7 +145,7 @@ impl<S: Source> Controller<S> {
 /// What came of the leader's work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Led {
-    /// Whether anything was written.
+    /// Whether anything is different now.
     pub written: bool,
     /// When time alone makes work, in seconds since 1970.
     pub again: Option<u64>,
@@ -170,7 +172,11 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         info!("{line}");
     }
     let mut written = false;
+    let round = Instant::now();
     for write in writes {
+        if round.elapsed() > ROUND {
+            break;
+        }
         let begun = Instant::now();
         // Ports and who is told of them were decided together; what is said of objects was not.
         let decides = matches!(
@@ -179,6 +185,13 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         );
         match source.write(write).await {
             Ok(()) => written = true,
+            Err(error) if S::is_conflict(&error) => {
+                debug!("{error}");
+                written = true;
+                if decides {
+                    break;
+                }
+            }
             Err(error) => {
                 failures.insert(Problem::new("the leader's objects", error));
                 if decides || begun.elapsed() > PATIENCE {

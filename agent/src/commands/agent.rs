@@ -43,6 +43,12 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     // The signals first, so that one that comes early is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut source = open(&args).await?;
+    tokio::select! {
+        looked = look(&mut source, &args) => looked?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    }
     let mut datapath = Datapath::open(&args.bpffs.bpffs)?;
     let names_door = datapath.names()?;
     let cgroup = args.pod_cgroup.clone().or_else(bpf::guard::find);
@@ -50,7 +56,6 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     if args.pod_cgroup.is_some() {
         guarded.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
     }
-    let source = open(&args).await?;
     let selection =
         netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
     let facts = netlink::watch(selection).await?;
@@ -159,6 +164,24 @@ async fn open(args: &AgentArgs) -> anyhow::Result<Opened> {
             Opened::Kube(Box::new(KubeSource::open(role, s.kubeconfig.as_deref(), &s.namespace).await?))
         }
     })
+}
+
+/// Looks whether the cluster is another's, where nothing of outgate is in the kernel yet: nothing may come to be then.
+async fn look(source: &mut Opened, args: &AgentArgs) -> anyhow::Result<()> {
+    let Opened::Kube(source) = source else { return Ok(()) };
+    if args.adopt.adopt || bpf::pin_dir(&args.bpffs.bpffs).exists() {
+        return Ok(());
+    }
+    let mut told = BTreeSet::new();
+    source
+        .ready(|problems| {
+            for problem in problems.difference(&told) {
+                warn!("{problem}");
+            }
+            told.clone_from(problems);
+        })
+        .await?;
+    Ok(source.refuse_ovn()?)
 }
 
 /// Waits for the objects. Until they are known, what is in the kernel stays as it is: half of them would let out the

@@ -57,13 +57,11 @@ async fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
     };
-    match ready {
-        Some(ready) => ready?,
-        None => {
-            source.resign().await;
-            return Ok(());
-        }
-    }
+    let Some(ready) = ready else {
+        source.resign().await;
+        return Ok(());
+    };
+    ready?;
     if !args.adopt.adopt
         && let Err(error) = source.refuse_ovn()
     {

@@ -60,6 +60,16 @@ impl Spec {
         }
     }
 
+    /// The spec of an object that is there and has not been read yet: refused, like one with mistakes.
+    #[must_use]
+    pub fn unread() -> Self {
+        Self {
+            rules: Err("its rules have not been read yet".to_owned()),
+            selectors: Arc::default(),
+            content: identity(&["unread"]),
+        }
+    }
+
     /// How many rules it has; 0 if it is refused.
     #[must_use]
     pub fn len(&self) -> usize {

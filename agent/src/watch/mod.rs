@@ -113,6 +113,12 @@ pub trait Source {
     /// Whether this process leads; asks for it if nobody does.
     fn lead(&mut self) -> Result<bool, Self::Error>;
 
+    /// Whether a write has failed only because what it was planned from has changed meanwhile: what is there now has been
+    /// read again.
+    fn is_conflict(_error: &Self::Error) -> bool {
+        false
+    }
+
     /// Writes one object, whole, if it differs from what is there.
     fn write(&mut self, write: Write) -> impl Future<Output = Result<(), Self::Error>>;
 }

@@ -17,7 +17,7 @@ use crate::objects::{OUTGATE_API, OVN_API};
 use crate::watch::Event;
 
 /// The same is not said again for so long.
-const AGAIN: Duration = Duration::from_secs(600);
+const AGAIN: Duration = Duration::from_mins(10);
 /// At most so many a minute.
 const RATE: usize = 60;
 /// Waiting ones; further ones are dropped.
@@ -36,7 +36,7 @@ impl Lately {
     fn admits(&mut self, event: &Event, now: Instant) -> bool {
         self.said.retain(|_, at| now.duration_since(*at) < AGAIN);
         let minute =
-            self.said.values().filter(|at| now.duration_since(**at) < Duration::from_secs(60)).count();
+            self.said.values().filter(|at| now.duration_since(**at) < Duration::from_mins(1)).count();
         if minute >= RATE || self.said.contains_key(event) {
             return false;
         }

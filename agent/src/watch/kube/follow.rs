@@ -28,6 +28,9 @@ const PATIENCE: (Duration, Duration) = (Duration::from_millis(400), Duration::fr
 /// A watch that lasted no longer than this was none.
 const BRIEF: Duration = Duration::from_millis(500);
 
+/// After so many answers that there is no such kind, some of them seconds apart, there is none.
+const MISSING: u32 = 8;
+
 /// What is watched.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Scope {
@@ -79,10 +82,12 @@ impl Scope {
 
     /// Objects to a page of a list: some kinds' are large.
     fn page(&self) -> u32 {
-        match self.kind {
-            Kind::EgressFirewall if !self.metadata => 50,
-            Kind::Node => 100,
-            _ => 500,
+        if self.kind == Kind::EgressFirewall && !self.metadata {
+            50
+        } else if self.kind == Kind::Node {
+            100
+        } else {
+            500
         }
     }
 }
@@ -97,7 +102,7 @@ pub(super) enum Change {
     /// It has ended, of this version.
     End(Option<u64>),
     /// An object is new or has changed.
-    Put(Seen),
+    Put(Box<Seen>),
     /// An object is gone.
     Gone(Key, String, Option<u64>),
     /// The server is there and has nothing to say.
@@ -162,13 +167,17 @@ impl Follower {
     async fn run(&mut self) -> Result<(), Over> {
         loop {
             let mut version = self.list().await?;
+            let mut missing = 0;
             loop {
                 let params = self.watch_params();
                 let events = match self.events(&params, &version).await {
                     Ok(events) => events,
                     Err(error) => {
                         let trouble = Trouble::of(&error, "watch");
-                        let expired = trouble.is_expired();
+                        // A server that starts does not know all kinds at first. One that goes on not to know this one
+                        // may have forgotten its objects with it.
+                        missing = if trouble == Trouble::Missing { missing + 1 } else { 0 };
+                        let expired = trouble.is_expired() || missing > MISSING;
                         self.failed(trouble).await?;
                         if expired {
                             break;
@@ -176,6 +185,7 @@ impl Follower {
                         continue;
                     }
                 };
+                missing = 0;
                 self.works().await?;
                 let begun = Instant::now();
                 if let Next::List = self.drain(events, &mut version).await? {
@@ -268,7 +278,7 @@ impl Follower {
                 Ok(Some(Ok(event))) => match event {
                     WatchEvent::Added(o) | WatchEvent::Modified(o) => {
                         advance(from, o.metadata.resource_version.as_deref());
-                        Change::Put(read(self.scope.kind, o))
+                        Change::Put(Box::new(read(self.scope.kind, o)))
                     }
                     WatchEvent::Deleted(o) => {
                         advance(from, o.metadata.resource_version.as_deref());

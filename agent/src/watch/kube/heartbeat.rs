@@ -91,7 +91,7 @@ pub(super) async fn renew(
                 let trouble = beat(&api, &node, &uid).await.err();
                 let problem = trouble.as_ref().map(|t| {
                     let what = format!("Lease {namespace}/{node}");
-                    let text = trouble::write(t, &what, "patch", Kind::Heartbeat, &connection);
+                    let text = trouble::request(t, &what, "patch", Kind::Heartbeat, &connection);
                     Problem::new("this node's heartbeat", text)
                 });
                 let failed = problem.is_some();

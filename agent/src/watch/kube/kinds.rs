@@ -116,10 +116,21 @@ pub(super) struct Seen {
     pub(super) key: Key,
     /// Its UID.
     pub(super) uid: String,
+    /// Counts the changes of its spec; 0 where they are not counted.
+    pub(super) generation: i64,
     /// Its resourceVersion, if that is a number.
     pub(super) version: Option<u64>,
     /// Itself, or why it cannot be read.
-    pub(super) object: Result<Object, String>,
+    pub(super) object: Result<Object, Bad>,
+}
+
+/// An object that cannot be read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Bad {
+    /// Why not.
+    pub(super) message: String,
+    /// Of an EgressIP, what can be: if that is what it selects, its pods are not let out by their nodes' addresses.
+    pub(super) rest: Option<Box<EgressIp>>,
 }
 
 /// A resourceVersion as a number. They are opaque in general; that of every object is etcd's revision of its last change,
@@ -141,6 +152,7 @@ pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
     let key = (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default());
     let uid = metadata.uid.clone().unwrap_or_default();
     let version = version(metadata.resource_version.as_deref());
+    let generation = metadata.generation.unwrap_or_default();
     let ovn = kind == Kind::Node && runs_ovn(&metadata);
     // Who wrote which field is larger than many an object, and of annotations one counts.
     metadata.managed_fields = None;
@@ -148,7 +160,21 @@ pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
     if let Some(annotations) = &mut metadata.annotations {
         annotations.retain(|key, _| key == EGRESS_CAPACITY);
     }
-    Seen { key, uid, version, object: parse(kind, &metadata, data, ovn, original) }
+    let spec = (kind == Kind::EgressIp).then(|| data.get("spec").cloned()).flatten();
+    let object = parse(kind, &metadata, data, ovn, original).map_err(|message| {
+        let rest = (kind == Kind::EgressIp).then(|| Box::new(rest(&metadata, spec)));
+        Bad { message, rest }
+    });
+    Seen { key, uid, generation, version, object }
+}
+
+/// What can be read of an EgressIP without its addresses, or else without its spec.
+fn rest(metadata: &ObjectMeta, mut spec: Option<Value>) -> EgressIp {
+    if let Some(Value::Object(fields)) = &mut spec {
+        fields.remove("egressIPs");
+    }
+    let metadata = serde_json::to_value(metadata).ok().and_then(|m| of(m).ok()).unwrap_or_default();
+    EgressIp { metadata, spec: spec.and_then(|s| of(s).ok()).unwrap_or_default() }
 }
 
 fn parse(
@@ -158,10 +184,7 @@ fn parse(
     ovn: bool,
     original: Option<Box<ObjectMeta>>,
 ) -> Result<Object, String> {
-    let mut fields = match data {
-        Value::Object(fields) => fields,
-        _ => serde_json::Map::new(),
-    };
+    let mut fields = if let Value::Object(fields) = data { fields } else { serde_json::Map::new() };
     fields.insert("metadata".to_owned(), serde_json::to_value(metadata).map_err(|e| e.to_string())?);
     let status =
         matches!(kind, Kind::EgressIp | Kind::EgressFirewall).then(|| fields.remove("status")).flatten();
@@ -268,7 +291,19 @@ mod tests {
     fn a_bad_object_has_its_name_and_a_reason() {
         let s = seen(Kind::EgressIp, json!({"metadata": {"name": "e"}, "spec": {"egressIPs": "192.0.2.1"}}));
         assert_eq!(s.key.1, "e");
-        assert!(s.object.unwrap_err().contains("expected a sequence"));
+        assert!(s.object.unwrap_err().message.contains("expected a sequence"));
+    }
+
+    #[test]
+    fn what_a_bad_egress_ip_selects_is_read_all_the_same() {
+        let of = |spec: Value| {
+            let s = seen(Kind::EgressIp, json!({"metadata": {"name": "e", "uid": "u"}, "spec": spec}));
+            *s.object.unwrap_err().rest.unwrap()
+        };
+        let e = of(json!({"egressIPs": 7, "namespaceSelector": {"matchLabels": {"env": "prod"}}}));
+        assert_eq!(e.spec.namespace_selector.unwrap().match_labels["env"], "prod");
+        assert_eq!((e.metadata.uid.as_str(), e.spec.egress_ips.len()), ("u", 0));
+        assert_eq!(of(json!({"egressIPs": [], "namespaceSelector": 7})).spec, EgressIp::default().spec);
     }
 
     #[test]
@@ -311,6 +346,6 @@ mod tests {
             Kind::Cluster,
             json!({"metadata": {"name": "c"}, "data": {"tunnelPort": "70000", "tunnelVNI": "77"}}),
         );
-        assert_eq!(s.object.unwrap_err(), "data.tunnelPort: \"70000\" is no such number");
+        assert_eq!(s.object.unwrap_err().message, "data.tunnelPort: \"70000\" is no such number");
     }
 }

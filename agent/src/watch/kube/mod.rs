@@ -12,6 +12,7 @@
 mod client;
 mod election;
 mod events;
+mod firewalls;
 mod follow;
 mod heartbeat;
 mod kinds;
@@ -33,6 +34,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::info;
 
 use self::client::Connection;
+use self::firewalls::{Firewalls, Got};
 use self::follow::{Change, Message, Outlet, Scope, follow};
 use self::heartbeat::Judge;
 use self::kinds::{Key, Kind, read};
@@ -42,8 +44,10 @@ use self::view::View;
 use self::write::{Outcome, Writer};
 use super::{Event, Problem, Source, Write};
 use crate::agent::random;
+use crate::firewall::check::Spec;
 use crate::objects::{
-    EGRESS_ASSIGNABLE, EgressFirewallReport, EgressIpReport, EgressNodeStatus, ObjectName, Objects,
+    EGRESS_ASSIGNABLE, EgressFirewall, EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta,
+    ObjectName, Objects,
 };
 
 /// From the first sign of a change to telling of it: long enough to see a burst as one change.
@@ -120,7 +124,8 @@ struct Watch {
     required: bool,
     set: Set,
     run: u64,
-    _task: Task,
+    /// None: it is not needed now.
+    task: Option<Task>,
     /// What is wrong with it, and since when.
     trouble: Option<(Trouble, String)>,
 }
@@ -161,6 +166,11 @@ pub struct KubeSource {
     /// An agent's heartbeat: the UID of its Node, if that has the label.
     heartbeat: watch::Sender<Option<String>>,
     events: mpsc::Sender<(Event, String)>,
+    /// The firewalls that an agent has to get.
+    firewalls: Firewalls,
+    got: mpsc::UnboundedReceiver<Got>,
+    got_sender: mpsc::UnboundedSender<Got>,
+    noter: mpsc::UnboundedSender<Note>,
     /// Whether OpenShift's DNS is watched.
     openshift: bool,
     _tasks: Vec<Task>,
@@ -171,10 +181,11 @@ impl KubeSource {
     pub async fn open(role: Role, kubeconfig: Option<&Path>, namespace: &str) -> Result<Self, Error> {
         let connection = client::connect(kubeconfig).await?;
         let (sender, messages) = mpsc::channel(QUEUE);
-        let (noter, notes) = mpsc::unbounded_channel();
+        let (noter, note_queue) = mpsc::unbounded_channel();
         let (status, said) = watch::channel(None);
         let (heartbeat, wanted) = watch::channel(None);
         let (events, event_queue) = mpsc::channel(events::QUEUE);
+        let (got_sender, got) = mpsc::unbounded_channel();
         let client = connection.client.clone();
         let mut tasks = Vec::new();
         let mut election = None;
@@ -199,7 +210,7 @@ impl KubeSource {
             }
             Role::Controller => {
                 let (leads, leading) = watch::channel(false);
-                let (stop, stopped) = watch::channel(false);
+                let (stop, ended) = watch::channel(false);
                 let look = Arc::new(Notify::new());
                 let stand = election::stand(
                     client.clone(),
@@ -207,7 +218,7 @@ impl KubeSource {
                     identity.clone(),
                     leads,
                     Arc::clone(&look),
-                    stopped,
+                    ended,
                     noter.clone(),
                 );
                 let task = tokio::spawn(stand);
@@ -231,7 +242,7 @@ impl KubeSource {
             messages,
             judge: Judge::default(),
             problems: BTreeSet::new(),
-            notes,
+            notes: note_queue,
             noted: BTreeMap::new(),
             due: None,
             election,
@@ -240,6 +251,10 @@ impl KubeSource {
             heartbeat,
             events,
             openshift: false,
+            firewalls: Firewalls::default(),
+            got,
+            got_sender,
+            noter,
             _tasks: tasks,
             role,
         };
@@ -260,16 +275,43 @@ impl KubeSource {
     fn start(&mut self, scope: Scope, required: bool) {
         let outlet = Outlet { watch: self.watches.len(), run: 0, sender: self.sender.clone() };
         let task = Task::spawn(follow(self.connection.client.clone(), scope.clone(), outlet));
-        self.watches.push(Watch { scope, required, set: Set::default(), run: 0, _task: task, trouble: None });
+        self.watches.push(Watch {
+            scope,
+            required,
+            set: Set::default(),
+            run: 0,
+            task: Some(task),
+            trouble: None,
+        });
     }
 
     /// Lists everything anew; what was known stays until it has come.
     fn restart(&mut self) {
-        for (index, watch) in self.watches.iter_mut().enumerate() {
-            watch.run += 1;
-            watch.set.forget_lists();
-            let outlet = Outlet { watch: index, run: watch.run, sender: self.sender.clone() };
-            watch._task = Task::spawn(follow(self.connection.client.clone(), watch.scope.clone(), outlet));
+        for index in 0..self.watches.len() {
+            if self.watches[index].task.is_some() {
+                self.run(index);
+            }
+        }
+    }
+
+    /// Runs a watch from its list on.
+    fn run(&mut self, index: usize) {
+        let watch = &mut self.watches[index];
+        watch.run += 1;
+        watch.set.forget_lists();
+        let outlet = Outlet { watch: index, run: watch.run, sender: self.sender.clone() };
+        watch.task = Some(Task::spawn(follow(self.connection.client.clone(), watch.scope.clone(), outlet)));
+    }
+
+    /// Ends a watch, and forgets its objects.
+    fn stop(&mut self, index: usize) {
+        let watch = &mut self.watches[index];
+        watch.run += 1;
+        watch.task = None;
+        watch.trouble = None;
+        let kind = watch.scope.kind;
+        for key in watch.set.clear() {
+            self.view.remove(kind, &key);
         }
     }
 
@@ -277,7 +319,7 @@ impl KubeSource {
     /// is not yet. An API server that is away is waited for.
     pub async fn ready(&mut self, mut tell: impl FnMut(&BTreeSet<Problem>)) -> Result<(), Error> {
         let mut told = None;
-        while !self.complete() {
+        while !self.is_known() {
             self.changed().await?;
             if told.as_ref() != Some(&self.problems) {
                 tell(&self.problems);
@@ -285,6 +327,15 @@ impl KubeSource {
             }
         }
         Ok(())
+    }
+
+    /// Whether every object is known, good or bad.
+    fn is_known(&self) -> bool {
+        let firewalls = match &self.role {
+            Role::Agent { node } => self.firewalls.is_complete(&own_namespaces(&self.view.objects, node)),
+            Role::Controller | Role::Command => true,
+        };
+        firewalls && self.watches.iter().all(|w| !w.required || w.task.is_none() || w.set.complete())
     }
 
     /// Refuses a cluster that OVN-Kubernetes serves.
@@ -314,7 +365,7 @@ impl KubeSource {
         let trouble = match &message.change {
             Change::Failed(trouble, since) => Some((trouble.clone(), since.clone())),
             Change::Begin => watch.trouble.clone(),
-            _ => None,
+            Change::Page(_) | Change::End(_) | Change::Put(_) | Change::Gone(..) | Change::Alive => None,
         };
         let heard = !matches!(message.change, Change::Begin | Change::Page(_) | Change::Failed(..));
         let mut changed = trouble != watch.trouble;
@@ -329,7 +380,7 @@ impl KubeSource {
                 Vec::new()
             }
             Change::End(of) => watch.set.end(of),
-            Change::Put(seen) => Vec::from_iter(watch.set.put(seen)),
+            Change::Put(seen) => Vec::from_iter(watch.set.put(*seen)),
             Change::Gone(key, uid, version) => Vec::from_iter(watch.set.gone(&key, &uid, version)),
             Change::Alive | Change::Failed(..) => Vec::new(),
         };
@@ -344,6 +395,14 @@ impl KubeSource {
     }
 
     fn step(&mut self, watch: usize, kind: Kind, step: Step) -> bool {
+        if kind == Kind::EgressFirewall && self.watches[watch].scope.metadata {
+            // See `settle_firewalls`.
+            match step {
+                Step::Put(seen) => self.firewalls.note(&seen),
+                Step::Remove(key) => self.firewalls.forget(&key),
+            }
+            return true;
+        }
         // Two watches may show the same object, as a node's own pods and those of the cluster's DNS.
         let other = |key: &Key| {
             let mut others =
@@ -353,7 +412,7 @@ impl KubeSource {
         match step {
             Step::Put(seen) => {
                 let newer = other(&seen.key).is_some_and(|known| known > seen.version);
-                !newer && self.put(kind, seen)
+                !newer && self.put(kind, *seen)
             }
             Step::Remove(key) => other(&key).is_none() && self.view.remove(kind, &key),
         }
@@ -393,25 +452,70 @@ impl KubeSource {
         self.problems = problems;
         if let Role::Agent { node } = &self.role {
             let node = node.clone();
-            if !self.openshift && self.view.objects.namespaces.contains_key(OPENSHIFT_DNS) {
-                self.openshift = true;
-                let service = Scope::all(Kind::Service)
-                    .within(OPENSHIFT_DNS)
-                    .with("metadata.name=dns-default".to_owned());
-                let pods = Scope::all(Kind::Pod).within(OPENSHIFT_DNS);
-                self.start(service, false);
-                self.start(pods.labelled("dns.operator.openshift.io/daemonset-dns=default"), false);
+            self.settle_agent(&node);
+        }
+    }
+
+    /// After changes: what an agent of a node needs now.
+    fn settle_agent(&mut self, node: &str) {
+        if !self.openshift && self.view.objects.namespaces.contains_key(OPENSHIFT_DNS) {
+            self.openshift = true;
+            let service =
+                Scope::all(Kind::Service).within(OPENSHIFT_DNS).with("metadata.name=dns-default".to_owned());
+            let pods = Scope::all(Kind::Pod).within(OPENSHIFT_DNS);
+            self.start(service, false);
+            self.start(pods.labelled("dns.operator.openshift.io/daemonset-dns=default"), false);
+        }
+        let own = self.view.objects.nodes.get(node);
+        let label = own.filter(|n| n.metadata.labels.contains_key(EGRESS_ASSIGNABLE));
+        let uid = label.map(|n| n.metadata.uid.clone());
+        let assignable = uid.is_some();
+        self.heartbeat.send_if_modified(|wanted| {
+            let differs = *wanted != uid;
+            *wanted = uid;
+            differs
+        });
+        self.send_status();
+        self.settle_firewalls(node);
+        // Who uses which ports of an address concerns who holds it or may; all others have their own in their EgressNode.
+        if let Some(index) = self.watch_of(Kind::EgressAllocation) {
+            let mut allocations = self.view.objects.egress_allocations.values();
+            let named =
+                allocations.any(|a| a.spec.owner == node || a.spec.standbys.iter().any(|s| s == node));
+            let watch = &self.watches[index];
+            match (&watch.task, assignable || named) {
+                (None, true) => self.run(index),
+                // Only a whole list tells that it is not named.
+                (Some(_), false) if watch.set.complete() => self.stop(index),
+                _ => {}
             }
-            let own = self.view.objects.nodes.get(&node);
-            let uid = own
-                .filter(|n| n.metadata.labels.contains_key(EGRESS_ASSIGNABLE))
-                .map(|n| n.metadata.uid.clone());
-            self.heartbeat.send_if_modified(|wanted| {
-                let differs = *wanted != uid;
-                *wanted = uid;
-                differs
-            });
-            self.send_status();
+        }
+    }
+
+    /// Gets the firewalls of an agent's own pods. Until one is there, nothing that it could be about is let through.
+    fn settle_firewalls(&mut self, node: &str) {
+        let namespaces = own_namespaces(&self.view.objects, node);
+        let errands = self.firewalls.errands(&namespaces);
+        for key in &errands.drop {
+            self.view.remove(Kind::EgressFirewall, key);
+        }
+        for key in &errands.get {
+            let unread = || EgressFirewall {
+                metadata: Meta { name: key.1.clone(), namespace: key.0.clone(), ..Meta::default() },
+                spec: Spec::unread(),
+            };
+            self.view.objects.egress_firewalls.entry(key.clone()).or_insert_with(unread);
+            self.firewalls.fetch(key, &self.connection, &self.got_sender, &self.noter);
+        }
+    }
+
+    /// Takes up a firewall that was got.
+    fn got(&mut self, (key, object): Got) -> bool {
+        let seen = object.map(|object| read(Kind::EgressFirewall, object));
+        self.firewalls.got(&key, seen.as_ref());
+        match seen {
+            Some(seen) => self.view.put(Kind::EgressFirewall, seen),
+            None => self.view.remove(Kind::EgressFirewall, &key),
         }
     }
 
@@ -454,9 +558,9 @@ impl KubeSource {
     /// Takes up an object that a request has brought.
     fn absorb(&mut self, kind: Kind, object: DynamicObject) {
         if let Some(index) = self.watch_of(kind)
-            && let Some(Step::Put(seen)) = self.watches[index].set.put(read(kind, object))
+            && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object))
         {
-            self.view.put(kind, seen);
+            self.view.put(kind, *seen);
         }
     }
 
@@ -491,14 +595,14 @@ impl KubeSource {
                     Ok(None) => self.forget(kind, namespace, name),
                     Err(trouble) => {
                         let text =
-                            trouble::write(&trouble, &about.to_string(), "get", kind, &self.connection);
+                            trouble::request(&trouble, &about.to_string(), "get", kind, &self.connection);
                         return Err(Error::Write(text));
                     }
                 }
                 return Err(Error::Conflict(about.to_string()));
             }
             Err(trouble) => {
-                return Err(Error::Write(trouble::write(
+                return Err(Error::Write(trouble::request(
                     &trouble,
                     &about.to_string(),
                     verb,
@@ -518,7 +622,6 @@ fn scopes(role: &Role, namespace: &str) -> Vec<(Scope, bool)> {
     let mut scopes = vec![
         (Scope::all(Kind::EgressNode), true),
         (Scope::all(Kind::EgressIp), true),
-        (Scope::all(Kind::EgressFirewall), true),
         (Scope::all(Kind::EgressConfig), true),
         (Scope::all(Kind::EgressAllocation), true),
         (cluster, true),
@@ -529,6 +632,7 @@ fn scopes(role: &Role, namespace: &str) -> Vec<(Scope, bool)> {
             scopes.push((Scope::all(Kind::Node).with(format!("metadata.name={node}")), true));
             scopes.push((Scope::all(Kind::Pod).with(format!("spec.nodeName={node}")), true));
             scopes.push((Scope::all(Kind::Namespace).metadata(), true));
+            scopes.push((Scope::all(Kind::EgressFirewall).metadata(), true));
             // The cluster's own DNS: without it names are not learnt, and all else works.
             let dns = "k8s-app=kube-dns";
             scopes.push((Scope::all(Kind::Service).within("kube-system").labelled(dns), false));
@@ -536,6 +640,7 @@ fn scopes(role: &Role, namespace: &str) -> Vec<(Scope, bool)> {
         }
         Role::Controller => {
             scopes.push((Scope::all(Kind::Node), true));
+            scopes.push((Scope::all(Kind::EgressFirewall), true));
             scopes.push((heartbeats, true));
             let lease =
                 Scope::all(Kind::Leader).within(namespace).with(format!("metadata.name={}", election::LEASE));
@@ -543,9 +648,20 @@ fn scopes(role: &Role, namespace: &str) -> Vec<(Scope, bool)> {
         }
         Role::Command => {
             scopes.push((Scope::all(Kind::Node), true));
+            scopes.push((Scope::all(Kind::EgressFirewall), true));
         }
     }
     scopes
+}
+
+/// Namespaces that have pods on a node.
+fn own_namespaces<'a>(objects: &'a Objects, node: &str) -> BTreeSet<&'a str> {
+    objects
+        .pods
+        .values()
+        .filter(|p| p.spec.node_name == node)
+        .map(|p| p.metadata.namespace.as_str())
+        .collect()
 }
 
 /// A server that cannot be reached is one problem, however many watches there are: that which has it longest.
@@ -582,6 +698,7 @@ impl Source for KubeSource {
             let due = self.due;
             let news = tokio::select! {
                 message = self.messages.recv() => message.is_some_and(|m| self.take(m)),
+                got = self.got.recv() => got.is_some_and(|g| self.got(g)),
                 note = self.notes.recv() => note.is_some_and(|n| self.note(n)),
                 () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
                     self.due = None;
@@ -621,9 +738,8 @@ impl Source for KubeSource {
     }
 
     fn complete(&self) -> bool {
-        self.watches.iter().all(|w| !w.required || w.set.complete())
-            // Of an EgressIP that never could be read nobody knows which addresses it has.
-            && self.view.bad.keys().all(|(kind, key)| *kind != Kind::EgressIp || self.view.objects.egress_ips.contains_key(&key.1))
+        // Which addresses an EgressIP has that never could be read, nobody knows.
+        self.is_known() && self.view.partial.is_empty()
     }
 
     fn problems(&self) -> &BTreeSet<Problem> {
@@ -643,28 +759,25 @@ impl Source for KubeSource {
         Ok(elected && listed && self.holds_lease())
     }
 
+    fn is_conflict(error: &Error) -> bool {
+        matches!(error, Error::Conflict(_))
+    }
+
     async fn write(&mut self, write: Write) -> Result<(), Error> {
-        let write = match write {
+        match write {
             Write::EgressNode(node) => {
                 self.view.say(node.status);
                 self.unsent = true;
                 self.send_status();
-                return Ok(());
+                Ok(())
             }
             Write::Event(event) => {
-                let about = &event.about;
-                let uid = self.uid_of(about);
+                let uid = self.uid_of(&event.about);
                 // Full: news that nobody could read anyway.
                 let _ = self.events.try_send((event, uid));
-                return Ok(());
+                Ok(())
             }
-            write => write,
-        };
-        if !self.holds_lease() {
-            return Err(Error::NotLeader);
-        }
-        match write {
-            Write::EgressNode(_) | Write::Event(_) => Ok(()),
+            _ if !self.holds_lease() => Err(Error::NotLeader),
             Write::NodeSpec(name, spec) => {
                 let old = self.head(Kind::EgressNode, "", &name).and_then(|(_, version)| version);
                 let outcome = self.writer.node_spec(&name, &spec, old).await;

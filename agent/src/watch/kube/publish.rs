@@ -37,7 +37,7 @@ pub(super) async fn publish(
             let trouble = write(&api, &node, &status).await.err();
             let problem = trouble.as_ref().map(|t| {
                 let what = format!("the status of EgressNode {node}");
-                let text = trouble::write(t, &what, "patch", Kind::EgressNode, &connection);
+                let text = trouble::request(t, &what, "patch", Kind::EgressNode, &connection);
                 Problem::new("this node's EgressNode", text)
             });
             if notes.send(Note { about: "EgressNode", problem }).is_err() {

@@ -18,7 +18,7 @@ struct Head {
 #[derive(Debug)]
 pub(super) enum Step {
     /// This is the object now.
-    Put(Seen),
+    Put(Box<Seen>),
     /// There is none of this name.
     Remove(Key),
 }
@@ -31,6 +31,8 @@ pub(super) struct Set {
     listing: Option<BTreeMap<Key, Seen>>,
     /// Whether a list has been brought to its end.
     listed: bool,
+    /// The newest version that the watch has come to.
+    horizon: Option<u64>,
     /// UIDs of objects that this process has removed, until the watch says so.
     removed: BTreeMap<Key, String>,
 }
@@ -63,6 +65,11 @@ impl Set {
         self.heads.get(key).map(|h| (h.uid.as_str(), h.version))
     }
 
+    /// Forgets everything; which objects that were.
+    pub(super) fn clear(&mut self) -> Vec<Key> {
+        std::mem::take(self).heads.into_keys().collect()
+    }
+
     /// A list begins.
     pub(super) fn begin(&mut self) {
         self.listing = Some(BTreeMap::new());
@@ -79,6 +86,14 @@ impl Set {
     pub(super) fn end(&mut self, of: Option<u64>) -> Vec<Step> {
         let Some(listing) = self.listing.take() else { return Vec::new() };
         self.listed = true;
+        if older(of, self.horizon) {
+            // Lists are of the newest version there is: so the server's store was put back to an earlier state. What is
+            // there now counts, whatever it is called.
+            for head in self.heads.values_mut() {
+                head.version = None;
+            }
+        }
+        self.horizon = of;
         let mut steps = Vec::new();
         // Gone is what the list lacks, unless it is younger than the list.
         let gone: Vec<_> = self
@@ -93,13 +108,19 @@ impl Set {
         }
         self.removed.retain(|key, uid| listing.get(key).is_some_and(|seen| seen.uid == *uid));
         for (_, seen) in listing {
-            steps.extend(self.put(seen));
+            steps.extend(self.written(seen));
         }
         steps
     }
 
     /// An object is new or has changed, says the watch.
     pub(super) fn put(&mut self, seen: Seen) -> Option<Step> {
+        self.horizon = self.horizon.max(seen.version);
+        self.written(seen)
+    }
+
+    /// An object is new or has changed, says the answer to a request: the watch may not have come to it.
+    pub(super) fn written(&mut self, seen: Seen) -> Option<Step> {
         if self.removed.get(&seen.key) == Some(&seen.uid) {
             return None;
         }
@@ -111,11 +132,12 @@ impl Set {
         }
         self.removed.remove(&seen.key);
         self.heads.insert(seen.key.clone(), Head { uid: seen.uid.clone(), version: seen.version });
-        Some(Step::Put(seen))
+        Some(Step::Put(Box::new(seen)))
     }
 
     /// An object is gone, says the watch.
     pub(super) fn gone(&mut self, key: &Key, uid: &str, version: Option<u64>) -> Option<Step> {
+        self.horizon = self.horizon.max(version);
         if self.removed.get(key).is_some_and(|removed| removed == uid) {
             self.removed.remove(key);
         }
@@ -149,6 +171,7 @@ mod tests {
         Seen {
             key: key(name),
             uid: uid.into(),
+            generation: 1,
             version: Some(version),
             object: Ok(Object::Heartbeat(version.to_string())),
         }
@@ -200,8 +223,7 @@ mod tests {
     fn what_comes_late_undoes_nothing() {
         let mut set = Set::default();
         list(&mut set, vec![seen("a", "1", 3)], 3);
-        // Written by this process.
-        assert_eq!(told(set.put(seen("a", "1", 10))), ["a@10"]);
+        assert_eq!(told(set.written(seen("a", "1", 10))), ["a@10"]);
         assert_eq!(told(set.put(seen("a", "1", 7))), Vec::<String>::new());
         assert_eq!(told(set.gone(&key("a"), "1", Some(9))), Vec::<String>::new());
         assert_eq!(told(set.put(seen("a", "1", 10))), Vec::<String>::new(), "the same again");
@@ -215,8 +237,8 @@ mod tests {
         list(&mut set, vec![seen("a", "1", 3)], 3);
         set.begin();
         set.page(vec![seen("a", "1", 3)]);
-        set.put(seen("a", "1", 10));
-        set.put(seen("b", "2", 11));
+        set.written(seen("a", "1", 10));
+        set.written(seen("b", "2", 11));
         assert_eq!(told(set.end(Some(9))), Vec::<String>::new());
         assert_eq!(set.head(&key("a")), Some(("1", Some(10))));
         assert!(set.has(&key("b")));
@@ -235,6 +257,15 @@ mod tests {
         assert_eq!(told(set.put(seen("a", "2", 9))), ["a@9"]);
         assert_eq!(told(set.gone(&key("a"), "1", Some(5))), Vec::<String>::new());
         assert!(set.has(&key("a")));
+    }
+
+    #[test]
+    fn a_store_that_was_put_back_is_believed() {
+        let mut set = Set::default();
+        list(&mut set, vec![seen("a", "1", 90), seen("b", "2", 95)], 100);
+        set.put(seen("a", "1", 110));
+        assert_eq!(list(&mut set, vec![seen("a", "1", 40)], 50), ["-b", "a@40"]);
+        assert_eq!(told(set.put(seen("a", "1", 51))), ["a@51"]);
     }
 
     #[test]

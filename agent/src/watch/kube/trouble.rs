@@ -28,16 +28,20 @@ pub(super) enum Trouble {
 impl Trouble {
     /// The trouble behind an error of a request with a verb.
     pub(super) fn of(error: &kube::Error, verb: &'static str) -> Self {
-        match error {
-            kube::Error::Api(status) => Self::said(status, verb),
-            other => Self::Unreachable(chain(other)),
+        if let kube::Error::Api(status) = error {
+            Self::said(status, verb)
+        } else {
+            Self::Unreachable(chain(error))
         }
     }
 
     fn said(status: &Status, verb: &'static str) -> Self {
         match status.code {
             401 => Self::Unauthorized,
-            403 => Self::Forbidden(verb, status.message.clone()),
+            // The server goes on with every role that it has not found, which is many while it starts.
+            403 => {
+                Self::Forbidden(verb, status.message.split(": RBAC: [").next().unwrap_or_default().to_owned())
+            }
             404 => Self::Missing,
             409 => Self::Conflict,
             410 => Self::Expired,
@@ -99,8 +103,8 @@ fn words(status: &Status) -> String {
     }
 }
 
-/// A write that did not work: [`super::Error`]'s text.
-pub(super) fn write(
+/// A request that did not work, in words: what was to be done to what.
+pub(super) fn request(
     trouble: &Trouble,
     what: &str,
     verb: &str,
@@ -110,17 +114,17 @@ pub(super) fn write(
     let plural = kind.plural();
     let (server, user) = (&connection.server, &connection.user);
     match trouble {
-        Trouble::Unreachable(cause) => format!("cannot write {what} to {server}: {cause}"),
+        Trouble::Unreachable(cause) => format!("cannot {verb} {what} at {server}: {cause}"),
         Trouble::Unauthorized => {
-            format!("cannot write {what}: {server} does not accept the credentials of {user}")
+            format!("cannot {verb} {what}: {server} does not accept the credentials of {user}")
         }
         Trouble::Forbidden(_, said) => {
             format!("may not {verb} {plural}: give {user} the verb {verb} on them ({said})")
         }
-        Trouble::Missing => format!("cannot write {what}: it is gone, or the server has no {plural}"),
-        Trouble::Conflict => format!("{what} has changed meanwhile: it is read and planned for again"),
-        Trouble::Expired => format!("cannot write {what}: its version has expired"),
-        Trouble::Refused(said) => format!("cannot write {what}: {said}"),
+        Trouble::Missing => format!("cannot {verb} {what}: it is gone, or the server has no {plural}"),
+        Trouble::Conflict => format!("{what} has changed meanwhile"),
+        Trouble::Expired => format!("cannot {verb} {what}: its version has expired"),
+        Trouble::Refused(said) => format!("cannot {verb} {what}: {said}"),
     }
 }
 
@@ -138,6 +142,7 @@ mod tests {
         for (code, reason, trouble) in [
             (401, "Unauthorized", Trouble::Unauthorized),
             (403, "Forbidden", Trouble::Forbidden("list", "m".into())),
+            (409, "AlreadyExists", Trouble::Conflict),
             (404, "NotFound", Trouble::Missing),
             (409, "Conflict", Trouble::Conflict),
             (410, "Expired", Trouble::Expired),
@@ -148,6 +153,8 @@ mod tests {
         ] {
             assert_eq!(Trouble::of(&api(code, reason, "m"), "list"), trouble, "{code}");
         }
+        let long = api(403, "Forbidden", "no: RBAC: [clusterrole.rbac.authorization.k8s.io \"x\" not found]");
+        assert_eq!(Trouble::of(&long, "list"), Trouble::Forbidden("list", "no".into()));
         assert_eq!(Trouble::of(&api(502, "", ""), "list"), Trouble::Unreachable("HTTP status 502".into()));
     }
 }

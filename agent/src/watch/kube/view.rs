@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kube::api::ObjectMeta;
 
-use super::kinds::{Key, Kind, Leader, Object, Seen};
+use super::kinds::{Bad, Key, Kind, Leader, Object, Seen};
 use crate::digest;
 use crate::objects::{EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta, Objects};
 
@@ -19,6 +19,8 @@ pub(super) struct View {
     pub(super) firewall_statuses: BTreeMap<String, EgressFirewallReport>,
     /// Allocations that cannot be read and never could.
     pub(super) unreadable: BTreeSet<String>,
+    /// EgressIPs whose addresses cannot be read and never could.
+    pub(super) partial: BTreeSet<String>,
     /// Metadata of allocations, whole, for their replacement.
     pub(super) originals: BTreeMap<String, ObjectMeta>,
     /// Nodes that OVN-Kubernetes runs.
@@ -47,9 +49,18 @@ impl View {
         match object {
             Ok(object) => {
                 let mended = self.bad.remove(&(kind, key.clone())).is_some();
+                if kind == Kind::EgressIp {
+                    self.partial.remove(&key.1);
+                }
                 self.set(key, object) | mended
             }
-            Err(message) => {
+            Err(Bad { message, rest }) => {
+                if let Some(rest) = rest
+                    && (self.partial.contains(&key.1) || !self.objects.egress_ips.contains_key(&key.1))
+                {
+                    self.partial.insert(key.1.clone());
+                    self.objects.egress_ips.insert(key.1.clone(), *rest);
+                }
                 if kind == Kind::EgressAllocation && !self.objects.egress_allocations.contains_key(&key.1) {
                     self.unreadable.insert(key.1.clone());
                 }
@@ -119,6 +130,7 @@ impl View {
             Kind::Service => o.services.remove(key).is_some(),
             Kind::EgressIp => {
                 self.statuses.remove(&key.1);
+                self.partial.remove(&key.1);
                 o.egress_ips.remove(&key.1).is_some()
             }
             Kind::EgressFirewall => {
@@ -239,6 +251,21 @@ mod tests {
         assert_eq!(view.bad.len(), 1);
         assert!(put(&mut view, Kind::EgressIp, of(json!(["192.0.2.1"]))));
         assert!(view.bad.is_empty());
+    }
+
+    #[test]
+    fn a_bad_egress_ip_without_a_good_version_selects_its_pods_all_the_same() {
+        let mut view = View::new(None);
+        let of = |ips: Value, env: &str| json!({"metadata": {"name": "e"}, "spec": {"egressIPs": ips, "namespaceSelector": {"matchLabels": {"env": env}}}});
+        put(&mut view, Kind::EgressIp, of(json!(7), "a"));
+        put(&mut view, Kind::EgressIp, of(json!(8), "b"));
+        let env = |view: &View| {
+            view.objects.egress_ips["e"].spec.namespace_selector.clone().unwrap().match_labels["env"].clone()
+        };
+        assert_eq!((env(&view).as_str(), view.partial.len()), ("b", 1));
+        put(&mut view, Kind::EgressIp, of(json!(["192.0.2.1"]), "c"));
+        put(&mut view, Kind::EgressIp, of(json!(9), "d"));
+        assert_eq!((env(&view).as_str(), view.partial.len()), ("c", 0));
     }
 
     #[test]

@@ -98,10 +98,10 @@ impl Writer {
                 o.metadata.deletion_timestamp.is_some()
                     && o.metadata.finalizers.as_ref().is_some_and(|f| !f.is_empty())
             })),
-            Err(error) => match Trouble::of(&error, "delete") {
-                Trouble::Missing => Ok(None),
-                trouble => Err(trouble),
-            },
+            Err(error) => {
+                let trouble = Trouble::of(&error, "delete");
+                if trouble == Trouble::Missing { Ok(None) } else { Err(trouble) }
+            }
         }
     }
 
@@ -156,18 +156,16 @@ impl Writer {
             TUNNEL_PORT: cluster.tunnel.port.to_string(),
             TUNNEL_VNI: cluster.tunnel.vni.to_string(),
         });
-        match old {
-            Some(version) => {
-                let patch = json!({"metadata": {"resourceVersion": version.to_string()}, "data": data});
-                api.patch(CLUSTER, &by(MANAGER), &Patch::Merge(patch)).await.map_err(|e| Trouble::of(&e, "patch"))
-            }
-            None => {
-                let new = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CLUSTER}, "data": data});
-                let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-                api.create(&params, &object(new)?).await.map_err(|e| Trouble::of(&e, "create"))
-            }
-        }
-        .map(Some)
+        let answer = if let Some(version) = old {
+            let patch = json!({"metadata": {"resourceVersion": version.to_string()}, "data": data});
+            api.patch(CLUSTER, &by(MANAGER), &Patch::Merge(patch)).await
+        } else {
+            let new =
+                json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CLUSTER}, "data": data});
+            let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+            api.create(&params, &object(new)?).await
+        };
+        answer.map(Some).map_err(|e| Trouble::of(&e, if old.is_some() { "patch" } else { "create" }))
     }
 }
 
