@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{build, machine, process, ui};
+use crate::{build, machine, process, setup, ui};
 
 /// Where the definitions are, from the repository's root.
 const DIRECTORY: &str = "deploy/crds";
@@ -16,6 +16,7 @@ const REMEDY: &str = "run `cargo xtask codegen` and commit deploy/crds";
 
 /// `cargo xtask codegen`.
 pub(crate) fn run() -> Result<()> {
+    setup::ensure_build()?;
     build::ebpf()?; // the agent's build reads the object
     let directory = directory();
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
