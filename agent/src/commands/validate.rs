@@ -127,7 +127,7 @@ impl Files {
         let place = |line| Place { file: file.to_owned(), line };
         // JSON is YAML too, but for a text of several values.
         let json = dir::split_json(text);
-        let is_json = json.is_ok() || file.ends_with(".json");
+        let is_json = json.is_ok() || Path::new(file).extension().is_some_and(|e| e == "json");
         let parts = match json {
             Ok(parts) => parts,
             Err(message) if is_json => return self.wrong(&place(1), "", "", message),
