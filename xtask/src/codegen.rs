@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{build, machine, process, ui};
+use crate::{build, machine, process, setup, ui};
 
 /// Where the definitions are, from the repository's root.
 const DIRECTORY: &str = "deploy/crds";
@@ -16,6 +16,7 @@ const REMEDY: &str = "run `cargo xtask codegen` and commit deploy/crds";
 
 /// `cargo xtask codegen`.
 pub(crate) fn run() -> Result<()> {
+    setup::ensure_build()?;
     build::ebpf()?; // the agent's build reads the object
     let directory = directory();
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
@@ -71,7 +72,7 @@ fn present() -> Result<BTreeMap<String, String>> {
     Ok(files)
 }
 
-/// The files by name: one a definition, called GROUP_PLURAL.yaml, and the kustomization that lists them.
+/// The files by name: one a definition, called `GROUP_PLURAL.yaml`, and the kustomization that lists them.
 fn files(definitions: &str) -> Result<BTreeMap<String, String>> {
     let mut files = BTreeMap::new();
     for document in definitions.split("---\n").filter(|d| !d.trim().is_empty()) {
@@ -83,15 +84,11 @@ fn files(definitions: &str) -> Result<BTreeMap<String, String>> {
         files.insert(format!("{group}_{plural}.yaml"), document.to_owned());
     }
     ensure!(!files.is_empty(), "the agent prints no CRDs");
-    let mut kustomization = String::from(
-        "# Made by `cargo xtask codegen`.\n\
+    let head = "# Made by `cargo xtask codegen`.\n\
          # Apart from the rest, so that removing Outgate does not remove users' objects: they go with their definitions.\n\
-         apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n",
-    );
-    for name in files.keys() {
-        kustomization.push_str(&format!("- {name}\n"));
-    }
-    files.insert("kustomization.yaml".to_owned(), kustomization);
+         apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n";
+    let resources: Vec<_> = files.keys().map(|name| format!("- {name}\n")).collect();
+    files.insert("kustomization.yaml".to_owned(), format!("{head}{}", resources.concat()));
     Ok(files)
 }
 

@@ -127,7 +127,7 @@ impl Files {
         let place = |line| Place { file: file.to_owned(), line };
         // JSON is YAML too, but for a text of several values.
         let json = dir::split_json(text);
-        let is_json = json.is_ok() || file.ends_with(".json");
+        let is_json = json.is_ok() || Path::new(file).extension().is_some_and(|e| e == "json");
         let parts = match json {
             Ok(parts) => parts,
             Err(message) if is_json => return self.wrong(&place(1), "", "", message),
@@ -318,4 +318,204 @@ fn split(message: &str) -> (&str, &str) {
 fn within(field: &str, other: &str) -> bool {
     let rest = field.strip_prefix(other);
     !other.is_empty() && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Output;
+
+    /// What is printed of these files.
+    fn of(files: &[(&str, &str)]) -> Vec<String> {
+        let mut all = Files::default();
+        for (name, text) in files {
+            all.text(name, text);
+        }
+        let mut out = Vec::new();
+        table(&mut out, &all.finish()).unwrap();
+        String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    const GOOD: &str = "apiVersion: k8s.ovn.org/v1
+kind: EgressIP
+metadata: {name: prod, creationTimestamp: null}
+spec:
+  egressIPs: [192.0.2.1]
+  namespaceSelector: {matchLabels: {env: prod}}
+";
+
+    #[test]
+    fn what_is_right_is_counted_and_other_kinds_are_skipped() {
+        let text = format!(
+            "# all of it
+---
+{GOOD}status: {{items: []}}
+---
+apiVersion: v1
+kind: Secret
+metadata: {{name: s}}
+---
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {{name: egressips.k8s.ovn.org}}
+---
+apiVersion: k8s.ovn.org/v1
+kind: EgressFirewall
+metadata: {{name: default, namespace: shop}}
+spec: {{egress: [{{type: Allow, to: {{nodeSelector: {{matchLabels: {{a: b}}}}}}}}]}}
+"
+        );
+        assert_eq!(of(&[("a.yaml", &text)]), ["2 objects checked, 2 of other kinds skipped"]);
+    }
+
+    #[test]
+    fn a_mistake_is_named_once_by_file_line_object_and_field() {
+        let firewall = "
+---
+# rules
+apiVersion: k8s.ovn.org/v1
+kind: EgressFirewall
+metadata: {name: default, namespace: shop}
+spec:
+  egress:
+  - {type: allow, to: {cidrSelector: 10.0.0.1}}
+  - {type: Deny, to: {cidrSelector: 0.0.0.0/0}, ports: [{protocol: TCP, port: 80, endPort: 70}], prots: []}
+";
+        let eip = GOOD.replace("192.0.2.1", "192.0.2.300, 192.0.2.1");
+        assert_eq!(
+            of(&[("a.yaml", &format!("{eip}{firewall}"))]),
+            [
+                "a.yaml:1: EgressIP prod: spec.egressIPs[0]: \"192.0.2.300\" is not an IP address",
+                "a.yaml:10: EgressFirewall shop/default: spec.egress[0].to.cidrSelector: \"10.0.0.1\" is an address, not a network: write 10.0.0.1/32",
+                "a.yaml:10: EgressFirewall shop/default: spec.egress[0].type: \"allow\" is neither Allow nor Deny",
+                "a.yaml:10: EgressFirewall shop/default: spec.egress[1].ports[0].endPort: 70 is less than port, 80",
+                "a.yaml:10: EgressFirewall shop/default: spec.egress[1].prots: is no field of this kind: kubectl refuses it, or the API server drops it",
+                "2 objects checked",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_the_agent_alone_knows_is_said_of_all_files_together() {
+        let second = GOOD.replace("name: prod", "name: second").replace("env: prod", "env: test");
+        let config = "apiVersion: outgate.dev/v1alpha1
+kind: EgressConfig
+metadata: {name: default}
+spec: {clusterCIDRs: [198.51.100.0/24], resolvers: [127.0.0.1]}
+";
+        let inside = GOOD.replace("prod", "inside").replace("192.0.2.1", "198.51.100.7");
+        assert_eq!(
+            of(&[("a.yaml", GOOD), ("b.yaml", &second), ("c.yaml", config), ("d.yaml", &inside)]),
+            [
+                "b.yaml:1: EgressIP second: address 192.0.2.1 is refused: also in EgressIP prod, which is older and keeps it",
+                "c.yaml:1: EgressConfig default: spec.resolvers[0]: \"127.0.0.1\" is no address that pods ask a resolver at; ignored",
+                "d.yaml:1: EgressIP inside: address 198.51.100.7 is refused: inside the cluster's network 198.51.100.0/24; an egress IP must be outside",
+                "4 objects checked",
+            ]
+        );
+        assert_eq!(
+            of(&[("a.yaml", GOOD), ("b.yaml", GOOD)]),
+            ["b.yaml:1: EgressIP prod: is already in a.yaml:1, which counts", "2 objects checked"]
+        );
+    }
+
+    #[test]
+    fn what_may_not_be_meant_is_a_note() {
+        let all =
+            GOOD.replace("{matchLabels: {env: prod}}", "{}").replace("192.0.2.1", "192.0.2.2, 192.0.2.2");
+        let twin = GOOD.replace("name: prod", "name: twin").replace("192.0.2.1", "192.0.2.3");
+        let found = of(&[("a.yaml", &all.replace("prod", "all")), ("b.yaml", GOOD), ("c.yaml", &twin)]);
+        assert_eq!(
+            found,
+            [
+                "a.yaml:1: note: EgressIP all: spec.egressIPs[1]: \"192.0.2.2\" is there twice",
+                "a.yaml:1: note: EgressIP all: spec.namespaceSelector: is empty: it selects all namespaces, those of the system too",
+                "c.yaml:1: note: EgressIP twin: spec: selects the same pods as EgressIP prod: the older object serves them, the other waits",
+                "3 objects checked",
+            ]
+        );
+        // Only where nodes are there can it be known that none is selected.
+        let firewall = "apiVersion: k8s.ovn.org/v1
+kind: EgressFirewall
+metadata: {name: default, namespace: shop}
+spec: {egress: [{type: Allow, to: {nodeSelector: {matchLabels: {a: b}}}}]}
+";
+        let node = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\n";
+        assert_eq!(of(&[("a.yaml", firewall)]), ["1 object checked"]);
+        let found = of(&[("a.yaml", firewall), ("n.yaml", node)]);
+        assert!(
+            found[0]
+                .starts_with("a.yaml:1: note: EgressFirewall shop/default: nodeSelector of spec.egress[0]"),
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn lists_json_and_broken_texts() {
+        let item = |name: &str, ip: &str| {
+            format!(
+                r#"{{"apiVersion": "k8s.ovn.org/v1", "kind": "EgressIP", "metadata": {{"name": "{name}"}},
+                    "spec": {{"egressIPs": ["{ip}"], "namespaceSelector": {{"matchLabels": {{"a": "{name}"}}}}}}}}"#
+            )
+        };
+        for (api, kind) in [("v1", "List"), ("k8s.ovn.org/v1", "EgressIPList")] {
+            let list = format!(
+                r#"{{"apiVersion": "{api}", "kind": "{kind}", "items": [{}, {}]}}"#,
+                item("x", "192.0.2.1"),
+                item("y", "192.0.2.x")
+            );
+            let wrong = "a:1: EgressIP y: spec.egressIPs[0]: \"192.0.2.x\" is not an IP address";
+            assert_eq!(of(&[("a", &list)]), [wrong, "2 objects checked"]);
+        }
+        let two = format!("{}\n{}", item("x", "192.0.2.1"), item("y", "192.0.2.x"));
+        assert_eq!(
+            of(&[("a", &two)])[0],
+            "a:3: EgressIP y: spec.egressIPs[0]: \"192.0.2.x\" is not an IP address"
+        );
+        assert!(
+            of(&[("a.json", "{\"kind\":\n 5")])[0].starts_with("a.json:1: line 2: EOF"),
+            "{:?}",
+            of(&[("a.json", "{\"kind\":\n 5")])
+        );
+        for (text, expected) in [
+            (format!("{GOOD}---\nkind: [\n"), "a.yaml:8: "),
+            (format!("{GOOD}---\nfoo: 1\n"), "a.yaml:8: no kind: this is not a Kubernetes object"),
+            (
+                format!("{GOOD}---\nkind: EgressIp\napiVersion: k8s.ovn.org/v1\n"),
+                "a.yaml:8: EgressIp of k8s.ovn.org/v1 is not a kind that outgate knows",
+            ),
+            (
+                GOOD.replace("name: prod", "name: Prod"),
+                "a.yaml:1: EgressIP Prod: metadata.name \"Prod\" is not a Kubernetes name",
+            ),
+        ] {
+            let found = of(&[("a.yaml", &text)]);
+            assert!(found[0].starts_with(expected) && found.len() == 2, "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn the_command_fails_if_there_are_mistakes_and_prints_for_programs() {
+        let dir = std::env::temp_dir().join(format!("outgate-validate-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("a.yaml");
+        let run = |text: &str, output| {
+            fs::write(&path, text).unwrap();
+            let mut out = Vec::new();
+            let args = ValidateArgs { files: vec![path.clone()], output };
+            (run(&args, &mut out).map_err(|e| e.to_string()), String::from_utf8(out).unwrap())
+        };
+        assert_eq!(run(GOOD, Output::Table), (Ok(()), "1 object checked\n".to_owned()));
+        let (result, out) = run(&GOOD.replace("192.0.2.1", "192.0.2"), Output::Json);
+        assert_eq!(result, Err("1 mistake".to_owned()));
+        let report: Value = serde_json::from_str(&out).unwrap();
+        let found = &report["findings"][0];
+        assert_eq!(
+            (&found["field"], &found["severity"], &found["line"]),
+            (&"spec.egressIPs[0]".into(), &"Mistake".into(), &1.into())
+        );
+        let missing = ValidateArgs { files: vec![dir.join("none.yaml")], output: Output::Table };
+        assert!(super::run(&missing, &mut Vec::new()).is_err());
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -4,7 +4,8 @@
 //! a field's name ends, nor of Kubernetes' formats, and are as large as the rest of this program's checks. A test sees to
 //! it that no schema has a keyword that is not checked here.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -31,8 +32,8 @@ pub(crate) struct Mistake {
 /// Checks objects; what it needs of a kind is made once.
 #[derive(Default)]
 pub(crate) struct Checker {
-    kinds: HashMap<&'static str, (Value, CompiledSchema)>,
-    patterns: HashMap<String, Option<Regex>>,
+    kinds: BTreeMap<&'static str, (Value, CompiledSchema)>,
+    patterns: BTreeMap<String, Option<Regex>>,
 }
 
 impl Checker {
@@ -71,14 +72,14 @@ fn without_nulls(value: &Value) -> Value {
 }
 
 struct Walk<'a> {
-    patterns: &'a mut HashMap<String, Option<Regex>>,
+    patterns: &'a mut BTreeMap<String, Option<Regex>>,
     mistakes: Vec<Mistake>,
     /// Fields that are pruned.
     unknown: Vec<Mistake>,
 }
 
 impl Walk<'_> {
-    fn wrong(&mut self, at: &str, message: impl ToString) {
+    fn wrong(&mut self, at: &str, message: impl fmt::Display) {
         self.mistakes.push(Mistake { field: at.to_owned(), message: message.to_string() });
     }
 

@@ -37,6 +37,7 @@ pub(super) const EGRESS_IP: &[Column] = &[
     Column::text("EgressIPs", ".spec.egressIPs[*]"),
     Column::text("Assigned Node", ".status.items[*].node"),
     Column::text("Assigned EgressIPs", ".status.items[*].egressIP"),
+    Column::text("Assignments", ".status.items").wide(),
     Column::text("Assigned", r#".status.conditions[?(@.type=="Assigned")].status"#).wide(),
     Column::text("Reason", r#".status.conditions[?(@.type=="Assigned")].message"#).wide(),
     AGE.wide(),
@@ -59,11 +60,11 @@ pub(super) const EGRESS_CONFIG: &[Column] = &[
 
 pub(super) const EGRESS_NODE: &[Column] = &[
     Column::text("Tunnel", ".status.tunnelAddress"),
-    Column::text("Uplink", ".status.uplinks[*].name"),
-    Column::text("Uses", ".spec.ranges[*].egressIP"),
-    Column::text("Gateway For", ".status.loaded[*].egressIP"),
+    Column::text("First Uplink", ".status.uplinks[*].name"),
+    Column::text("Pod CIDRs", ".spec.podCIDRs"),
     Column::text("Addresses", ".status.addresses").wide(),
-    Column::text("Pod CIDRs", ".spec.podCIDRs").wide(),
+    Column::text("First EgressIP Used", ".spec.ranges[*].egressIP").wide(),
+    Column::text("First EgressIP Loaded", ".status.loaded[*].egressIP").wide(),
     AGE,
 ];
 

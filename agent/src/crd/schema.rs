@@ -43,7 +43,7 @@ fn rewrite(schema: &mut Value) {
     }
 }
 
-/// OpenAPI knows two formats of integers; the others are those with bounds.
+/// `OpenAPI` knows two formats of integers; the others are those with bounds.
 fn integer_format(fields: &mut Map<String, Value>) {
     let (format, largest) = match fields.get("format").and_then(Value::as_str) {
         Some("uint8") => ("int32", Some(u64::from(u8::MAX))),

@@ -38,7 +38,7 @@ struct EgressFirewallRule {
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase", extend("minProperties" = 1, "maxProperties" = 1))]
 struct EgressFirewallDestination {
-    /// A network, such as 192.0.2.0/24 or 2001:db8::/32. `0.0.0.0/0` does not cover IPv6.
+    /// A network, such as `192.0.2.0/24` or `2001:db8::/32`. `0.0.0.0/0` does not cover IPv6.
     #[schemars(with = "Network", default)]
     cidr_selector: Option<String>,
     /// A DNS name: the addresses that it has for the nodes and for the pods that look it up. `*.example.com` is every name
