@@ -1106,6 +1106,53 @@ spec: {egressIPs: [203.0.113.1], namespaceSelector: {matchLabels: {env: none}}}"
         }
     }
 
+    /// The image with what the container runtime says of the interfaces of `shop/bridged`.
+    fn named(yaml: &str, interfaces: &[&str], asked: bool, facts: &Facts, ids: &mut Ids) -> MapImage {
+        let mut desired = crate::model::desired(&objects(yaml), "a");
+        let pod = desired.pods.get_mut(&("shop".to_owned(), "bridged".to_owned())).unwrap();
+        pod.interfaces = interfaces.iter().map(|name| (*name).to_owned()).collect();
+        pod.asked = asked;
+        compile(&desired, facts, ids).image
+    }
+
+    #[test]
+    fn the_interface_that_the_runtime_names_is_the_pods() {
+        let mut facts = facts();
+        for (index, interface) in &mut facts.pod_interfaces {
+            interface.name = format!("veth{index}");
+        }
+        let (yaml, address) = (cluster(&[]), ip("10.1.2.21"));
+        let mut silent = facts.clone();
+        silent.bridge_ports.clear();
+        let place = |interfaces: &[&str], facts: &Facts| {
+            let image = named(&yaml, interfaces, false, facts, &mut Ids::default());
+            image.pods.get(&address).map(|pod| pod.ifindex)
+        };
+        assert_eq!(place(&[], &silent), Some(20), "the bridge, until it has spoken");
+        assert_eq!(place(&["cni0", "veth21"], &silent), Some(21), "though it has not spoken");
+        assert_eq!(place(&["cni0", "veth21"], &facts), Some(21));
+        assert_eq!(place(&["cni0", "veth22"], &facts), None, "it is seen behind another");
+        assert_eq!(place(&["cni0", "veth99"], &facts), None, "the same, and its own is not there yet");
+        assert_eq!(place(&["cni0", "veth99"], &silent), Some(20));
+    }
+
+    #[test]
+    fn a_new_sandbox_counts_at_once_if_it_is_asked_for() {
+        let mut before = facts();
+        for (index, interface) in &mut before.pod_interfaces {
+            interface.name = format!("veth{index}");
+        }
+        let (yaml, address) = (cluster(&[]), ip("10.1.2.21"));
+        let mut after = before.clone();
+        after.pod_interfaces.remove(&21);
+        after.bridge_ports = BTreeMap::from([("10.1.2.21".parse().unwrap(), 22)]);
+        for (asked, ifindex) in [(false, 21), (true, 22)] {
+            let mut ids = Ids::default();
+            assert_eq!(named(&yaml, &[], false, &before, &mut ids).pods[&address].ifindex, 21);
+            assert_eq!(named(&yaml, &["veth22"], asked, &after, &mut ids).pods[&address].ifindex, ifindex);
+        }
+    }
+
     #[test]
     fn a_relabelled_pod_keeps_its_id_and_changes_its_policy() {
         let mut ids = Ids::default();

@@ -305,7 +305,6 @@ impl Pod {
     }
 
     /// [`Pod::announce_pending`], to be called while the pod itself is lent.
-    #[must_use]
     pub fn announcer(&self) -> impl Fn() + use<> {
         let (objects, object) = (self.objects.clone(), self.object.clone());
         move || objects.write_pod(&object, &[])

@@ -1,8 +1,10 @@
 //! How long a new pod's traffic is held. It prints and judges nothing: a machine's noise is not a failure.
 //!
 //! `cargo test -p lab --test cni_latency -- --ignored --nocapture --test-threads 1`
+#![expect(clippy::print_stdout, reason = "figures are what it is for")]
 
 use std::env;
+use std::fmt::Write as _;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -38,15 +40,12 @@ fn sample(pod: &mut Pod) -> Sample {
 
 fn print(what: &str, mut values: Vec<i64>) {
     values.sort_unstable();
-    let at = |percent: usize| values[(values.len() * percent).div_ceil(100).max(1) - 1] as f64 / 1000.0;
-    println!(
-        "{what}: {} pods, p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms, longest {:.1} ms",
-        values.len(),
-        at(50),
-        at(90),
-        at(99),
-        at(100)
-    );
+    let mut line = format!("{what}: {} pods, ms:", values.len());
+    for percent in [50, 90, 99, 100] {
+        let value = values[(values.len() * percent).div_ceil(100).max(1) - 1];
+        let _ = write!(line, " p{percent} {}.{}", value / 1000, value % 1000 / 100);
+    }
+    println!("{line}");
 }
 
 /// Pods of node-a that knock as soon as the runtime is ready, so many at a time. (A program that speaks before the
@@ -105,23 +104,31 @@ fn chained(cni: Cni, hands: usize) {
 #[test]
 #[ignore = "prints figures, shows nothing"]
 fn ptp_pods_by_libcnis_cache() {
-    [1, 6].map(|hands| cached(Cni::Ptp, hands));
+    for hands in [1, 6] {
+        cached(Cni::Ptp, hands);
+    }
 }
 
 #[test]
 #[ignore = "prints figures, shows nothing"]
 fn bridge_pods_by_libcnis_cache() {
-    [1, 6].map(|hands| cached(Cni::Bridge, hands));
+    for hands in [1, 6] {
+        cached(Cni::Bridge, hands);
+    }
 }
 
 #[test]
 #[ignore = "prints figures, shows nothing"]
 fn ptp_pods_by_the_chained_plugin() {
-    [1, 6].map(|hands| chained(Cni::Ptp, hands));
+    for hands in [1, 6] {
+        chained(Cni::Ptp, hands);
+    }
 }
 
 #[test]
 #[ignore = "prints figures, shows nothing"]
 fn bridge_pods_by_the_chained_plugin() {
-    [1, 6].map(|hands| chained(Cni::Bridge, hands));
+    for hands in [1, 6] {
+        chained(Cni::Bridge, hands);
+    }
 }

@@ -1,5 +1,6 @@
 //! The chained CNI plugin: a pod starts when its node's agent has programmed it, and not before.
 
+use std::fs;
 use std::thread;
 use std::time::Duration;
 
@@ -123,6 +124,28 @@ fn without_an_agent_pods_do_not_start_but_end() {
     agent.stop();
     assert!(!lab.cni_socket("node-a").exists(), "its own socket goes with it");
     outside.expect_at_most(&[EGRESS]);
+}
+
+/// From an image that has nothing but the one program.
+#[test]
+fn the_program_installs_itself_as_a_plugin() {
+    let lab = Lab::with(&LabSpec::default().nodes(1));
+    let bin = lab.dir().join("bin");
+    let install = || lab.outgate("node-a", &["cni", "--install", bin.to_str().expect("UTF-8")]);
+    let output = install();
+    assert!(!output.success() && output.explain().contains("is the directory there"), "{}", output.explain());
+    fs::create_dir(&bin).expect("a directory");
+    // Again, as when a node's pod starts anew.
+    for _ in 0..2 {
+        let _ = install().expect_success();
+    }
+    let names: Vec<_> =
+        fs::read_dir(&bin).expect("a directory").flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(names, ["outgate-cni"]);
+    let plugin = bin.join("outgate-cni");
+    let words = [plugin.to_str().expect("UTF-8")];
+    let output = lab.node("node-a").netns.exec_input(&words, &[("CNI_COMMAND", "VERSION")], "{}");
+    assert!(output.expect_success().contains("supportedVersions"));
 }
 
 #[test]

@@ -316,3 +316,178 @@ async fn wait(
     }
     Err(waiting.map(|w| w.why).unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+    use std::thread::{JoinHandle, spawn};
+
+    use tokio::task::LocalSet;
+
+    use super::*;
+    use crate::cni::plugin::ask;
+
+    struct Dir(PathBuf);
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn dir(test: &str) -> Dir {
+        let dir = std::env::temp_dir().join(format!("outgate-door-{test}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        Dir(dir)
+    }
+
+    fn attachment() -> Attachment {
+        Attachment {
+            namespace: "shop".into(),
+            name: "web".into(),
+            uid: "u".into(),
+            container: "c".into(),
+            addresses: vec!["10.0.0.1".parse().unwrap()],
+            interfaces: vec!["veth1".into()],
+            written: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    fn add(timeout_milliseconds: u64) -> Question {
+        Question::Add { attachment: attachment(), timeout_milliseconds }
+    }
+
+    /// Asks in a thread of its own, as another process would.
+    fn asking(path: &Path, question: Question) -> JoinHandle<std::io::Result<Answer>> {
+        let path = path.to_owned();
+        spawn(move || ask(&path, &question, Duration::from_secs(10)))
+    }
+
+    async fn answered(asking: JoinHandle<std::io::Result<Answer>>) -> Answer {
+        while !asking.is_finished() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        asking.join().unwrap().unwrap()
+    }
+
+    /// Waits until the door knows so many sandboxes.
+    async fn until(door: &Door, sandboxes: usize) {
+        let limit = Duration::from_secs(10);
+        while door.attachments().len() != sandboxes {
+            tokio::time::timeout(limit, door.changed()).await.expect("it changes");
+        }
+    }
+
+    async fn with(test: &str, then: impl AsyncFnOnce(Door, PathBuf)) {
+        let dir = dir(test);
+        let path = dir.0.join("run/cni.sock");
+        LocalSet::new().run_until(async { then(Door::open(&path).unwrap(), path.clone()).await }).await;
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_waits_until_the_pod_is_programmed() {
+        with("waits", async |door, path| {
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+            assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
+            let asking = asking(&path, add(60_000));
+            until(&door, 1).await;
+            assert_eq!(door.attachments()[0].addresses, attachment().addresses);
+            assert!(door.attachments()[0].written > SystemTime::UNIX_EPOCH);
+            door.answer(|_| Err("not yet".to_owned()));
+            assert!(door.is_asked() && !asking.is_finished());
+            door.answer(|a| if a.name == "web" { Ok(()) } else { Err(String::new()) });
+            assert_eq!(answered(asking).await, Answer::of(Ok(())));
+            // Known until its status says so.
+            let pod = |ip: &str| -> Objects {
+                let yaml = format!("metadata: {{uid: u}}\nstatus: {{podIP: '{ip}'}}");
+                let pod = serde_saphyr::from_str(&yaml).unwrap();
+                Objects { pods: [(("shop".to_owned(), "web".to_owned()), pod)].into(), ..Objects::default() }
+            };
+            for (ip, left) in [("", 1), ("10.0.0.9", 1), ("10.0.0.1", 0)] {
+                door.forget(&pod(ip));
+                assert_eq!(door.attachments().len(), left, "{ip}");
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_in_vain_is_told_why_and_leaves_nothing() {
+        with("vain", async |door, path| {
+            let hasty = asking(&path, add(200));
+            until(&door, 1).await;
+            door.answer(|_| Err("no such pod".to_owned()));
+            door.forget(&Objects::default());
+            assert_eq!(door.attachments().len(), 1, "it is being waited for");
+            assert_eq!(answered(hasty).await, Answer::of(Err("no such pod".to_owned())));
+            until(&door, 0).await;
+            // The runtime kills a plugin that takes too long for it.
+            let mut killed = UnixStream::connect(&path).unwrap();
+            killed
+                .write_all(format!("{}\n", serde_json::to_string(&add(60_000)).unwrap()).as_bytes())
+                .unwrap();
+            until(&door, 1).await;
+            drop(killed);
+            until(&door, 0).await;
+            assert!(!door.is_asked());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn sandboxes_go_with_del_and_with_their_pods() {
+        with("del", async |door, path| {
+            for gone in [false, true] {
+                let asking = asking(&path, add(60_000));
+                until(&door, 1).await;
+                door.answer(|_| Ok(()));
+                answered(asking).await;
+                if gone {
+                    door.forget(&Objects::default());
+                } else {
+                    let del = Question::Del { container: "c".into() };
+                    assert!(answered(self::asking(&path, del)).await.ok);
+                }
+                assert_eq!(door.attachments(), []);
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn status_and_nonsense_are_answered_at_once() {
+        with("status", async |door, path| {
+            let status = answered(asking(&path, Question::Status)).await;
+            assert!(!status.ok && status.message.contains("just started"), "{status:?}");
+            door.set_not_ready(None);
+            assert!(answered(asking(&path, Question::Status)).await.ok);
+            let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+            let (read, mut write) = stream.into_split();
+            write.write_all(b"hello\n").await.unwrap();
+            let mut line = String::new();
+            BufReader::new(read).read_line(&mut line).await.unwrap();
+            let answer: Answer = serde_json::from_str(&line).unwrap();
+            assert!(!answer.ok && answer.message.contains("not understood"), "{answer:?}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_later_agent_takes_the_place() {
+        with("place", async |first, path| {
+            let second = Door::open(&path).unwrap();
+            second.set_not_ready(None);
+            drop(first);
+            assert!(answered(asking(&path, Question::Status)).await.ok, "it is the second's");
+            drop(second);
+            assert!(!path.exists());
+            // What a killed agent leaves is in nobody's way.
+            fs::write(&path, "").unwrap();
+            let third = Door::open(&path).unwrap();
+            third.set_not_ready(None);
+            assert!(answered(asking(&path, Question::Status)).await.ok);
+        })
+        .await;
+    }
+}

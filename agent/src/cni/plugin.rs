@@ -227,7 +227,7 @@ fn attachment(environment: &Environment, result: &Value) -> Result<Option<Attach
 }
 
 /// Asks the agent, and waits no longer than `limit` for each step.
-fn ask(socket: &Path, question: &Question, limit: Duration) -> std::io::Result<Answer> {
+pub(super) fn ask(socket: &Path, question: &Question, limit: Duration) -> std::io::Result<Answer> {
     let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     set_socket_timeout(&fd, Timeout::Recv, Some(limit))?;
     // Also of `connect`: where an agent hangs, its queue is full (`unix_stream_connect`, net/unix/af_unix.c, waits

@@ -61,3 +61,106 @@ pub(crate) fn programmed(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::SystemTime;
+
+    use datapath::keys::{Delivery, Interface, Pod};
+
+    use super::*;
+    use crate::model;
+
+    const IP: &str = "10.1.0.1";
+
+    fn attachment() -> Attachment {
+        Attachment {
+            namespace: "shop".into(),
+            name: "web".into(),
+            uid: "u".into(),
+            container: "c".into(),
+            addresses: vec![IP.parse().unwrap()],
+            interfaces: Vec::new(),
+            written: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    fn objects() -> Objects {
+        let pod = serde_saphyr::from_str(
+            "metadata: {name: web, namespace: shop, uid: u}\nspec: {nodeName: a}\nstatus: {phase: Pending}",
+        );
+        Objects { pods: [(("shop".to_owned(), "web".to_owned()), pod.unwrap())].into(), ..Objects::default() }
+    }
+
+    fn desired() -> Desired {
+        let pod = model::Pod { uid: "u".into(), addresses: attachment().addresses, ..model::Pod::default() };
+        let pods = [(("shop".to_owned(), "web".to_owned()), pod)].into();
+        Desired { node: "a".into(), pods, ..Desired::default() }
+    }
+
+    fn image(policy: u32, mode: u8, guard: Guard) -> MapImage {
+        let ip = Ip::from(attachment().addresses[0]);
+        let own = identity(&["shop", "web", "u"]);
+        MapImage {
+            pods: [(ip, Pod { id: 7, policy, ifindex: 10, firewall: 0 })].into(),
+            delivery: [(7, Delivery { ip, identity: own, mode, ..Delivery::default() })].into(),
+            interfaces: [(10, Interface { guarded: guard as u8, ..Interface::default() })].into(),
+            ..MapImage::default()
+        }
+    }
+
+    fn ask(
+        objects: &Objects,
+        desired: &Desired,
+        image: Option<&MapImage>,
+        said: &[(&str, &str)],
+    ) -> Result<(), String> {
+        let problems = said.iter().map(|(about, message)| Problem::new(about, message)).collect();
+        programmed(&attachment(), objects, desired, image, &problems)
+    }
+
+    #[test]
+    fn what_is_in_the_kernel_is_programmed() {
+        for good in [image(1, 2, Guard::Own), image(1, 2, Guard::Guarded), image(0, 2, Guard::None)] {
+            assert_eq!(ask(&objects(), &desired(), Some(&good), &[]), Ok(()));
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let good = image(1, 2, Guard::Own);
+        let other = Objects {
+            pods: objects()
+                .pods
+                .into_iter()
+                .map(|(key, mut pod)| {
+                    pod.metadata.uid = "before".into();
+                    (key, pod)
+                })
+                .collect(),
+            ..Objects::default()
+        };
+        let no_pods = Desired { pods: BTreeMap::new(), ..desired() };
+        let held = [("Pod shop/web", "held: there is no Namespace shop")];
+        let failed = [("this node's maps", "no memory")];
+        let mut anothers = good.clone();
+        anothers.delivery.get_mut(&7).unwrap().identity = 1;
+        for (objects, desired, image, said, part) in [
+            (Objects::default(), desired(), Some(&good), &[][..], "knows no Pod shop/web"),
+            (objects(), Desired { node: "b".into(), ..desired() }, Some(&good), &[], "knows no Pod shop/web"),
+            (other, desired(), Some(&good), &[], "with UID before"),
+            (objects(), no_pods.clone(), Some(&good), &held, "no Namespace shop"),
+            (objects(), no_pods, Some(&good), &[], "another address"),
+            (objects(), desired(), None, &failed, "no memory"),
+            (objects(), desired(), None, &[], "has not programmed the node"),
+            (objects(), desired(), Some(&MapImage::default()), &[], "10.1.0.1 is not in the node's maps"),
+            (objects(), desired(), Some(&anothers), &[], "is not in the node's maps"),
+            (objects(), desired(), Some(&image(1, HELD, Guard::Own)), &[], "is not in the node's maps"),
+            (objects(), desired(), Some(&image(1, 2, Guard::None)), &[], "has not seen the interface"),
+        ] {
+            let error = ask(&objects, &desired, image, said).unwrap_err();
+            assert!(error.contains(part), "{error}, not {part}");
+        }
+    }
+}
