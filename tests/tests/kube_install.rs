@@ -101,7 +101,7 @@ fn one_command_installs_and_documentations_manifests_work() {
     events(&kube, "default", &["egressip", "egressips-prod"]);
 
     // The firewall's object is in its namespace.
-    api.kubectl_as("admin", &["apply", "--namespace", "prod", "-f", "-"], FIREWALL).expect_success();
+    let _ = api.kubectl_as("admin", &["apply", "--namespace", "prod", "-f", "-"], FIREWALL).expect_success();
     reach::expect(&prod.netns, &[(&lab.web.address, OPEN), (&lab.other.address, SILENT)]);
     reach::expect(&other.netns, &[(&lab.other.address, OPEN)]);
     kube.wait_condition(&path::egress_firewall("prod"), "Applied", "True", "RulesApplied");

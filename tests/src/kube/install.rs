@@ -6,6 +6,7 @@
 //! things are on the machine differs.
 
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use serde_json::{Value, json};
 
@@ -19,6 +20,15 @@ pub const NAMESPACE: &str = "outgate-system";
 
 /// A running controller; what can be asked of an agent can be asked of it.
 pub type Controller = Agent;
+
+/// How a pod's program is started.
+#[derive(Debug, Clone)]
+pub(crate) struct Start {
+    node: String,
+    words: Vec<String>,
+    environment: Vec<(String, String)>,
+    metrics: String,
+}
 
 /// The directory of the manifests.
 #[must_use]
@@ -123,17 +133,28 @@ impl KubeApi {
         }
         let metrics = environment.iter().find(|(name, _)| name == "OUTGATE_METRICS");
         let metrics = metrics.expect("OUTGATE_METRICS, which the probes ask").1.clone();
-        let environment: Vec<_> =
-            environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
 
-        let program = outgate();
         let arguments = container["args"].as_array().expect("args").iter();
-        let arguments = arguments.map(|word| word.as_str().expect("a word"));
+        let arguments = arguments.map(|word| word.as_str().expect("a word")).chain(options.iter().copied());
+        let words = arguments.map(str::to_owned).collect();
+        let start = Start { node: node.to_owned(), words, environment, metrics };
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), start);
+        self.start_again(lab, name)
+    }
+
+    /// Starts a pod's program as it was started before.
+    #[track_caller]
+    pub(crate) fn start_again(&self, lab: &Lab, name: &str) -> Agent {
+        let start = self.starts.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        let start = start.unwrap_or_else(|| panic!("{name} was never started"));
+        let program = outgate();
         let words: Vec<_> =
-            [utf8(&program)].into_iter().chain(arguments).chain(options.iter().copied()).collect();
-        let netns = &lab.node(node).netns;
+            [utf8(&program)].into_iter().chain(start.words.iter().map(String::as_str)).collect();
+        let environment: Vec<_> =
+            start.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let netns = &lab.node(&start.node).netns;
         let process = netns.spawn(name, &words, &environment);
-        Agent::new(node, netns, process, &metrics)
+        Agent::new(&start.node, netns, process, &start.metrics)
     }
 
     /// Writes a kubeconfig, named after a pod, that reads a ServiceAccount's token from a file, as pods have it:

@@ -22,11 +22,14 @@ pub mod world;
 
 pub use world::KubeLab;
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
+use self::install::Start;
 use crate::command::{Process, eventually, run};
 use crate::lab::{Host, Lab, utf8};
 
@@ -50,6 +53,8 @@ pub struct KubeApi {
     dir: PathBuf,
     server: Option<Process>,
     etcd: Option<Process>,
+    /// How the processes of Outgate's pods were started, by the pods' names.
+    starts: Mutex<BTreeMap<String, Start>>,
 }
 
 impl Lab {
@@ -60,7 +65,7 @@ impl Lab {
         let dir = self.dir().join("kube");
         fs::create_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         let host = self.host_beside_nodes("api", LAST);
-        let mut api = KubeApi { host, dir, server: None, etcd: None };
+        let mut api = KubeApi { host, dir, server: None, etcd: None, starts: Mutex::default() };
         api.make_keys();
         api.write_kubeconfig("admin", &format!("token: {ADMIN_TOKEN}"));
         api.start();

@@ -76,6 +76,13 @@ impl KubeLab {
         self.agents.remove(at.unwrap_or_else(|| panic!("no agent on {node}")))
     }
 
+    /// Starts a node's agent again while the API server may be away: with the words and the token of the last time.
+    #[track_caller]
+    #[must_use]
+    pub fn restart_agent(&self, node: &str) -> Agent {
+        self.api.start_again(&self.lab, &format!("outgate-agent-{node}"))
+    }
+
     /// The outside server, as pods dial it.
     #[must_use]
     pub fn web(&self) -> String {

@@ -1,0 +1,137 @@
+//! The API server away, back, forgetful and cut off: traffic and rules go on, and afterwards all is as asked for,
+//! without a restart.
+//!
+//! The outage here is of ten seconds. Nothing in Outgate counts an outage's length but the waits between attempts,
+//! which reach their longest, ten seconds, within that time.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use lab::kube::KubeLab;
+use lab::kube::request::path;
+use lab::kube::world::items;
+use lab::objects::egress_ip;
+use lab::reach::{self, OPEN, SILENT};
+use lab::{Agent, eventually_ok};
+use serde_json::json;
+
+const FIRST: &str = "172.18.0.101";
+const SECOND: &str = "172.18.0.102";
+const PROD: &[(&str, &str)] = &[("env", "prod")];
+/// How long the API server is away.
+const OUTAGE: Duration = Duration::from_secs(10);
+/// For what is noticed by TCP's keepalives: after 20 s without a word on a connection.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+
+const FIREWALL: &str = "apiVersion: k8s.ovn.org/v1
+kind: EgressFirewall
+metadata:
+  name: default
+  namespace: prod
+spec:
+  egress:
+  - type: Deny
+    to:
+      cidrSelector: 203.0.113.20/32
+";
+
+/// Two nodes whose egress IP is on the second, a pod on each, and a firewall.
+fn world() -> KubeLab {
+    let kube = KubeLab::new(2, &["node-b"]);
+    // It is away on purpose.
+    kube.lab.tolerate("API server");
+    kube.lab.tolerate("cannot write");
+    kube.lab.tolerate("cannot be read or renewed");
+    kube.api.apply(&egress_ip("prod", &[FIRST], PROD, &[]));
+    kube.api.apply(FIREWALL);
+    kube
+}
+
+fn set_address(kube: &KubeLab, address: &str) {
+    kube.api.patch(&path::egress_ip("prod"), &json!({"spec": {"egressIPs": [address]}}));
+}
+
+#[test]
+fn traffic_goes_on_without_the_api_server() {
+    let mut kube = world();
+    let pods = ["node-a", "node-b"].map(|node| kube.pod(node, "prod", node));
+    for pod in &pods {
+        kube.wait_source(pod, FIRST);
+    }
+    let rules: &[(&str, &str)] =
+        &[(&kube.lab.web.address.clone(), OPEN), (&kube.lab.other.address.clone(), SILENT)];
+    reach::expect(&pods[0].netns, rules);
+    let web = kube.web();
+    let interval = Duration::from_millis(50);
+    let old = pods[0].netns.stream("tcp", &web, interval);
+    let new = pods[1].netns.fresh("tcp", &web, interval);
+    kube.api.kill_all();
+    sleep(OUTAGE);
+
+    // Rules are in force for new connections too.
+    reach::expect(&pods[1].netns, rules);
+    // An agent that starts now has what it left in the kernel, and says what it waits for.
+    let crashed = kube.take_agent("node-a");
+    crashed.kill();
+    // Its token is as it was; nobody can be asked for another one.
+    let mut agent = kube.restart_agent("node-a");
+    eventually_ok("it says that the API server is away", Duration::from_secs(20), || {
+        let said = agent.get("/readyz");
+        let text = [said.explain(), agent.log()].concat();
+        if !said.success() && text.contains(&kube.api.url()) { Ok(()) } else { Err(text) }
+    });
+    kube.wait_source(&pods[0], FIRST);
+    reach::expect(&pods[0].netns, rules);
+
+    kube.api.start();
+    agent.wait_ready();
+    kube.agents.push(agent);
+    old.finish().expect_lossless_from(FIRST);
+    new.finish().expect_lossless_from(FIRST);
+
+    // All is as it was, and follows again, with the processes of before.
+    set_address(&kube, SECOND);
+    for pod in &pods {
+        kube.wait_source(pod, SECOND);
+    }
+    kube.api.delete(&path::egress_firewall("prod"));
+    reach::expect(&pods[1].netns, &[(&kube.lab.other.address, OPEN)]);
+    let late = kube.pod("node-a", "prod", "late");
+    kube.wait_source(&late, SECOND);
+    kube.agents.iter_mut().for_each(Agent::wait_ready);
+}
+
+/// A node's connections hang while the server starts anew elsewhere, so to speak, and forgets: no end of a connection
+/// is told, and the versions that watches would go on from are gone.
+#[test]
+fn a_partition_with_everything_forgotten_is_noticed() {
+    let mut kube = world();
+    let pod = kube.pod("node-b", "prod", "web");
+    kube.wait_source(&pod, FIRST);
+    let cut = kube.lab.node("node-b").address.clone();
+    kube.api.partition(&[&cut]);
+    kube.api.kill();
+    kube.api.compact();
+    kube.api.start();
+    // Deleted and made: a watch that goes on would miss it.
+    kube.api.delete(&path::egress_firewall("prod"));
+    kube.api.apply(&FIREWALL.replace("113.20", "113.10"));
+    set_address(&kube, SECOND);
+    // Nothing reaches the node, and what it has stays in force there.
+    let rules: &[(&str, &str)] =
+        &[(&kube.lab.web.address.clone(), OPEN), (&kube.lab.other.address.clone(), SILENT)];
+    reach::expect(&pod.netns, rules);
+    kube.api.compact();
+    kube.api.heal();
+    eventually_ok("the node has the new firewall", KEEPALIVE, || {
+        let said =
+            pod.netns.reach(&[&reach::tcp(&kube.lab.web.address), &reach::tcp(&kube.lab.other.address)]);
+        if said == [SILENT, OPEN] { Ok(()) } else { Err(said.join(" ")) }
+    });
+    let object = path::egress_ip("prod");
+    kube.api.wait("the status follows", &object, KEEPALIVE, |object| {
+        (items(object) == [(SECOND.to_owned(), "node-b".to_owned())]).then_some(())
+    });
+    let other = format!("{}:{}", kube.lab.other.address, lab::servers::ECHO);
+    kube.lab.wait_source(&pod.netns, &other, SECOND);
+}

@@ -1,0 +1,120 @@
+//! What the manifests' ServiceAccounts may do: enough, no more, and whoever lacks a right says which.
+
+use std::time::Duration;
+
+use lab::eventually_ok;
+use lab::kube::KubeLab;
+use lab::kube::install::NAMESPACE;
+use lab::objects::egress_ip;
+use serde_json::{Value, json};
+
+const FIRST: &str = "172.18.0.101";
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A ClusterRole with one verb on one resource taken away.
+fn without(role: &Value, resource: &str, verb: &str) -> Value {
+    let mut rules = Vec::new();
+    for rule in role["rules"].as_array().expect("rules") {
+        let names = |of: &Value| {
+            of.as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let (resources, verbs) = (names(&rule["resources"]), names(&rule["verbs"]));
+        let others: Vec<_> = resources.iter().filter(|name| *name != resource).collect();
+        if others.len() < resources.len() {
+            let left: Vec<_> = verbs.iter().filter(|name| *name != verb).collect();
+            assert!(left.len() < verbs.len(), "the role has {verb} on {resource}");
+            rules.push(json!({"apiGroups": rule["apiGroups"], "resources": [resource], "verbs": left}));
+        }
+        if !others.is_empty() {
+            rules.push(json!({"apiGroups": rule["apiGroups"], "resources": others, "verbs": verbs}));
+        }
+    }
+    json!({"rules": rules})
+}
+
+#[test]
+fn whoever_lacks_a_right_says_which() {
+    let kube = KubeLab::installed(1, &["node-a"]);
+    kube.lab.tolerate("may not");
+    kube.lab.tolerate("orbidden");
+    kube.api.apply(&egress_ip("prod", &[FIRST], &[("env", "prod")], &[]));
+    for (account, resource, verb) in [
+        ("outgate-agent", "pods", "list"),
+        ("outgate-agent", "egressips", "watch"),
+        ("outgate-agent", "egressnodes/status", "patch"),
+        ("outgate-controller", "nodes", "list"),
+        ("outgate-controller", "egressallocations", "create"),
+    ] {
+        let place = format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{account}");
+        let role = kube.api.get(&place);
+        kube.api.patch(&place, &without(&role, resource, verb));
+        let controller = kube.api.start_controller(&kube.lab, "node-a");
+        let agent = kube.api.start_agent(&kube.lab, "node-a");
+        let mut process = if account == "outgate-agent" { agent } else { controller };
+        eventually_ok(&format!("{account} misses {verb} on {resource}"), LIMIT, || {
+            let log = process.log();
+            let said = log.lines().any(|line| {
+                (line.contains("WARN") || line.contains("ERROR"))
+                    && line.contains(verb)
+                    && line.contains(resource)
+            });
+            if said { Ok(()) } else { Err(log) }
+        });
+        if verb != "patch" && verb != "create" {
+            let ready = process.get("/readyz");
+            assert!(!ready.success(), "{} is ready without {verb} on {resource}", process.node);
+        }
+        // Given it, it goes on by itself.
+        kube.api.patch(&place, &json!({"rules": role["rules"]}));
+        process.wait_ready();
+        kube.api.wait(
+            "a node that is reported",
+            "/apis/outgate.dev/v1alpha1/egressnodes/node-a",
+            LIMIT,
+            |node| node["status"]["tunnelAddress"].is_string().then_some(()),
+        );
+        let _ = kube.wait_owner("prod", FIRST);
+        kube.api.delete("/apis/outgate.dev/v1alpha1/egressnodes/node-a");
+        let allocations = kube.api.list("/apis/outgate.dev/v1alpha1/egressallocations");
+        assert_eq!(allocations.len(), 1);
+        let name = allocations[0]["metadata"]["name"].as_str().expect("a name");
+        kube.api.delete(&format!("/apis/outgate.dev/v1alpha1/egressallocations/{name}"));
+    }
+}
+
+#[test]
+fn nobody_has_more_rights_than_needed() {
+    let kube = KubeLab::new(1, &["node-a"]);
+    let may = |user: &str, words: &[&str]| {
+        let answer = kube.api.kubectl_as(user, &[&["auth", "can-i"], words].concat(), "");
+        assert!(["yes", "no"].contains(&answer.stdout.trim()), "{}", answer.explain());
+        answer.stdout.trim() == "yes"
+    };
+    let (agent, controller) = ("outgate-agent-node-a", "outgate-controller-node-a");
+    assert!(may(agent, &["patch", "egressnodes", "--subresource=status"]));
+    assert!(may(controller, &["update", "egressallocations"]));
+    for user in [agent, controller] {
+        for verb in ["get", "list", "watch"] {
+            assert!(!may(user, &[verb, "secrets", "--all-namespaces"]), "{user} may {verb} secrets");
+        }
+        for what in ["pods", "nodes", "nodes/status", "namespaces", "configmaps", "clusterroles"] {
+            for verb in ["create", "update", "patch", "delete"] {
+                assert!(!may(user, &[verb, what, "--all-namespaces"]), "{user} may {verb} {what}");
+            }
+        }
+        for what in ["egressips", "egressfirewalls", "egressconfigs"] {
+            assert!(!may(user, &["delete", what]) && !may(user, &["create", what]), "{user} and {what}");
+        }
+    }
+    assert!(!may(controller, &["list", "pods", "--all-namespaces"]));
+    for verb in ["create", "update", "patch", "delete"] {
+        assert!(!may(agent, &[verb, "egressallocations"]), "agents may {verb} allocations");
+    }
+    assert!(!may(agent, &["update", "egressnodes"]), "what a node is granted is the controller's word");
+    assert!(!may(agent, &["delete", "leases", "--namespace", NAMESPACE]));
+}
