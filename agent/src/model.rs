@@ -840,6 +840,7 @@ fn egress_ips(
     nodes: &BTreeMap<String, Node>,
     problems: &mut BTreeSet<Problem>,
 ) -> BTreeMap<String, EgressIp> {
+    let reserved = Reserved::new(config, nodes);
     let mut by_age: Vec<_> = objects.egress_ips.values().collect();
     by_age.sort_by(|a, b| a.metadata.age().cmp(&b.metadata.age()));
     // Addresses in force, with the object that has each.
@@ -896,7 +897,7 @@ fn egress_ips(
             ));
         } else {
             for (text, ip) in parsed {
-                match refusal(ip, config, nodes, &taken) {
+                match refusal(ip, &reserved, &taken) {
                     None => {
                         taken.insert(ip, name.clone());
                         e.addresses.push(ip);
@@ -925,35 +926,66 @@ fn selectors(spec: &objects::EgressIpSpec) -> Result<Selectors, String> {
     })
 }
 
-fn refusal(
-    ip: IpAddr,
-    config: &Config,
-    nodes: &BTreeMap<String, Node>,
-    taken: &BTreeMap<IpAddr, String>,
-) -> Option<Refusal> {
+/// What cannot be an egress IP, looked up rather than searched for: a cluster has thousands of nodes and of addresses.
+struct Reserved<'a> {
+    /// Nodes' addresses, with the first node that has each.
+    nodes: BTreeMap<IpAddr, &'a str>,
+    /// Networks of pods and services.
+    inside: BTreeSet<IpNet>,
+    /// Lengths of their prefixes, shortest first.
+    lengths: BTreeSet<u8>,
+    /// Addresses that stand for a whole network, with the first network of each.
+    networks: BTreeMap<IpAddr, IpNet>,
+}
+
+impl<'a> Reserved<'a> {
+    fn new(config: &Config, nodes: &'a BTreeMap<String, Node>) -> Self {
+        let mut addresses = BTreeMap::new();
+        let mut networks = BTreeMap::new();
+        for (name, node) in nodes {
+            for ip in node.addresses() {
+                addresses.entry(ip).or_insert(name.as_str());
+            }
+            for network in node.agent.iter().flat_map(|a| &a.networks) {
+                let ends = [network.network(), network.broadcast()];
+                for ip in ends.into_iter().filter(|ip| stands_for_network(ip, network)) {
+                    networks.entry(ip).or_insert(*network);
+                }
+            }
+        }
+        let inside: BTreeSet<_> = config
+            .cluster_networks
+            .iter()
+            .chain(&config.service_networks)
+            .chain(nodes.values().flat_map(|n| &n.pod_networks))
+            .map(IpNet::trunc)
+            .collect();
+        let lengths = inside.iter().map(IpNet::prefix_len).collect();
+        Self { nodes: addresses, inside, lengths, networks }
+    }
+
+    /// The widest network of pods or services that contains an address.
+    fn inside(&self, ip: IpAddr) -> Option<IpNet> {
+        // A length that the address's family has not is no network.
+        let networks = self.lengths.iter().filter_map(|length| Some(IpNet::new(ip, *length).ok()?.trunc()));
+        networks.into_iter().find(|network| self.inside.contains(network))
+    }
+}
+
+fn refusal(ip: IpAddr, reserved: &Reserved<'_>, taken: &BTreeMap<IpAddr, String>) -> Option<Refusal> {
     if Ip::from(ip).stays_on_link() || ip.is_loopback() {
         return Some(Refusal::Unusable);
     }
     if let Some(older) = taken.get(&ip) {
         return Some(Refusal::Duplicate { older: older.clone() });
     }
-    if let Some((name, _)) = nodes.iter().find(|(_, node)| node.addresses().any(|a| a == ip)) {
-        return Some(Refusal::NodeAddress { node: name.clone() });
+    if let Some(node) = reserved.nodes.get(&ip) {
+        return Some(Refusal::NodeAddress { node: (*node).to_owned() });
     }
-    let inside = config
-        .cluster_networks
-        .iter()
-        .chain(&config.service_networks)
-        .chain(nodes.values().flat_map(|n| &n.pod_networks))
-        .find(|n| n.contains(&ip))
-        .map(|network| Refusal::InsideCluster { network: *network });
-    let networks = nodes.values().filter_map(|n| n.agent.as_ref()).flat_map(|a| &a.networks);
-    inside.or_else(|| {
-        networks
-            .copied()
-            .find(|n| stands_for_network(&ip, n))
-            .map(|network| Refusal::NetworkItself { network })
-    })
+    if let Some(network) = reserved.inside(ip) {
+        return Some(Refusal::InsideCluster { network });
+    }
+    reserved.networks.get(&ip).map(|network| Refusal::NetworkItself { network: *network })
 }
 
 /// Whether an address is a network's own, its broadcast address (RFC 1122, 3.2.1.3; none in a /31, RFC 3021),

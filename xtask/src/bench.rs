@@ -1,5 +1,7 @@
 //! `bench`: builds the programs and the lab's benchmark, optimised, and runs it as root.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 
@@ -33,7 +35,7 @@ enum Format {
     Json,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Group {
     /// Sizes of the programs
     Programs,
@@ -50,10 +52,17 @@ enum Group {
     Held,
     /// Packets with more and more firewall rules, compiling them, and nftables beside
     Firewall,
+    /// Agents and controller in a cluster of 5,000 nodes, simulated; needs no root, and is not among all
+    Scale,
 }
 
 /// `cargo xtask bench`.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.group.or(options.only) == Some(Group::Scale) {
+        setup::ensure_build()?;
+        build::ebpf()?;
+        return process::run(&mut std::process::Command::new(program("scale")?));
+    }
     let missing = machine::missing_capabilities();
     if !machine::is_root() || !missing.is_empty() {
         bail!(
@@ -63,15 +72,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     setup::ensure()?;
     build::ebpf()?;
-    let step = ui::Step::begin("build", "lab, release");
-    process::run(
-        process::cargo()
-            .env(build::OBJECT_VARIABLE, machine::bpf_object()?) // the agent's compiler of rules is in it
-            .args(["build", "--release", "--package", "lab", "--bin", "bench"]),
-    )?;
-    step.done("lab");
-
-    let mut bench = std::process::Command::new(machine::target_dir()?.join("release/bench"));
+    let mut bench = std::process::Command::new(program("bench")?);
     bench
         .current_dir(machine::root())
         .env(build::OBJECT_VARIABLE, machine::bpf_object()?)
@@ -84,6 +85,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bench.args(["--only", &name(&group)]);
     }
     process::run(&mut bench)
+}
+
+/// Builds a program of the lab, optimised, and gives its path.
+fn program(name: &str) -> Result<PathBuf> {
+    let step = ui::Step::begin("build", "lab, release");
+    process::run(
+        process::cargo()
+            .env(build::OBJECT_VARIABLE, machine::bpf_object()?) // the agent is in it
+            .args(["build", "--release", "--package", "lab", "--bin", name]),
+    )?;
+    step.done("lab");
+    Ok(machine::target_dir()?.join("release").join(name))
 }
 
 /// A value as one types it.
