@@ -136,6 +136,7 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
     let plan = {
         let source = &*source;
         let around = Surroundings {
+            objects: source.objects(),
             statuses: source.statuses(),
             firewall_statuses: source.firewall_statuses(),
             unreadable: source.unreadable_allocations(),
