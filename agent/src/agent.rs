@@ -15,16 +15,15 @@ use tracing::{debug, error, info, warn};
 
 use crate::cni;
 use crate::compile::{Compiled, compile};
+use crate::controller;
 use crate::facts::Facts;
 use crate::firewall::{self, FirewallState, audit};
 use crate::ids::Ids;
 use crate::image::MapImage;
-use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
 use crate::names::resolv_conf::ResolvConf;
 use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta, PortDemand};
-use crate::status::rfc3339;
 use crate::watch::{Problem, Source, Write};
 
 /// How often one that does not lead asks to, and failed work is tried again.
@@ -296,28 +295,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
     /// Does the leader's work. Whether anything was written.
     async fn plan(&mut self, desired: &Desired) -> bool {
-        let now = rfc3339(SystemTime::now());
-        let around = Surroundings {
-            objects: self.source.objects(),
-            statuses: self.source.statuses(),
-            firewall_statuses: self.source.firewall_statuses(),
-            unreadable: self.source.unreadable_allocations(),
-            complete: self.source.complete(),
-            now: &now,
-            reachable: &|node| self.source.is_alive(node),
-        };
-        let plan = plan(desired, &around, &mut random);
-        let worked = !plan.writes.is_empty();
-        for line in plan.log {
-            info!("{line}");
-        }
-        for write in plan.writes {
-            // What follows was decided on what did not come to be.
-            if !self.write("the leader's objects", write).await {
-                break;
-            }
-        }
-        worked
+        controller::lead(&mut self.source, desired, &mut self.failures).await
     }
 
     async fn apply(&mut self, desired: &Desired, compiled: &Compiled, facts: &Facts) {

@@ -1,7 +1,7 @@
 //! The leader's work by itself: in a cluster it is done by a controller, which has no kernel to look after.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
@@ -9,11 +9,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::agent::random;
-use crate::digest::digest;
 use crate::leader::{Surroundings, plan};
 use crate::metrics;
 use crate::model::{self, Desired};
-use crate::objects::{EgressNodeSpec, Objects};
+use crate::objects::Objects;
 use crate::status::rfc3339;
 use crate::watch::{Problem, Source, Write};
 
@@ -147,12 +146,6 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         plan(desired, &around, &mut random)
     };
     let mut writes = plan.writes;
-    let planned: BTreeSet<_> = writes
-        .iter()
-        .filter_map(|w| if let Write::NodeSpec(name, _) = w { Some(name.clone()) } else { None })
-        .collect();
-    let digests = digests(source.objects()).into_iter().filter(|(name, _)| !planned.contains(name));
-    writes.extend(digests.map(|(name, spec)| Write::NodeSpec(name, spec)));
     if source.complete() {
         writes.extend(gone(source.objects()).into_iter().map(Write::RemoveEgressNode));
     }
@@ -173,17 +166,6 @@ pub async fn lead<S: Source>(source: &mut S, desired: &Desired, failures: &mut B
         }
     }
     written
-}
-
-/// What other nodes are to know of each Node, where they know something else.
-fn digests(objects: &Objects) -> BTreeMap<String, EgressNodeSpec> {
-    let differing = |(name, node): (&String, &_)| {
-        let known = objects.egress_nodes.get(name).map(|o| &o.spec);
-        let ranges = known.map(|spec| spec.ranges.clone()).unwrap_or_default();
-        let spec = EgressNodeSpec { ranges, ..digest(node) };
-        (known != Some(&spec)).then(|| (name.clone(), spec))
-    };
-    objects.nodes.iter().filter_map(differing).collect()
 }
 
 /// EgressNodes of nodes that are gone and have no part in any allocation.
@@ -224,16 +206,6 @@ spec: {nodeUID: uc}
 kind: EgressAllocation
 metadata: {name: 192.0.2.1}
 spec: {egressIP: 192.0.2.1, owner: a, leases: [{node: b, ranges: [{first: 0, count: 1}]}]}";
-
-    #[test]
-    fn a_nodes_digest_is_written_when_it_differs_and_its_ports_stay() {
-        let mut o = objects(CLUSTER);
-        let d = digests(&o);
-        assert_eq!(d.keys().collect::<Vec<_>>(), ["a"]);
-        assert_eq!((d["a"].node_uid.as_str(), d["a"].ranges.len()), ("ua", 1));
-        o.egress_nodes.get_mut("a").unwrap().spec = d["a"].clone();
-        assert!(digests(&o).is_empty());
-    }
 
     #[test]
     fn an_egress_node_stays_while_its_node_has_ports() {

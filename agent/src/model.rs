@@ -17,8 +17,8 @@ use crate::cni::known::Known;
 use crate::firewall::Firewall;
 use crate::ids::identity;
 use crate::objects::{
-    self, AppliedFirewall, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig, Meta, Objects,
-    TimeoutsSpec, Tunnel,
+    self, AppliedFirewall, EGRESS_ASSIGNABLE, EGRESS_CAPACITY, EgressAllocation, EgressConfig,
+    EgressNodeStatus, Meta, Objects, TimeoutsSpec, Tunnel,
 };
 use crate::selector::{Match, Selector};
 use crate::status;
@@ -45,7 +45,8 @@ pub struct Desired {
     pub pods: BTreeMap<(String, String), Pod>,
     /// Egress firewalls, by namespace.
     pub firewalls: BTreeMap<String, Firewall>,
-    /// Nodes that have pods which firewalls cover, by the namespaces that have one. Only nodes that are known.
+    /// Nodes that have pods which firewalls cover, by the namespaces that have one: of pods that are known, and as the
+    /// nodes' agents say. Only nodes that are known.
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
     pub allocations: BTreeMap<IpAddr, Allocation>,
@@ -656,6 +657,14 @@ fn firewall_nodes(
             found.entry(namespace.clone()).or_default().insert(pod.spec.node_name.clone());
         }
     }
+    // Where not all pods are known, as to a cluster's leader, the nodes say themselves what they have pods of.
+    for (name, node) in nodes {
+        for namespace in node.agent.iter().flat_map(|a| a.firewalls.keys()) {
+            if firewalls.contains_key(namespace) {
+                found.entry(namespace.clone()).or_default().insert(name.clone());
+            }
+        }
+    }
     found
 }
 
@@ -732,7 +741,7 @@ fn nodes(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTreeMap<String
     for (name, o) in &objects.egress_nodes {
         let s = &o.status;
         // What the leader tells a node is there before its agent, and after it.
-        if *s == objects::EgressNodeStatus::default() {
+        if *s == EgressNodeStatus::default() {
             continue;
         }
         let texts = |texts: &[String]| texts.iter().filter_map(|t| addresses::address(t).ok()).collect();

@@ -96,7 +96,10 @@ impl Lab {
         let bpffs = self.bpffs(node);
         let words =
             [utf8(&program), "agent", "--node", node, "--source", &self.source(), "--bpffs", utf8(&bpffs)];
-        words.into_iter().chain(["--metrics", METRICS]).map(str::to_owned).collect()
+        // All nodes of a lab have one file system.
+        let (results, socket) = (self.cni_results(node), self.cni_socket(node));
+        let cni = ["--cni-results", utf8(&results), "--cni-socket", utf8(&socket)];
+        words.into_iter().chain(cni).chain(["--metrics", METRICS]).map(str::to_owned).collect()
     }
 
     /// Where a node's programs and maps are pinned.

@@ -31,6 +31,11 @@ impl Netns {
         netns
     }
 
+    /// Makes it anew after it was removed.
+    pub(crate) fn again(&self) -> Self {
+        Self::create(&self.name, &self.dir)
+    }
+
     /// New interfaces' IPv6 addresses are usable at once: nothing in a lab has an address twice.
     pub(crate) fn without_dad(&self) {
         // The larger of the two counts (Documentation/networking/ip-sysctl.rst, accept_dad).

@@ -25,7 +25,7 @@ pub(crate) struct PodObject {
     namespace: String,
     name: String,
     node: String,
-    uid: String,
+    pub(crate) uid: String,
     pub(crate) labels: Vec<(String, String)>,
 }
 

@@ -13,12 +13,12 @@ use serde_json::Value;
 
 use crate::cli::ValidateArgs;
 use crate::crd::Kind;
-use crate::crd::check::{Checker, Mistake};
+use crate::crd::check::{Checker, Mistake, UNKNOWN_FIELD};
 use crate::firewall;
 use crate::model;
 use crate::objects::{EgressIp, LabelSelector, Objects};
 use crate::print;
-use crate::watch::dir::{self, Complaint, Object, Text};
+use crate::watch::dir::{self, Object, Text};
 
 /// What is found.
 #[derive(Serialize, Default)]
@@ -124,18 +124,19 @@ impl Files {
     }
 
     fn text(&mut self, file: &str, text: &str) {
-        // JSON is YAML, but for one text of several values; and its mistakes are said better as JSON's.
-        let json = text.trim_start().starts_with('{');
         let place = |line| Place { file: file.to_owned(), line };
-        let parts = match if json { dir::split_json(text) } else { Ok(dir::split_yaml(text)) } {
+        // JSON is YAML too, but for a text of several values.
+        let json = dir::split_json(text);
+        let is_json = json.is_ok() || file.ends_with(".json");
+        let parts = match json {
             Ok(parts) => parts,
-            Err(_) if serde_saphyr::from_str::<Value>(text).is_ok() => dir::split_yaml(text),
-            Err(message) => return self.wrong(&place(1), "", "", message),
+            Err(message) if is_json => return self.wrong(&place(1), "", "", message),
+            Err(_) => dir::split_yaml(text),
         };
         for (first_line, part) in parts {
             let line = first_line + dir::leading_lines(part);
-            let read = if json { Text::Json(part).read() } else { Text::Yaml(part).read() };
-            match read.or_else(|complaint: Complaint| Text::Yaml(part).read().map_err(|_| complaint)) {
+            let read = if is_json { Text::Json(part).read() } else { Text::Yaml(part).read() };
+            match read {
                 Ok(value) => self.value(&place(line), value),
                 Err(c) => self.wrong(&place(c.line.map_or(line, |l| first_line + l - 1)), "", "", c.message),
             }
@@ -207,11 +208,14 @@ impl Files {
         for problem in problems {
             let Some(place) = self.places.get(&problem.about).cloned() else { continue };
             let (field, message) = split(&problem.message);
+            // What was said of the field or of a part of it, or of a name that does not count, said all. On firewalls
+            // the agent has been heard already.
             let said = |f: &Finding| {
                 f.object == problem.about
-                    && (problem.about.starts_with("EgressFirewall") || within(&f.field, field))
+                    && (problem.about.starts_with("EgressFirewall")
+                        || f.field == "metadata.name"
+                        || within(&f.field, field))
             };
-            // What was said of the field, or of a part of it, said all.
             if self.report.findings.iter().any(said) {
                 continue;
             }
@@ -242,16 +246,16 @@ impl Files {
                 let message = "is empty: it selects all namespaces, those of the system too";
                 self.note(&place, &about, "spec.namespaceSelector", message);
             }
-            for other in &objects[..index] {
-                let same = other.spec.namespace_selector.as_ref() == Some(namespaces)
-                    && other.spec.pod_selector == o.spec.pod_selector;
-                if same {
-                    let message = format!(
-                        "selects the same pods as EgressIP {}: the older object serves them, the other waits",
-                        other.metadata.name
-                    );
-                    self.note(&place, &about, "spec", &message);
-                }
+            let same = objects[..index].iter().find(|other| {
+                other.spec.namespace_selector.as_ref() == Some(namespaces)
+                    && other.spec.pod_selector == o.spec.pod_selector
+            });
+            if let Some(other) = same {
+                let message = format!(
+                    "selects the same pods as EgressIP {}: the older object serves them, the other waits",
+                    other.metadata.name
+                );
+                self.note(&place, &about, "spec", &message);
             }
         }
         // Twice is once.
@@ -282,22 +286,30 @@ impl Files {
     }
 }
 
-/// Adds the agent's own words on an `EgressFirewall`. They say more than a schema's of the same field.
+/// Adds the agent's own words on an `EgressFirewall`. They say more than a schema's of the same field, and of one that it
+/// is a part of or has as a part; the whole list is no field in this sense.
 fn merge(mistakes: &mut Vec<Mistake>, own: Vec<(String, String)>) {
     for (field, message) in own {
         // The schema names the field itself.
         if message.contains(" is no field of it") {
             continue;
         }
-        mistakes.retain(|m| m.field != field);
+        mistakes.retain(|m| {
+            let same = m.field == field
+                || (field != "spec.egress" && m.field != "spec.egress")
+                    && (within(&m.field, &field) || within(&field, &m.field));
+            !same || m.message == UNKNOWN_FIELD
+        });
         mistakes.push(Mistake { field, message });
     }
 }
 
 /// The field that a problem begins with, and the rest.
 fn split(message: &str) -> (&str, &str) {
-    match message.split_once(": ") {
-        Some((field, rest)) if field.starts_with("spec.") && !field.contains(' ') => (field, rest),
+    match message.find([' ', ':']) {
+        Some(at) if message.starts_with("spec.") => {
+            (&message[..at], message[at..].trim_start_matches([' ', ':']))
+        }
         _ => ("", message),
     }
 }

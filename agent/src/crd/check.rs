@@ -15,6 +15,10 @@ use serde_json::{Map, Value};
 use super::Kind;
 use crate::firewall::check::Expected;
 
+/// Said of a field that is in no schema.
+pub(crate) const UNKNOWN_FIELD: &str =
+    "is no field of this kind: kubectl refuses it, or the API server drops it";
+
 /// Something wrong with a field.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Mistake {

@@ -60,6 +60,9 @@ enum Mode {
         #[arg(long)]
         syn: u16,
     },
+    /// Once standard input ends, send UDP to a server every millisecond until it has answered; says when that was,
+    /// by the machine's monotonic clock, in nanoseconds.
+    Knock { destination: SocketAddr },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -90,6 +93,7 @@ fn main() -> io::Result<()> {
             hold(protocol, destination, count, Duration::from_millis(limit_ms))
         }
         Mode::Flood { destination } => flood(destination),
+        Mode::Knock { destination } => knock(destination),
         Mode::Spray { destination, syn } => spray(destination, syn),
     }
 }
@@ -387,6 +391,32 @@ fn spray(destination: SocketAddr, syn: u16) -> io::Result<()> {
     stop.store(true, Ordering::Relaxed);
     println!("{}", json!({"sent": sent, "syns": syns.load(Ordering::Relaxed), "answers": answers}));
     Ok(())
+}
+
+fn knock(destination: SocketAddr) -> io::Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_millis(1)))?;
+    println!("running");
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    let began = Instant::now();
+    let mut buffer = [0; 2048];
+    while began.elapsed() < SILENCE * 4 {
+        if socket.send_to(b"knock", destination).is_err() {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        }
+        if let Ok(len) = socket.recv(&mut buffer) {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+            let text = String::from_utf8_lossy(&buffer[..len]);
+            let source = text.split(' ').next().unwrap_or_default();
+            println!(
+                "{}",
+                json!({"source": source, "nanoseconds": now.tv_sec * 1_000_000_000 + now.tv_nsec})
+            );
+            return Ok(());
+        }
+    }
+    Err(io::Error::other("no answer"))
 }
 
 /// A tight loop at first, then a few packets a second: many of these run at once.
