@@ -86,6 +86,7 @@ fn traffic_and_status_follow_every_edit() {
     let pod = kube.pod("node-b", "prod", "web");
     kube.wait_source(&pod, SECOND);
 
+    kube.lab.tolerate("is refused: also in EgressIP prod");
     // A second object with the same address: the older one has it, and the other one says so.
     api.apply(&egress_ip("late", &[SECOND], &[("env", "dev")], &[]));
     let message = kube.wait_condition(&path::egress_ip("late"), "AddressAssigned", "False", "Duplicate");

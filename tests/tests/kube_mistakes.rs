@@ -119,6 +119,9 @@ const SETTINGS: &[(&str, &[&str])] = &[
 #[test]
 fn every_mistake_is_told() {
     let kube = KubeLab::new(1, &["node-a"]);
+    // Agents and the controller log mistakes, too.
+    kube.lab.tolerate("EgressIP ");
+    kube.lab.tolerate("EgressFirewall ");
     let _pod = kube.pod("node-a", "prod", "web");
     kube.api.apply(&lab::objects::egress_ip("prod", &["172.18.0.101"], &[("env", "prod")], &[]));
     let _ = kube.wait_owner("prod", "172.18.0.101");

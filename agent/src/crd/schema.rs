@@ -34,12 +34,32 @@ fn rewrite(schema: &mut Value) {
     for key in ["properties", "patternProperties"] {
         if let Some(Value::Object(properties)) = fields.get_mut(key) {
             properties.values_mut().for_each(rewrite);
+            properties.values_mut().for_each(admit_empty);
         }
     }
     for key in ["items", "additionalProperties"] {
         if let Some(schema) = fields.get_mut(key) {
             rewrite(schema);
         }
+    }
+    if let Some(values) = fields.get_mut("additionalProperties") {
+        admit_empty(values);
+    }
+}
+
+/// Lets a text that may be empty be empty. API servers up to 1.20 that were built by Go 1.18 or later take `""` for null
+/// (go-openapi/validate, `type.go`: it compares `reflect.Value`s with that of the zero value), so that a label without a
+/// value is refused unless null may stand there; it is read as the same.
+fn admit_empty(schema: &mut Value) {
+    let Value::Object(fields) = schema else { return };
+    let has = |key: &str| fields.contains_key(key);
+    let pattern = fields.get("pattern").and_then(Value::as_str);
+    let may_be_empty = !has("format") && !has("enum") && !has("anyOf") && !has("minLength");
+    if fields.get("type").and_then(Value::as_str) == Some("string")
+        && may_be_empty
+        && pattern.is_none_or(|pattern| pattern.ends_with(")?$"))
+    {
+        fields.insert("nullable".to_owned(), json!(true));
     }
 }
 

@@ -65,21 +65,31 @@ fn version(object: &Value) -> u64 {
     version.unwrap_or_else(|| panic!("no resourceVersion: {object}"))
 }
 
-/// Granules by address and node.
+/// Granules by address with its allocation's UID, and by node. An allocation that was deleted and made again is another
+/// one: what was granted of the old one is worth nothing at any gateway.
 type Ports = BTreeMap<(String, String), BTreeSet<u64>>;
+
+/// An address and its allocation's UID.
+fn of(address: &Value, uid: &Value) -> String {
+    format!("{} of allocation {}", text(address), text(uid))
+}
 
 /// Goes through a history and gives what must not be.
 fn check(events: &[Value]) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut leased = Ports::new();
     let mut granted = Ports::new();
+    let mut ended = BTreeSet::new();
     for event in events {
         let object = &event["object"];
         let gone = event["type"] == "DELETED";
         let at = format!("at version {}", version(object));
         let list = |value: &Value| value.as_array().filter(|_| !gone).cloned().unwrap_or_default();
         if object["kind"] == "EgressAllocation" {
-            let address = text(&object["spec"]["egressIP"]);
+            let address = of(&object["spec"]["egressIP"], &object["metadata"]["uid"]);
+            if gone {
+                ended.insert(address.clone());
+            }
             let mut taken = BTreeMap::<u64, String>::new();
             leased.retain(|(of, _), _| *of != address);
             let resting = list(&object["spec"]["resting"]);
@@ -102,7 +112,8 @@ fn check(events: &[Value]) -> Vec<String> {
             let node = text(&object["metadata"]["name"]);
             granted.retain(|(_, of), _| *of != node);
             for range in list(&object["spec"]["ranges"]) {
-                let place = granted.entry((text(&range["egressIP"]), node.clone())).or_default();
+                let address = of(&range["egressIP"], &range["uid"]);
+                let place = granted.entry((address, node.clone())).or_default();
                 place.extend(granules(&range["ranges"]));
             }
         }
@@ -115,6 +126,7 @@ fn check(events: &[Value]) -> Vec<String> {
             let own = leased.get(&(address.clone(), node.clone())).cloned().unwrap_or_default();
             // A lease is given up only after the grant: whoever is granted ports has a lease on them.
             if !ports.is_subset(&own)
+                && !ended.contains(address)
                 && object["kind"] == "EgressNode"
                 && text(&object["metadata"]["name"]) == *node
             {
@@ -147,7 +159,7 @@ mod tests {
     fn allocation(version: u64, leases: &Value) -> Value {
         json!({"type": "MODIFIED", "object": {
             "kind": "EgressAllocation",
-            "metadata": {"name": "a", "resourceVersion": version.to_string()},
+            "metadata": {"name": "a", "uid": "u", "resourceVersion": version.to_string()},
             "spec": {"egressIP": "192.0.2.1", "leases": leases},
         }})
     }
@@ -160,7 +172,7 @@ mod tests {
         json!({"type": "MODIFIED", "object": {
             "kind": "EgressNode",
             "metadata": {"name": node, "resourceVersion": version.to_string()},
-            "spec": {"ranges": [{"egressIP": "192.0.2.1", "ranges": [{"first": first, "count": count}]}]},
+            "spec": {"ranges": [{"egressIP": "192.0.2.1", "uid": "u", "ranges": [{"first": first, "count": count}]}]},
         }})
     }
 
