@@ -1,9 +1,10 @@
 //! What a namespace's egress firewall says of a packet: the first of its rules that matches.
 //!
 //! The agent compiles the rules so that the number of look-ups does not follow theirs: the protocol and port give a
-//! class, the destination is looked up among the rules without ports and among those of the class, and each entry
-//! holds the one winner of all rules that cover it. Of what was found the lowest index wins.
+//! class, the destination is looked up among the rules without ports and among those of the class, and what is found
+//! there is the one winner of all rules that are for it. Of what was found the lowest index wins.
 
+use crate::addr::Ip;
 use crate::conntrack::{FlowState, older_than};
 use crate::keys::{
     DenialKey, Flow, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PolicyId, PortPageKey,
@@ -11,6 +12,7 @@ use crate::keys::{
 };
 use crate::limits::{NAMES_PER_ADDRESS, POD_FLOWS};
 use crate::packet::{Packet, SCTP, TCP, UDP};
+use crate::rules::root_of;
 use crate::tables::Tables;
 use crate::to_uplink::reply_key;
 
@@ -231,16 +233,31 @@ pub fn judge_address<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> ByAddres
         _ => port_class(t, id, tuple.protocol, tuple.destination_port),
     };
     let mut found = Winner::NONE;
-    if ruleset.parts & Ruleset::ADDRESSES != 0 {
-        found = t.rule(id, 0, &tuple.destination);
+    let destination = &tuple.destination;
+    let v4 = destination.is_v4();
+    let root = if v4 { ruleset.roots[0] } else { ruleset.roots[1] };
+    if root != 0 {
+        found = rule(t, root, v4, destination);
     }
     if class != 0 {
-        let rule = t.rule(id, class, &tuple.destination);
-        if rule < found {
-            found = rule;
+        let Some(root) = root_of(ruleset.classes, class, v4, |line| t.rule_line(line)) else {
+            return ByAddress::only(Winner::NOT_READY);
+        };
+        if root != 0 {
+            let rule = rule(t, root, v4, destination);
+            if rule < found {
+                found = rule;
+            }
         }
     }
     ByAddress { rule: found, class, names: u16::from(ruleset.parts & Ruleset::NAMES != 0) }
+}
+
+/// The winner for an address among the rules of a root.
+#[inline(always)]
+fn rule<T: Tables>(t: &T, root: u32, v4: bool, ip: &Ip) -> u32 {
+    let (high, low) = ip.halves();
+    if v4 { t.rule_v4(root, low as u32) } else { t.rule_v6(root, high, low) }
 }
 
 /// The class of a port; 0: no rule with ports is for it.

@@ -2,6 +2,8 @@
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "what is not the verdict looked for fails the test")]
 
+use std::vec::Vec;
+
 use crate::addr::Ip;
 use crate::conntrack::seconds;
 use crate::fragments::{Place, recall};
@@ -10,9 +12,10 @@ use crate::keys::{
     RESOLVER_ON_NODE, RuleCount, RuleCountKey, Ruleset, Winner,
 };
 use crate::limits::NAME_GRACE_SECONDS;
-use crate::memory::{Memory, rule_key};
+use crate::memory::Memory;
 use crate::names::word;
 use crate::packet::{ACK, Kind, Packet, Part, SYN, TCP, UDP};
+use crate::rules_build::Span;
 use crate::sweep::sweep;
 use crate::tables::Tables as _;
 use crate::to_pod::to_pod;
@@ -33,18 +36,17 @@ const METADATA: Ip = Ip::v4([169, 254, 169, 254]);
 const DENIED: FromPod = FromPod::Drop(DropReason::FirewallDenied);
 const DENIED_OUT: ToUplink = ToUplink::Drop(DropReason::FirewallDenied);
 
-fn rule(t: &mut Memory, id: u32, ip: Ip, len: u32, order: u32) {
-    t.rules.insert(rule_key(id, 0, &ip, 96 + len), Winner { order });
-}
-
 /// A version that allows `allowed` and denies all else.
 fn version(t: &mut Memory, id: u32, allowed: &[Ip]) {
     let parts = Ruleset::ADDRESSES;
-    t.rulesets.insert(id, Ruleset { firewall: FIREWALL, parts, rules: 2, ..Ruleset::default() });
-    rule(t, id, Ip::v4([0; 4]), 0, DENY);
-    for ip in allowed {
-        rule(t, id, *ip, 32, ALLOW);
-    }
+    let ruleset = Ruleset { firewall: FIREWALL, parts, rules: 2, ..Ruleset::default() };
+    let mut allowed: Vec<_> = allowed.iter().map(|ip| u32::from_be_bytes(ip.v4_octets())).collect();
+    allowed.sort_unstable();
+    let span = |last, winner| Span { class: 0, last, winner };
+    let mut spans: Vec<_> =
+        allowed.into_iter().flat_map(|ip| [span(ip - 1, DENY), span(ip, ALLOW)]).collect();
+    spans.push(span(u32::MAX, DENY));
+    t.put_rules(id, ruleset, &spans, &[]);
 }
 
 /// Both pods have a firewall that allows `SERVER` only; `POD` has an EgressIP, too. `NODE_A` is this node's address.
@@ -466,7 +468,6 @@ fn a_sweep_judges_flows_of_another_version() {
 #[test]
 fn a_live_flow_keeps_its_name() {
     let mut t = walled();
-    t.rules.clear();
     version(&mut t, FIRST, &[]);
     t.rulesets.get_mut(&FIRST).unwrap().parts |= Ruleset::NAMES;
     t.name_rules.insert(NameRuleKey { ruleset: FIRST, name: 7, class: 0 }, Winner { order: ALLOW });

@@ -543,8 +543,10 @@ pub struct Ruleset {
     pub rules: u32,
     /// [`Ruleset::ADDRESSES`], [`Ruleset::PORTS`], [`Ruleset::NAMES`] and [`Ruleset::REFUSED`].
     pub parts: u32,
-    /// Zero.
-    pub pad: u32,
+    /// The first line of the directory of its port classes; 0: there are none. See [`crate::rules`].
+    pub classes: u32,
+    /// The roots of its rules without ports, for IPv4 and IPv6; 0: there are none.
+    pub roots: [u32; 2],
 }
 
 impl Ruleset {
@@ -558,36 +560,16 @@ impl Ruleset {
     pub const REFUSED: u32 = 8;
 }
 
-/// The data of `RULES`' longest-prefix key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct RulePlace {
-    /// The version.
-    pub ruleset: RulesetId,
-    /// The port class; 0: rules without ports.
-    pub class: u16,
-    /// 4 or 6: the prefix `::/0` is no IPv4 address's.
-    pub family: u16,
-    /// The network's address.
-    pub ip: Ip,
+/// `RULES`, by line: a node or leaf of a search tree, as [`crate::rules`] says. A line of the CPU's caches, and aligned as
+/// such, so that its words may be read in pairs.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Line {
+    /// Addresses, winners and lines, in host byte order.
+    pub word: [u32; 16],
 }
 
-/// `RULES`: longest-prefix key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct RuleKey {
-    /// Bits of `place` that count: [`RuleKey::FIXED_BITS`] and the prefix length, for IPv4 plus 96.
-    pub prefix_len: u32,
-    /// The rest.
-    pub place: RulePlace,
-}
-
-impl RuleKey {
-    /// Bits of [`RulePlace`] before the address.
-    pub const FIXED_BITS: u32 = 64;
-}
-
-/// The one rule that wins among all that an entry of `RULES` or `NAME_RULES` stands for.
+/// The one rule that wins among all that a stretch of addresses in `RULES`, or an entry of `NAME_RULES`, stands for.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Winner {
@@ -902,7 +884,7 @@ map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
     Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 104,
-    Ruleset = 32, RulePlace = 24, RuleKey = 28, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
+    Ruleset = 40, Line = 64, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
     PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
     HeldKey = 28, Held = 8, Segment = 64, Credit = 32, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
     u32 = 4, u64 = 8,

@@ -56,12 +56,19 @@ pub const ANSWER: usize = 1600;
 pub const FIREWALLS: u32 = PODS;
 /// Rules of one EgressFirewall object, OVN-Kubernetes' own bound. It is refused whole beyond.
 pub const FIREWALL_RULES: usize = 8000;
-/// Entries of `RULES`: 100,000 rules of a node twice over, for the old version stands beside the new, and room for
-/// rules that stand for several prefixes or classes. Full: the object is refused, its version in force stays.
-pub const RULES: u32 = 524_288;
-/// Entries of `RULES` that one object may need: a quarter, so that one namespace leaves room for others even while its
-/// old version stands beside the new. It is refused whole beyond.
-pub const FIREWALL_ENTRIES: usize = RULES as usize / 4;
+/// Blocks of 16 lines in `RULES`, the first of which is not given out. See [`RULES`].
+pub const RULE_BLOCKS: u32 = 32_768;
+/// Lines of `RULES`, 64 bytes each: 32 MiB, all of it from the start, for it is an array.
+///
+/// A network or address that a rule is for takes a quarter of a line for IPv4 and nine tenths for IPv6 where there
+/// are many in a port class; where there are one or two, up to 1.6 lines, with what leads there. 100,000 of the worst are
+/// 160,000 lines. The largest object ([`FIREWALL_ENTRIES`]) has up to 150,000, and stands there twice during a change. Full:
+/// the object is refused, its version in force stays.
+pub const RULES: u32 = RULE_BLOCKS * crate::rules::BLOCK_LINES;
+/// Networks and addresses by port class that one object may need: it bounds what it takes of `RULES` to less than a third,
+/// so that one namespace leaves room for others even while its old version stands beside the new. It is refused whole
+/// beyond.
+pub const FIREWALL_ENTRIES: usize = 131_072;
 /// Destinations of an object's rules, each address of a selected node counted for each rule: 5,000 nodes, Kubernetes'
 /// own limit, with an address of each family, for 26 rules. It is refused whole beyond.
 pub const FIREWALL_TARGETS: usize = 1 << 18;

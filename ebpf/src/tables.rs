@@ -9,9 +9,9 @@ use datapath::conntrack::{Ticks, ticks};
 use datapath::firewall::{ByAddress, Judgement};
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
-    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameEvent, NameId, NameKey,
+    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameId, NameKey,
     NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable,
-    PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, RulePlace, Ruleset, RulesetId, Settings,
+    PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, RulesetId, Settings,
     Token, Tuple, Winner,
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
@@ -46,11 +46,9 @@ const fn insert_error(errno: i32) -> InsertError {
     if errno == -EEXIST { InsertError::Exists } else { InsertError::Full }
 }
 
-/// Keys that a CPU puts together: the stack's 512 bytes are needed elsewhere.
+/// What a CPU puts together: the stack's 512 bytes are needed elsewhere.
 #[repr(C)]
 pub struct Keys {
-    /// Of `RULES`.
-    rule: Key<RulePlace>,
     /// A new entry of `LEARNT`.
     learnt: Learnt,
 }
@@ -81,6 +79,20 @@ extern "C" fn judge_address(id: RulesetId, tuple: *const Tuple) -> u64 {
     // SAFETY: the verifier checks that it is null or points to a tuple.
     let Some(tuple) = (unsafe { tuple.as_ref() }) else { return Judgement::NOT_READY.to_word() };
     datapath::firewall::judge_address(&Maps, id, tuple).to_word()
+}
+
+/// [`datapath::rules::find_v4`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rule_v4(root: u32, address: u32) -> u32 {
+    datapath::rules::find_v4(root, address, |line| Maps.rule_line(line))
+}
+
+/// [`datapath::rules::find_v6`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rule_v6(root: u32, high: u64, low: u64) -> u32 {
+    datapath::rules::find_v6(root, high, low, |line| Maps.rule_line(line))
 }
 
 /// [`datapath::firewall::judge_names`], likewise.
@@ -408,11 +420,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
-        let Some(keys) = keys() else { return Winner::NOT_READY };
-        let family = if ip.is_v4() { 4 } else { 6 };
-        keys.rule = Key::new(RuleKey::FIXED_BITS + 128, RulePlace { ruleset: id, class, family, ip: *ip });
-        maps::RULES.get(&keys.rule).map_or(Winner::NONE, |winner| winner.order)
+    fn rule_line(&self, line: u32) -> Option<&Line> {
+        maps::RULES.get(line)
+    }
+
+    #[inline(always)]
+    fn rule_v4(&self, root: u32, address: u32) -> u32 {
+        rule_v4(root, address)
+    }
+
+    #[inline(always)]
+    fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
+        rule_v6(root, high, low)
     }
 
     #[inline(always)]
