@@ -364,6 +364,7 @@ mod tests {
 
     use datapath::keys::{Pod, PortTable, Winner};
     use datapath::names::word;
+    use datapath::rules_build::Span;
 
     use super::*;
 
@@ -453,9 +454,11 @@ mod tests {
                 parts: Ruleset::ADDRESSES | Ruleset::PORTS | Ruleset::NAMES,
                 ..Ruleset::default()
             },
-            rules: vec![
-                (0, "203.0.113.20/32".parse().unwrap(), Winner::new(0, true)),
-                (1, "0.0.0.0/0".parse().unwrap(), Winner::new(2, false)),
+            v4: vec![
+                Span { class: 0, last: 0xcb00_7113, winner: Winner::NONE },
+                Span { class: 0, last: 0xcb00_7114, winner: Winner::new(0, true).order },
+                Span { class: 0, last: u32::MAX, winner: Winner::NONE },
+                Span { class: 1, last: u32::MAX, winner: Winner::new(2, false).order },
             ],
             ports: vec![(TCP, PortTable { page: [PortTable::UNIFORM | 1; 1024] })],
             names: vec![(9, 0, Winner::new(1, true))],

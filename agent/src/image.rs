@@ -7,10 +7,10 @@ use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, EgressId, EgressIp, FirewallId, GranuleTable, IfIndex, Interface, Lease, NameId, NameKey,
     NameRuleKey, Network, NetworkKey, Node, NodeId, Pod, PodId, PodName, Policy, PolicyId, PortPage,
-    PortPageKey, PortTable, PortsKey, RuleKey, RulePlace, Ruleset, RulesetId, Settings, Winner,
+    PortPageKey, PortTable, PortsKey, Ruleset, RulesetId, Settings, Winner,
 };
 use datapath::memory::Memory;
-use ipnet::IpNet;
+use datapath::rules_build::{self, Span};
 
 /// One map of the kernel a field, by the map's own key. Also what a starting agent reads back.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -54,10 +54,14 @@ pub struct MapImage {
 /// One version of a firewall's rules: what the maps hold under its number. Keys are without it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rules {
-    /// `RULESETS`.
+    /// `RULESETS`, without the places in `RULES`, which a version is given when it is written.
     pub ruleset: Ruleset,
-    /// `RULES`, sorted: class, prefix, winner. A prefix of IPv4 has the length that IPv4 gives it.
-    pub rules: Vec<(u16, IpNet, Winner)>,
+    /// What the trees of `RULES` for IPv4 are made of, sorted by class and address. Each class ends with the highest.
+    pub v4: Vec<Span<u32>>,
+    /// As above, for IPv6.
+    pub v6: Vec<Span<u128>>,
+    /// How many blocks of `RULES` they take: [`Rules::count_blocks`].
+    pub blocks: u32,
     /// `PORTS`: protocol to table.
     pub ports: Vec<(u8, PortTable)>,
     /// `PORT_PAGES`, by number.
@@ -67,9 +71,24 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// What `RULES` holds of them under a version's number, in the order of [`Rules::rules`].
-    pub fn rules_entries(&self, id: RulesetId) -> impl ExactSizeIterator<Item = (RuleKey, Winner)> + '_ {
-        self.rules.iter().map(move |(class, net, winner)| (rule_key(id, *class, net), *winner))
+    /// Says in [`Rules::blocks`] how many they are.
+    #[must_use]
+    pub fn count_blocks(self) -> Self {
+        Self { blocks: rules_build::blocks(&self.v4, &self.v6, self.highest_class()), ..self }
+    }
+
+    /// The highest class that rules for addresses or names have; no port has a higher one.
+    #[must_use]
+    pub fn highest_class(&self) -> u16 {
+        let last = [self.v4.last().map(|span| span.class), self.v6.last().map(|span| span.class)];
+        let names = self.names.iter().map(|(_, class, _)| *class);
+        last.into_iter().flatten().chain(names).max().unwrap_or(0)
+    }
+
+    /// The rules that decide something, as [`Winner::order`], often more than once.
+    pub fn winners(&self) -> impl Iterator<Item = u32> + '_ {
+        let spans = self.v4.iter().map(|s| s.winner).chain(self.v6.iter().map(|s| s.winner));
+        spans.filter(|winner| *winner != Winner::NONE).chain(self.names.iter().map(|(_, _, w)| w.order))
     }
 
     /// What `PORTS` holds of them.
@@ -99,20 +118,9 @@ impl Rules {
 
     /// Puts them into tables in memory, as the apply step puts them into the kernel's maps.
     pub fn fill(&self, id: RulesetId, memory: &mut Memory) {
-        memory.rulesets.insert(id, self.ruleset);
-        memory.rules.extend(self.rules_entries(id));
+        memory.put_rules(id, self.ruleset, (&self.v4, &self.v6, self.highest_class()));
         memory.ports.extend(self.ports_entries(id).map(|(key, table)| (key, *table)));
         memory.port_pages.extend(self.page_entries(id).map(|(key, page)| (key, *page)));
         memory.name_rules.extend(self.name_entries(id));
     }
-}
-
-/// The key of a rule's prefix. Its family is the prefix' own: `::ffff:0:0/96` is IPv6, which no packet's address is.
-fn rule_key(ruleset: RulesetId, class: u16, net: &IpNet) -> RuleKey {
-    let (family, shorter) = match net {
-        IpNet::V4(_) => (4, 96),
-        IpNet::V6(_) => (6, 0),
-    };
-    let place = RulePlace { ruleset, class, family, ip: net.addr().into() };
-    RuleKey { prefix_len: RuleKey::FIXED_BITS + shorter + u32::from(net.prefix_len()), place }
 }

@@ -46,7 +46,7 @@ fn version(t: &mut Memory, id: u32, allowed: &[Ip]) {
     let mut spans: Vec<_> =
         allowed.into_iter().flat_map(|ip| [span(ip - 1, DENY), span(ip, ALLOW)]).collect();
     spans.push(span(u32::MAX, DENY));
-    t.put_rules(id, ruleset, &spans, &[]);
+    t.put_rules(id, ruleset, (&spans, &[], 0));
 }
 
 /// Both pods have a firewall that allows `SERVER` only; `POD` has an EgressIP, too. `NODE_A` is this node's address.

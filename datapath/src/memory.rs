@@ -98,10 +98,15 @@ impl Memory {
         Self { seed: Cell::new(seed.max(1)), flow_capacity, ..Self::default() }
     }
 
-    /// Adds a version with these rules for addresses, sorted, whose classes each end with the highest address. What was
-    /// there of a version with this number stays in [`Memory::rules`], but nothing leads there.
-    pub fn put_rules(&mut self, id: RulesetId, ruleset: Ruleset, v4: &[Span<u32>], v6: &[Span<u128>]) {
-        let Roots { roots, classes } = build(v4, v6, &mut self.rules).unwrap_or_default();
+    /// Adds a version with these rules for addresses, as [`build`] takes them. What was there of a version with this number
+    /// stays in [`Memory::rules`], but nothing leads there.
+    pub fn put_rules(
+        &mut self,
+        id: RulesetId,
+        ruleset: Ruleset,
+        (v4, v6, highest): (&[Span<u32>], &[Span<u128>], u16),
+    ) {
+        let Roots { roots, classes } = build(v4, v6, highest, &mut self.rules).unwrap_or_default();
         self.rulesets.insert(id, Ruleset { roots, classes, ..ruleset });
     }
 }

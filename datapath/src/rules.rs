@@ -24,8 +24,8 @@
 //!
 //! A tree is named by its *root*: the line of its highest node, with the number of levels below it in the upper bits; 0:
 //! there is no rule. The two roots of class 0 stand in [`crate::keys::Ruleset`]; those of the others in a *directory*: up
-//! to 16 lines of the first lines of blocks, in blocks of 128 classes, with 8 classes a line. The place of class 0 there
-//! has the number of the highest class.
+//! to 16 lines of the first lines of blocks, in blocks of 128 classes, with 8 classes a line. It has all classes of its
+//! version, also those with rules for names only; the place of class 0 has the number of the highest.
 //!
 //! Lines are given out by blocks of [`BLOCK_LINES`]; the children of a node, and a directory's blocks, stand within
 //! one. So there is room as long as there are enough blocks, wherever they are.
@@ -150,7 +150,7 @@ const fn borrows(a: u64, b: u64, difference: u64) -> u64 {
     ((!a & b) | (!(a ^ b) & difference)) >> 63
 }
 
-/// The root of a port class' tree; 0 if there is none. `classes` is the directory's first line.
+/// The root of a port class' tree; 0 if there is none. `classes` is the directory's first line; 0: no class has one.
 #[inline(always)]
 pub fn root_of<B: Borrow<Line>>(
     classes: u32,
@@ -158,6 +158,9 @@ pub fn root_of<B: Borrow<Line>>(
     v4: bool,
     line: impl Fn(u32) -> Option<B>,
 ) -> Option<u32> {
+    if classes == 0 {
+        return Some(0);
+    }
     let class = u32::from(class);
     let of_blocks = line(classes + (class >> 11))?;
     let block = of_blocks.borrow().word[(class >> 7) as usize & 15];

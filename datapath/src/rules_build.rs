@@ -21,6 +21,8 @@ pub struct Span<A> {
 
 /// Addresses of a family, as numbers.
 pub trait Address: Copy + Ord {
+    /// The lowest.
+    const LOWEST: Self;
     /// The highest.
     const HIGHEST: Self;
     /// Spans of a leaf.
@@ -38,6 +40,7 @@ pub trait Address: Copy + Ord {
 }
 
 impl Address for u32 {
+    const LOWEST: Self = 0;
     const HIGHEST: Self = Self::MAX;
     const LEAF: usize = LEAF_V4;
     const NODE: usize = NODE_V4;
@@ -52,6 +55,7 @@ impl Address for u32 {
 }
 
 impl Address for u128 {
+    const LOWEST: Self = 0;
     const HIGHEST: Self = Self::MAX;
     const LEAF: usize = LEAF_V6;
     const NODE: usize = NODE_V6;
@@ -85,14 +89,16 @@ pub trait Room {
 }
 
 /// Makes the trees of a version from its spans, which are sorted, and whose classes each end with the highest address.
-/// `None`: there is no room; some lines may have been put by then.
-pub fn build(v4: &[Span<u32>], v6: &[Span<u128>], room: &mut impl Room) -> Option<Roots> {
+/// `highest` is the highest class of the version, which may have no spans. `None`: there is no room; some lines may have
+/// been put by then.
+pub fn build(v4: &[Span<u32>], v6: &[Span<u128>], highest: u16, room: &mut impl Room) -> Option<Roots> {
     let mut writer = Writer { room, next: 0, left: 0 };
     let mut found = Roots::default();
     let mut classes: Vec<[u32; 2]> = Vec::new();
     writer.tables(v4, &mut found, &mut classes)?;
     writer.tables(v6, &mut found, &mut classes)?;
     if !classes.is_empty() {
+        classes.resize(classes.len().max(usize::from(highest) + 1), [0; 2]);
         classes[0] = [classes.len() as u32 - 1, 0];
         found.classes = writer.directory(&classes)?;
     }
@@ -101,7 +107,7 @@ pub fn build(v4: &[Span<u32>], v6: &[Span<u128>], room: &mut impl Room) -> Optio
 
 /// How many blocks [`build`] takes.
 #[must_use]
-pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>]) -> u32 {
+pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>], highest: u16) -> u32 {
     struct Count(u32);
     impl Room for Count {
         fn block(&mut self) -> Option<u32> {
@@ -111,7 +117,7 @@ pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>]) -> u32 {
         fn put(&mut self, _: u32, _: &Line) {}
     }
     let mut count = Count(0);
-    let _ = build(v4, v6, &mut count);
+    let _ = build(v4, v6, highest, &mut count);
     count.0
 }
 
