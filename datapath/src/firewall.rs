@@ -13,7 +13,7 @@ use crate::keys::{
 use crate::limits::{NAMES_PER_ADDRESS, POD_FLOWS};
 use crate::packet::{Packet, SCTP, TCP, UDP};
 use crate::rules::root_of;
-use crate::tables::Tables;
+use crate::tables::{InsertError, Tables};
 use crate::to_uplink::reply_key;
 
 /// What the rules say.
@@ -90,7 +90,8 @@ pub const fn has_ports(protocol: u8) -> bool {
 }
 
 /// Judges a pod's packet, counts what decides, and notes a denial. `kept`: a flow is going to stand for the packet,
-/// and carries its bytes; else the packet's own bytes are counted, and a hit if it opens something.
+/// and is counted when it is over, so that a new connection does not pay for a place among the counts of thousands of
+/// rules; else the packet's own bytes are counted, and a hit if it opens something.
 #[inline(always)]
 pub fn ask<T: Tables>(t: &T, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
     let judgement = t.judge(id, &packet.tuple);
@@ -106,10 +107,8 @@ pub fn note<T: Tables>(t: &T, id: RulesetId, pod: PodId, packet: &Packet, kept: 
     let tuple = &packet.tuple;
     let judgement = Judgement { rule, name: 0 };
     let denied = !judgement.allows();
-    if judgement.by_rule() {
-        let hits = kept || denied || packet.opens();
-        let bytes = if kept && !denied { 0 } else { u64::from(packet.len) };
-        t.count_rule(id, rule, u64::from(hits), bytes);
+    if judgement.by_rule() && (denied || !kept) {
+        t.count_rule(id, rule, u64::from(denied || packet.opens()), u64::from(packet.len));
     }
     if denied {
         let remote_port = if has_ports(tuple.protocol) { tuple.destination_port } else { 0 };
@@ -149,8 +148,14 @@ pub fn settle<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, judgement: Judgeme
 /// Keeps that a packet of a pod may go untranslated, if there is room: else the next is judged as this one was.
 #[inline(always)]
 pub fn let_go<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judged: Judgement) {
+    // What no flow stands for is counted at once.
+    let uncounted = || {
+        if judged.by_rule() {
+            t.count_rule(id, judged.rule, 1, u64::from(len));
+        }
+    };
     if t.flows_of(key.pod) >= POD_FLOWS {
-        return;
+        return uncounted();
     }
     let now = t.now();
     let flow = Flow {
@@ -165,7 +170,9 @@ pub fn let_go<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, policy: PolicyId, 
         name: judged.name,
         ..Flow::default()
     };
-    let _ = t.insert_flow(key, &flow);
+    if t.insert_flow(key, &flow) == Err(InsertError::Full) {
+        uncounted();
+    }
 }
 
 /// Judges a packet of a pod by a version of its firewall's rules, on its destination after the host's DNAT.

@@ -793,9 +793,9 @@ pub struct RuleCountKey {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct RuleCount {
-    /// Flows let go, or packets denied.
+    /// Flows that are over, or packets denied. Flows that live count themselves.
     pub hits: u64,
-    /// Bytes of flows that are over, or of packets denied. Flows that live count their own.
+    /// Bytes of these. Flows that live count their own.
     pub bytes: u64,
 }
 

@@ -318,7 +318,7 @@ impl Tables for Memory {
         if let Some(flow) = removed
             && (Judgement { rule: flow.rule, name: flow.name }).by_rule()
         {
-            self.count_rule(flow.ruleset, flow.rule, 0, flow.bytes);
+            self.count_rule(flow.ruleset, flow.rule, 1, flow.bytes);
         }
     }
 

@@ -106,7 +106,7 @@ pub trait Tables {
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;
     /// Makes a flow; `Exists` if another CPU was quicker.
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
-    /// Removes a flow, if it is there, and counts its bytes as those of the rule that has let it go.
+    /// Removes a flow, if it is there, and counts it and its bytes for the rule that has let it go.
     fn remove_flow(&self, key: &FlowKey);
     /// How many flows a pod has.
     fn flows_of(&self, pod: PodId) -> u32;

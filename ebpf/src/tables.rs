@@ -196,7 +196,7 @@ fn remove_flow(key: &FlowKey) {
     }
     count_flow(pod, false);
     if (Judgement { rule, name: 0 }).by_rule() {
-        count_rule(id, rule, 0, bytes);
+        count_rule(id, rule, 1, bytes);
     }
 }
 
