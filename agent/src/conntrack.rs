@@ -362,8 +362,9 @@ fn entry_key(entry: &[u8]) -> Vec<u8> {
 mod tests {
     use std::net::IpAddr;
 
-    use datapath::keys::{Pod, PortTable, Winner};
+    use datapath::keys::{Pod, Winner};
     use datapath::names::word;
+    use datapath::rules::port_number;
     use datapath::rules_build::Span;
 
     use super::*;
@@ -460,7 +461,11 @@ mod tests {
                 Span { class: 0, last: u32::MAX, winner: Winner::NONE },
                 Span { class: 1, last: u32::MAX, winner: Winner::new(2, false).order },
             ],
-            ports: vec![(TCP, PortTable { page: [PortTable::UNIFORM | 1; 1024] })],
+            ports: vec![
+                Span { class: 0, last: port_number(TCP, 0) - 1, winner: 0 },
+                Span { class: 0, last: port_number(TCP, u16::MAX), winner: 1 },
+                Span { class: 0, last: u32::MAX, winner: 0 },
+            ],
             names: vec![(9, 0, Winner::new(1, true))],
             ..Rules::default()
         };

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, EgressId, EgressIp, FirewallId, GranuleTable, IfIndex, Interface, Lease, NameId, NameKey,
-    NameRuleKey, Network, NetworkKey, Node, NodeId, Pod, PodId, PodName, Policy, PolicyId, PortPage,
-    PortPageKey, PortTable, PortsKey, Ruleset, RulesetId, Settings, Winner,
+    NameRuleKey, Network, NetworkKey, Node, NodeId, Pod, PodId, PodName, Policy, PolicyId, Ruleset,
+    RulesetId, Settings, Winner,
 };
 use datapath::memory::Memory;
 use datapath::rules_build::{self, Span};
@@ -62,10 +62,9 @@ pub struct Rules {
     pub v6: Vec<Span<u128>>,
     /// How many blocks of `RULES` they take: [`Rules::count_blocks`].
     pub blocks: u32,
-    /// `PORTS`: protocol to table.
-    pub ports: Vec<(u8, PortTable)>,
-    /// `PORT_PAGES`, by number.
-    pub pages: Vec<PortPage>,
+    /// The spans of port numbers, with their class for winner, that the tree of `RULES` for ports is made of; none: there
+    /// are no rules with ports.
+    pub ports: Vec<Span<u32>>,
     /// `NAME_RULES`: name and class to winner, sorted.
     pub names: Vec<(NameId, u16, Winner)>,
 }
@@ -74,39 +73,13 @@ impl Rules {
     /// Says in [`Rules::blocks`] how many they are.
     #[must_use]
     pub fn count_blocks(self) -> Self {
-        Self { blocks: rules_build::blocks(&self.v4, &self.v6, self.highest_class()), ..self }
-    }
-
-    /// The highest class that rules for addresses or names have; no port has a higher one.
-    #[must_use]
-    pub fn highest_class(&self) -> u16 {
-        let last = [self.v4.last().map(|span| span.class), self.v6.last().map(|span| span.class)];
-        let names = self.names.iter().map(|(_, class, _)| *class);
-        last.into_iter().flatten().chain(names).max().unwrap_or(0)
+        Self { blocks: rules_build::blocks(&self.v4, &self.v6, &self.ports), ..self }
     }
 
     /// The rules that decide something, as [`Winner::order`], often more than once.
     pub fn winners(&self) -> impl Iterator<Item = u32> + '_ {
         let spans = self.v4.iter().map(|s| s.winner).chain(self.v6.iter().map(|s| s.winner));
         spans.filter(|winner| *winner != Winner::NONE).chain(self.names.iter().map(|(_, _, w)| w.order))
-    }
-
-    /// What `PORTS` holds of them.
-    pub fn ports_entries(&self, id: RulesetId) -> impl ExactSizeIterator<Item = (PortsKey, &PortTable)> + '_ {
-        self.ports
-            .iter()
-            .map(move |(protocol, table)| (PortsKey { ruleset: id, protocol: u32::from(*protocol) }, table))
-    }
-
-    /// What `PORT_PAGES` holds of them.
-    pub fn page_entries(
-        &self,
-        id: RulesetId,
-    ) -> impl ExactSizeIterator<Item = (PortPageKey, &PortPage)> + '_ {
-        self.pages
-            .iter()
-            .enumerate()
-            .map(move |(n, page)| (PortPageKey { ruleset: id, page: n as u32 }, page))
     }
 
     /// What `NAME_RULES` holds of them.
@@ -118,9 +91,7 @@ impl Rules {
 
     /// Puts them into tables in memory, as the apply step puts them into the kernel's maps.
     pub fn fill(&self, id: RulesetId, memory: &mut Memory) {
-        memory.put_rules(id, self.ruleset, (&self.v4, &self.v6, self.highest_class()));
-        memory.ports.extend(self.ports_entries(id).map(|(key, table)| (key, *table)));
-        memory.port_pages.extend(self.page_entries(id).map(|(key, page)| (key, *page)));
+        memory.put_rules(id, self.ruleset, (&self.v4, &self.v6, &self.ports));
         memory.name_rules.extend(self.name_entries(id));
     }
 }

@@ -7,12 +7,12 @@
 use crate::addr::Ip;
 use crate::conntrack::{FlowState, older_than};
 use crate::keys::{
-    DenialKey, Flow, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PolicyId, PortPageKey,
-    PortTable, PortsKey, RESOLVER_ON_NODE, Ruleset, RulesetId, Tuple, Winner,
+    DenialKey, Flow, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PolicyId, RESOLVER_ON_NODE,
+    Ruleset, RulesetId, Tuple, Winner,
 };
-use crate::limits::{NAMES_PER_ADDRESS, POD_FLOWS};
+use crate::limits::{FIREWALL_CLASSES, NAMES_PER_ADDRESS, POD_FLOWS};
 use crate::packet::{Packet, SCTP, TCP, UDP};
-use crate::rules::root_of;
+use crate::rules::{port_number, root_of};
 use crate::tables::{InsertError, Tables};
 use crate::to_uplink::reply_key;
 
@@ -237,8 +237,12 @@ pub fn judge_address<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> ByAddres
     let class = match ruleset.parts & Ruleset::PORTS {
         0 => 0,
         _ if !ports => 0,
-        _ => port_class(t, id, tuple.protocol, tuple.destination_port),
+        _ => t.rule_v4(ruleset.ports, port_number(tuple.protocol, tuple.destination_port)),
     };
+    if class > FIREWALL_CLASSES as u32 {
+        return ByAddress::only(Winner::NOT_READY);
+    }
+    let class = class as u16;
     let mut found = Winner::NONE;
     let destination = &tuple.destination;
     let v4 = destination.is_v4();
@@ -265,18 +269,6 @@ pub fn judge_address<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> ByAddres
 fn rule<T: Tables>(t: &T, root: u32, v4: bool, ip: &Ip) -> u32 {
     let (high, low) = ip.halves();
     if v4 { t.rule_v4(root, low as u32) } else { t.rule_v6(root, high, low) }
-}
-
-/// The class of a port; 0: no rule with ports is for it.
-#[inline(always)]
-fn port_class<T: Tables>(t: &T, ruleset: RulesetId, protocol: u8, port: u16) -> u16 {
-    let Some(table) = t.ports(&PortsKey { ruleset, protocol: u32::from(protocol) }) else { return 0 };
-    let entry = table.page[usize::from(port >> 6)];
-    if entry & PortTable::UNIFORM != 0 {
-        return entry & !PortTable::UNIFORM;
-    }
-    t.port_page(&PortPageKey { ruleset, page: u32::from(entry) })
-        .map_or(0, |page| page.class[usize::from(port & 63)])
 }
 
 /// The second step of [`judge`]: the better of what was found and the best rule for one of the names that the

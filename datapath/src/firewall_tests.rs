@@ -46,7 +46,7 @@ fn version(t: &mut Memory, id: u32, allowed: &[Ip]) {
     let mut spans: Vec<_> =
         allowed.into_iter().flat_map(|ip| [span(ip - 1, DENY), span(ip, ALLOW)]).collect();
     spans.push(span(u32::MAX, DENY));
-    t.put_rules(id, ruleset, (&spans, &[], 0));
+    t.put_rules(id, ruleset, (&spans, &[], &[]));
 }
 
 /// Both pods have a firewall that allows `SERVER` only; `POD` has an EgressIP, too. `NODE_A` is this node's address.
@@ -269,7 +269,11 @@ fn a_live_flow_that_a_new_version_allows_goes_on() {
     assert!(t.flows.borrow().values().all(|flow| flow.ruleset == SECOND && flow.rule == ALLOW));
     assert_eq!(count(&t, SECOND, ALLOW), (0, 0), "they live");
     let rulesets = core::mem::take(&mut t.rulesets);
-    assert_eq!(from_pod(&t, POD_IF, &selected(SERVER, ACK)), FromPod::Translate(snat), "judged once a version");
+    assert_eq!(
+        from_pod(&t, POD_IF, &selected(SERVER, ACK)),
+        FromPod::Translate(snat),
+        "judged once a version"
+    );
     t.rulesets = rulesets;
     // The firewall goes: its pods' flows do not.
     t.pods.get_mut(&POD).unwrap().firewall = 0;

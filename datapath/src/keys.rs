@@ -547,12 +547,16 @@ pub struct Ruleset {
     pub classes: u32,
     /// The roots of its rules without ports, for IPv4 and IPv6; 0: there are none.
     pub roots: [u32; 2],
+    /// The root of its port classes; 0: there are none.
+    pub ports: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 impl Ruleset {
     /// `RULES` has something of class 0.
     pub const ADDRESSES: u32 = 1;
-    /// It has rules with ports: `PORTS` has tables of it.
+    /// It has rules with ports.
     pub const PORTS: u32 = 2;
     /// It has rules for names.
     pub const NAMES: u32 = 4;
@@ -588,47 +592,6 @@ impl Winner {
     pub const fn new(index: u32, allows: bool) -> Self {
         Self { order: index * 2 + allows as u32 }
     }
-}
-
-/// `PORTS`: key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct PortsKey {
-    /// The version.
-    pub ruleset: RulesetId,
-    /// IP protocol number.
-    pub protocol: u32,
-}
-
-/// `PORTS`: the port classes of one protocol, in pages of 64 ports.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PortTable {
-    /// By the upper ten bits of a port: [`PortTable::UNIFORM`] and the class of all 64, or a page's number.
-    pub page: [u16; 1024],
-}
-
-impl PortTable {
-    /// All ports of a page have the class in the other bits.
-    pub const UNIFORM: u16 = 0x8000;
-}
-
-/// `PORT_PAGES`: key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct PortPageKey {
-    /// The version.
-    pub ruleset: RulesetId,
-    /// The number that [`PortTable::page`] gives.
-    pub page: u32,
-}
-
-/// `PORT_PAGES`: the classes of 64 ports.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct PortPage {
-    /// By the lower six bits of a port; 0: no rule with ports is for it.
-    pub class: [u16; 64],
 }
 
 /// `NAMES`: a name that a firewall has rules for, to its [`NameId`].
@@ -884,8 +847,7 @@ map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
     Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 104,
-    Ruleset = 40, Line = 64, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
-    PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
+    Ruleset = 48, Line = 64, Winner = 4, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
     HeldKey = 28, Held = 8, Segment = 64, Credit = 32, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
     u32 = 4, u64 = 8,
 }

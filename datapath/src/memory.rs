@@ -10,10 +10,9 @@ use crate::firewall::{self, ByAddress, Judgement};
 use crate::from_pod::offloaded_flow;
 use crate::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
-    FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameId, NameKey,
-    NameRuleKey, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey,
-    PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, RulesetId,
-    Settings, Token, Tuple, Winner,
+    FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameId,
+    NameKey, NameRuleKey, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey,
+    RuleCount, RuleCountKey, Ruleset, RulesetId, Settings, Token, Tuple, Winner,
 };
 use crate::names::{Place, lives_longer, place_of, word};
 use crate::packet::Packet;
@@ -53,10 +52,6 @@ pub struct Memory {
     pub rulesets: BTreeMap<RulesetId, Ruleset>,
     /// `RULES`, as far as it is used; see [`Memory::put_rules`].
     pub rules: Vec<Line>,
-    /// `PORTS`.
-    pub ports: BTreeMap<PortsKey, PortTable>,
-    /// `PORT_PAGES`.
-    pub port_pages: BTreeMap<PortPageKey, PortPage>,
     /// `NAMES`.
     pub names: BTreeMap<NameKey, NameId>,
     /// `NAME_RULES`.
@@ -104,10 +99,10 @@ impl Memory {
         &mut self,
         id: RulesetId,
         ruleset: Ruleset,
-        (v4, v6, highest): (&[Span<u32>], &[Span<u128>], u16),
+        (v4, v6, ports): (&[Span<u32>], &[Span<u128>], &[Span<u32>]),
     ) {
-        let Roots { roots, classes } = build(v4, v6, highest, &mut self.rules).unwrap_or_default();
-        self.rulesets.insert(id, Ruleset { roots, classes, ..ruleset });
+        let Roots { roots, classes, ports } = build(v4, v6, ports, &mut self.rules).unwrap_or_default();
+        self.rulesets.insert(id, Ruleset { roots, classes, ports, ..ruleset });
     }
 }
 
@@ -215,14 +210,6 @@ impl Tables for Memory {
 
     fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
         find_v6(root, high, low, |line| self.rule_line(line))
-    }
-
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
-        self.ports.get(key)
-    }
-
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
-        self.port_pages.get(key)
     }
 
     fn name_rule(&self, key: &NameRuleKey) -> u32 {

@@ -22,9 +22,12 @@
 //! that of a child, or span, that is there. It is counted without branches, which random addresses would have
 //! mispredicted.
 //!
+//! The classes of ports are found the same way, in a tree as for IPv4: its numbers are those of [`port_number`], its winners
+//! are classes; 0: no rule with ports is for the port.
+//!
 //! A tree is named by its *root*: the line of its highest node, with the number of levels below it in the upper bits; 0:
-//! there is no rule. The two roots of class 0 stand in [`crate::keys::Ruleset`]; those of the others in a *directory*: up
-//! to 16 lines of the first lines of blocks, in blocks of 128 classes, with 8 classes a line. It has all classes of its
+//! there is no rule. The root of the ports and the two of class 0 stand in [`crate::keys::Ruleset`]; those of the other
+//! classes in a *directory*: up to 16 lines of the first lines of blocks, in blocks of 128 classes, with 8 classes a line. It has all classes of its
 //! version, also those with rules for names only; the place of class 0 has the number of the highest.
 //!
 //! Lines are given out by blocks of [`BLOCK_LINES`]; the children of a node, and a directory's blocks, stand within
@@ -82,7 +85,7 @@ pub fn find_v4<B: Borrow<Line>>(root: u32, address: u32, line: impl Fn(u32) -> O
         }
         let Some(node) = line(at) else { return Winner::NOT_READY };
         let words = &node.borrow().word;
-        at = words[CHILD].wrapping_add(below_v4::<NODE_V4>(words, address));
+        at = words[CHILD].wrapping_add(below_v4::<{ NODE_V4 + 1 }>(words, address));
         level += 1;
     }
     let Some(leaf) = line(at) else { return Winner::NOT_READY };
@@ -110,17 +113,22 @@ pub fn find_v6<B: Borrow<Line>>(root: u32, high: u64, low: u64, line: impl Fn(u3
     words[WINNERS_V6 + (below_v6(words, high, low) as usize & 3)]
 }
 
-/// How many of the first addresses of a line are below one.
+/// How many of the first addresses of a line, one fewer than `SIZE`, a power of two, are below one. The middle one says in
+/// which half to count.
 #[inline(always)]
-fn below_v4<const COUNT: usize>(words: &[u32; 16], address: u32) -> u32 {
+fn below_v4<const SIZE: usize>(words: &[u32; 16], address: u32) -> u32 {
+    let half = SIZE / 2;
+    // What is borrowed stands in all upper bits. (As the highest bit alone, LLVM makes branches of it.)
+    let borrowed = |word: u32| u64::from(word).wrapping_sub(u64::from(address)) >> 32;
+    let begin = borrowed(words[half - 1]) as usize & half;
     let mut count = 0_u64;
     let mut i = 0;
-    while i < COUNT {
-        // What is borrowed stands in all upper bits: in 32 bits, -1. (As the highest bit alone, LLVM makes branches of it.)
-        count = count.wrapping_add(u64::from(words[i]).wrapping_sub(u64::from(address)) >> 32);
+    while i < half - 1 {
+        // In 32 bits, -1.
+        count = count.wrapping_add(borrowed(words[begin + i]));
         i += 1;
     }
-    (count as u32).wrapping_neg()
+    (begin as u32).wrapping_sub(count as u32)
 }
 
 /// As above, of the three addresses of an IPv6 line.
@@ -148,6 +156,13 @@ const fn is_below_128(a: (u64, u64), b: (u64, u64)) -> u64 {
 #[inline(always)]
 const fn borrows(a: u64, b: u64, difference: u64) -> u64 {
     ((!a & b) | (!(a ^ b) & difference)) >> 63
+}
+
+/// A protocol's port as one number, in the order of both.
+#[inline(always)]
+#[must_use]
+pub const fn port_number(protocol: u8, port: u16) -> u32 {
+    (protocol as u32) << 16 | port as u32
 }
 
 /// The root of a port class' tree; 0 if there is none. `classes` is the directory's first line; 0: no class has one.

@@ -78,6 +78,8 @@ pub struct Roots {
     pub roots: [u32; 2],
     /// The first line of the directory of the other classes; 0: there are none.
     pub classes: u32,
+    /// Of the ports.
+    pub ports: u32,
 }
 
 /// Where lines are put.
@@ -89,16 +91,25 @@ pub trait Room {
 }
 
 /// Makes the trees of a version from its spans, which are sorted, and whose classes each end with the highest address.
-/// `highest` is the highest class of the version, which may have no spans. `None`: there is no room; some lines may have
-/// been put by then.
-pub fn build(v4: &[Span<u32>], v6: &[Span<u128>], highest: u16, room: &mut impl Room) -> Option<Roots> {
+/// `ports` are the spans of port numbers, with their class for winner and no class of their own: all classes are there.
+/// `None`: there is no room; some lines may have been put by then.
+pub fn build(
+    v4: &[Span<u32>],
+    v6: &[Span<u128>],
+    ports: &[Span<u32>],
+    room: &mut impl Room,
+) -> Option<Roots> {
     let mut writer = Writer { room, next: 0, left: 0 };
     let mut found = Roots::default();
     let mut classes: Vec<[u32; 2]> = Vec::new();
     writer.tables(v4, &mut found, &mut classes)?;
     writer.tables(v6, &mut found, &mut classes)?;
+    if !ports.is_empty() {
+        found.ports = writer.tree(ports)?;
+    }
     if !classes.is_empty() {
-        classes.resize(classes.len().max(usize::from(highest) + 1), [0; 2]);
+        let highest = ports.iter().map(|span| span.winner as usize).max().unwrap_or(0);
+        classes.resize(classes.len().max(highest + 1), [0; 2]);
         classes[0] = [classes.len() as u32 - 1, 0];
         found.classes = writer.directory(&classes)?;
     }
@@ -107,7 +118,7 @@ pub fn build(v4: &[Span<u32>], v6: &[Span<u128>], highest: u16, room: &mut impl 
 
 /// How many blocks [`build`] takes.
 #[must_use]
-pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>], highest: u16) -> u32 {
+pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>], ports: &[Span<u32>]) -> u32 {
     struct Count(u32);
     impl Room for Count {
         fn block(&mut self) -> Option<u32> {
@@ -117,7 +128,7 @@ pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>], highest: u16) -> u32 {
         fn put(&mut self, _: u32, _: &Line) {}
     }
     let mut count = Count(0);
-    let _ = build(v4, v6, highest, &mut count);
+    let _ = build(v4, v6, ports, &mut count);
     count.0
 }
 
@@ -217,15 +228,15 @@ fn leaf<A: Address>(spans: &[Span<A>]) -> (A, Line) {
     (last.last, line)
 }
 
-/// The spans of a version, by family.
-pub type Spans = (Vec<Span<u32>>, Vec<Span<u128>>);
+/// The spans of a version: of IPv4, IPv6 and port numbers.
+pub type Spans = (Vec<Span<u32>>, Vec<Span<u128>>, Vec<Span<u32>>);
 
 /// Reads what [`build`] has made. `line` gives lines by number.
 ///
 /// # Errors
 /// Those of `line`; `Ok(None)`: there are no such trees.
 pub fn read<E>(roots: &Roots, mut line: impl FnMut(u32) -> Result<Line, E>) -> Result<Option<Spans>, E> {
-    let (mut v4, mut v6) = (Vec::new(), Vec::new());
+    let (mut v4, mut v6, mut ports) = (Vec::new(), Vec::new(), Vec::new());
     let mut all = std::vec![(0, roots.roots)];
     if roots.classes != 0 {
         let mut highest = None;
@@ -252,12 +263,16 @@ pub fn read<E>(roots: &Roots, mut line: impl FnMut(u32) -> Result<Line, E>) -> R
         }
     }
     for (class, [root_v4, root_v6]) in &all {
-        if !read_tree(*class, *root_v4, &mut line, &mut v4)? || !read_tree(*class, *root_v6, &mut line, &mut v6)?
+        if !read_tree(*class, *root_v4, &mut line, &mut v4)?
+            || !read_tree(*class, *root_v6, &mut line, &mut v6)?
         {
             return Ok(None);
         }
     }
-    Ok(Some((v4, v6)))
+    if !read_tree(0, roots.ports, &mut line, &mut ports)? {
+        return Ok(None);
+    }
+    Ok(Some((v4, v6, ports)))
 }
 
 /// Adds a tree's spans. Whether it is one.

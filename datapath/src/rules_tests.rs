@@ -82,7 +82,7 @@ fn trees_of_all_sizes_say_what_their_spans_say() {
     let mut t = Memory::new(1, 0);
     for (size, id) in SIZES.into_iter().zip(1..) {
         let (v4, v6) = (spans::<u32>(&t, 0, size), spans::<u128>(&t, 0, size));
-        t.put_rules(id, Ruleset::default(), (&v4, &v6, 0));
+        t.put_rules(id, Ruleset::default(), (&v4, &v6, &[]));
         let [root_v4, root_v6] = t.rulesets[&id].roots;
         compare(&t, &v4, 0, root_v4);
         compare(&t, &v6, 0, root_v6);
@@ -107,8 +107,12 @@ fn each_class_and_family_has_its_own_tree() {
             }
         }
         // Classes above have rules for names only.
-        t.put_rules(7, Ruleset::default(), (&v4, &v6, highest + 200));
-        let Ruleset { roots, classes, .. } = t.rulesets[&7];
+        let of_port = |n: u16| Span { class: 0, last: u32::from(n) * 3, winner: n.into() };
+        let mut of_ports: Vec<_> = (0..=highest + 200).map(of_port).collect();
+        of_ports.push(Span { class: 0, last: u32::MAX, winner: 0 });
+        t.put_rules(7, Ruleset::default(), (&v4, &v6, &of_ports));
+        let Ruleset { roots, classes, ports, .. } = t.rulesets[&7];
+        compare(&t, &of_ports, 0, ports);
         for class in (0..highest).step_by(1 + usize::from(highest) / 50).chain(highest..=highest + 200) {
             let root = |v4: bool| match class {
                 0 => roots[usize::from(!v4)],
@@ -124,7 +128,7 @@ fn each_class_and_family_has_its_own_tree() {
             }
         }
         let line = |n: u32| t.rules.get(n as usize).copied().ok_or(());
-        assert_eq!(read(&Roots { roots, classes }, line), Ok(Some((v4, v6))), "read back");
+        assert_eq!(read(&Roots { roots, classes, ports }, line), Ok(Some((v4, v6, of_ports))), "read back");
     }
     assert_eq!(root_of(0, 5, true, |line| t.rule_line(line)), Some(0), "no class has rules for addresses");
 }
@@ -134,7 +138,7 @@ fn as_many_classes_as_an_object_may_have_find_their_place() {
     let mut t = Memory::new(3, 0);
     let span = |class| Span { class, last: u32::MAX, winner: class.into() };
     let v4: Vec<_> = (1..=FIREWALL_CLASSES as u16).map(span).collect();
-    t.put_rules(1, Ruleset::default(), (&v4, &[], 0));
+    t.put_rules(1, Ruleset::default(), (&v4, &[], &[]));
     let Ruleset { roots, classes, .. } = t.rulesets[&1];
     for class in [1, 2, 127, 128, 2047, 2048, 32_766, 32_767] {
         let root = root_of(classes, class, true, |line| t.rule_line(line)).unwrap();
@@ -142,7 +146,7 @@ fn as_many_classes_as_an_object_may_have_find_their_place() {
         assert_eq!(root_of(classes, class, false, |line| t.rule_line(line)), Some(0));
     }
     let line = |n: u32| t.rules.get(n as usize).copied().ok_or(());
-    assert_eq!(read(&Roots { roots, classes }, line), Ok(Some((v4, vec![]))), "read back");
+    assert_eq!(read(&Roots { roots, classes, ports: 0 }, line), Ok(Some((v4, vec![], vec![]))), "read back");
 }
 
 /// Some blocks, given out in a wild order, and each line once.
@@ -167,16 +171,18 @@ fn blocks_may_be_anywhere_and_are_as_many_as_are_said() {
         let (mut v4, mut v6) = (spans::<u32>(&t, 0, size), spans::<u128>(&t, 0, size));
         v4.extend(spans::<u32>(&t, 9, 40));
         v6.extend(spans::<u128>(&t, 3, 9));
-        let needed = blocks(&v4, &v6, 1000);
+        let ports = spans::<u32>(&t, 0, 1 + size / 3);
+        let ports: Vec<_> = ports.into_iter().map(|s| Span { winner: s.winner % 300, ..s }).collect();
+        let needed = blocks(&v4, &v6, &ports);
         let free: Vec<u32> = (0..needed).map(|n| 1 + (n * 7919) % 10_007).collect();
         let mut few = Few { blocks: free.clone(), lines: BTreeMap::new() };
-        let roots = build(&v4, &v6, 1000, &mut few).expect("there is room");
+        let roots = build(&v4, &v6, &ports, &mut few).expect("there is room");
         assert!(few.blocks.is_empty(), "all are needed");
         assert!(few.lines.keys().all(|line| free.contains(&(line / BLOCK_LINES))));
         let line = |n: u32| few.lines.get(&n).copied().ok_or(n);
-        assert_eq!(read(&roots, line), Ok(Some((v4.clone(), v6.clone()))));
+        assert_eq!(read(&roots, line), Ok(Some((v4.clone(), v6.clone(), ports.clone()))));
         let mut few = Few { blocks: free[1..].to_vec(), lines: BTreeMap::new() };
-        assert_eq!(build(&v4, &v6, 1000, &mut few), None, "one too few");
+        assert_eq!(build(&v4, &v6, &ports, &mut few), None, "one too few");
     }
 }
 
@@ -184,10 +190,10 @@ fn blocks_may_be_anywhere_and_are_as_many_as_are_said() {
 fn what_is_no_tree_is_neither_read_nor_allows_anything() {
     let mut t = Memory::new(5, 0);
     let v4 = spans::<u32>(&t, 0, 200);
-    t.put_rules(1, Ruleset::default(), (&v4, &[], 0));
+    t.put_rules(1, Ruleset::default(), (&v4, &[], &[]));
     let root = t.rulesets[&1].roots[0];
     let look = |t: &Memory, root| {
-        let roots = Roots { roots: [root, 0], classes: 0 };
+        let roots = Roots { roots: [root, 0], ..Roots::default() };
         read(&roots, |n: u32| t.rules.get(n as usize).copied().ok_or(()))
     };
     assert!(matches!(look(&t, root), Ok(Some(_))));

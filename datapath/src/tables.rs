@@ -5,9 +5,9 @@ use crate::conntrack::Ticks;
 use crate::firewall::{ByAddress, Judgement};
 use crate::keys::{
     Asked, AskedKey, Delivery, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey, FragmentHead,
-    FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameId, NameKey, NameRuleKey, Node, NodeId,
-    Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey,
-    Ruleset, RulesetId, Settings, Token, Tuple,
+    FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameId, NameKey, NameRuleKey, Node,
+    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Ruleset, RulesetId, Settings, Token,
+    Tuple,
 };
 use crate::packet::Packet;
 use crate::to_uplink::Known;
@@ -57,15 +57,11 @@ pub trait Tables {
     fn ruleset(&self, id: RulesetId) -> Option<Ruleset>;
     /// A line of `RULES`.
     fn rule_line(&self, line: u32) -> Option<&Line>;
-    /// The winner for an IPv4 address: [`crate::rules::find_v4`]. A method, so that the kernel programs make a function
+    /// The winner for an IPv4 address, or the class of a port: [`crate::rules::find_v4`]. A method, so that the kernel programs make a function
     /// of it.
     fn rule_v4(&self, root: u32, address: u32) -> u32;
     /// The winner for an IPv6 address: [`crate::rules::find_v6`], for the same reason.
     fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32;
-    /// The port classes of a protocol.
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable>;
-    /// The port classes of 64 ports.
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage>;
     /// The winner, as [`crate::keys::Winner::order`], among the rules for a name.
     fn name_rule(&self, key: &NameRuleKey) -> u32;
     /// [`crate::firewall::judge`].

@@ -7,7 +7,7 @@ use datapath::addr::Ip;
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
     FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameKey,
-    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy, PortPage, PortPageKey, PortTable, PortsKey,
+    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy,
     Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, Settings, Swept, Token, Winner,
 };
 use datapath::limits;
@@ -84,19 +84,10 @@ pub static FIREWALLS: Array<u32, { limits::FIREWALLS as usize }, MAPPABLE> = Arr
 #[btf_map]
 pub static RULESETS: HashMap<u32, Ruleset, { limits::RULESETS as usize }, ON_DEMAND> = HashMap::new();
 
-/// The winning rules by address, as search trees: see `datapath::rules`. Mapped by nobody, but only arrays that may be
+/// The classes of ports and the winning rules by address, as search trees: see `datapath::rules`. Mapped by nobody, but only arrays that may be
 /// begin with a page, so that each line is one of the CPU's caches (`array_map_alloc`, kernel/bpf/arraymap.c).
 #[btf_map]
 pub static RULES: Array<Line, { limits::RULES as usize }, MAPPABLE> = Array::new();
-
-/// Port classes, by version and protocol.
-#[btf_map]
-pub static PORTS: HashMap<PortsKey, PortTable, { limits::PORTS as usize }, ON_DEMAND> = HashMap::new();
-
-/// Port classes where 64 ports have several.
-#[btf_map]
-pub static PORT_PAGES: HashMap<PortPageKey, PortPage, { limits::PORT_PAGES as usize }, ON_DEMAND> =
-    HashMap::new();
 
 /// Names that firewalls have rules for.
 #[btf_map]

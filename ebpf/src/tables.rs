@@ -10,8 +10,8 @@ use datapath::firewall::{ByAddress, Judgement};
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameId, NameKey,
-    NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable,
-    PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, RulesetId, Settings,
+    NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId,
+    Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, RulesetId, Settings,
     Token, Tuple, Winner,
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
@@ -432,18 +432,6 @@ impl Tables for Maps {
     #[inline(always)]
     fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
         rule_v6(root, high, low)
-    }
-
-    #[inline(always)]
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
-        // SAFETY: as in `policy`; a version's entries go long after it.
-        unsafe { maps::PORTS.get(key) }
-    }
-
-    #[inline(always)]
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
-        // SAFETY: as above.
-        unsafe { maps::PORT_PAGES.get(key) }
     }
 
     #[inline(always)]

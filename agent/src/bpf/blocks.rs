@@ -38,7 +38,7 @@ impl Blocks {
     /// Gives room to a version, the lowest blocks first; `None`: there is not enough, and nothing is taken.
     pub(super) fn take(&mut self, rules: &Rules) -> Option<Given> {
         let mut taking = Taking { free: &mut self.free, given: Given::default() };
-        let roots = build(&rules.v4, &rules.v6, rules.highest_class(), &mut taking);
+        let roots = build(&rules.v4, &rules.v6, &rules.ports, &mut taking);
         let mut given = taking.given;
         if let Some(roots) = roots {
             given.roots = roots;

@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{Array, IterableMap as _, Map, MapData, MapError};
 use datapath::keys::{
-    FirewallId, Line, NameKey, NameRuleKey, PortPage, PortPageKey, PortTable, PortsKey, RuleCount,
-    RuleCountKey, Ruleset, RulesetId, Winner,
+    FirewallId, Line, NameKey, NameRuleKey, RuleCount, RuleCountKey, Ruleset, RulesetId, Winner,
 };
 use datapath::limits;
 use datapath::rules::BLOCK_LINES;
@@ -42,8 +41,6 @@ pub(super) struct Firewalls {
     rules: Array<MapData, Plain<Line>>,
     /// What of `rules` is free.
     blocks: Blocks,
-    ports: Table<PortsKey, PortTable>,
-    pages: Table<PortPageKey, PortPage>,
     names: Table<NameKey, u32>,
     name_rules: Table<NameRuleKey, Winner>,
     counts: Table<RuleCountKey, RuleCount>,
@@ -79,11 +76,8 @@ impl Firewalls {
         let mut firewalls = Self {
             words,
             rulesets: Table::open(dir, "RULESETS")?,
-            rules: Array::try_from(open(dir, RULES)?)
-                .map_err(|source| Error::Map { name: RULES, source })?,
+            rules: Array::try_from(open(dir, RULES)?).map_err(|source| Error::Map { name: RULES, source })?,
             blocks: Blocks::but([]),
-            ports: Table::open(dir, "PORTS")?,
-            pages: Table::open(dir, "PORT_PAGES")?,
             names: Table::open(dir, "NAMES")?,
             name_rules: Table::open(dir, "NAME_RULES")?,
             counts: Table::open(dir, "RULE_COUNTS")?,
@@ -98,13 +92,6 @@ impl Firewalls {
     /// Reads what is standing. What has no entry of `RULESETS` is of an agent that was stopped.
     fn read(&mut self, dir: &Path) -> Result<(), Error> {
         let mut found: BTreeMap<RulesetId, Rules> = BTreeMap::new();
-        for (key, table) in self.ports.read()? {
-            found.entry(key.ruleset).or_default().ports.push((key.protocol as u8, table));
-        }
-        // In the order of their numbers, which count from 0.
-        for (key, page) in self.pages.read()? {
-            found.entry(key.ruleset).or_default().pages.push(page);
-        }
         for (key, winner) in self.name_rules.read()? {
             found.entry(key.ruleset).or_default().names.push((key.name, key.class as u16, winner));
         }
@@ -115,10 +102,17 @@ impl Firewalls {
         for (id, mut rules) in found {
             let (mut whole, mut blocks) = (false, Vec::new());
             if let Some(ruleset) = rulesets.get(&id) {
-                let trees = self.trees(&Roots { roots: ruleset.roots, classes: ruleset.classes })?;
+                let trees = self.trees(&Roots {
+                    roots: ruleset.roots,
+                    classes: ruleset.classes,
+                    ports: ruleset.ports,
+                })?;
                 // Whose trees are not there was removed while this was reading, which is a command's fate; an
                 // agent is alone, and must not write where those in force may be.
-                if trees.is_none() && self.words.all().contains(&id) && self.rulesets.read()?.contains_key(&id) {
+                if trees.is_none()
+                    && self.words.all().contains(&id)
+                    && self.rulesets.read()?.contains_key(&id)
+                {
                     return Err(Error::Shape {
                         path: dir.join("maps").join(RULES),
                         found: format!("no trees where version {id} of a firewall should have them"),
@@ -126,8 +120,8 @@ impl Firewalls {
                     });
                 }
                 whole = trees.is_some();
-                rules.ruleset = Ruleset { roots: [0; 2], classes: 0, ..*ruleset };
-                ((rules.v4, rules.v6), blocks) = trees.unwrap_or_default();
+                rules.ruleset = Ruleset { roots: [0; 2], classes: 0, ports: 0, ..*ruleset };
+                ((rules.v4, rules.v6, rules.ports), blocks) = trees.unwrap_or_default();
                 rules = rules.count_blocks();
             }
             self.standing.insert(id, Standing { rules: Arc::new(rules), whole, blocks, unnamed: None });
@@ -199,14 +193,12 @@ impl Firewalls {
         }
         let given = self.blocks.take(rules);
         let full = Error::MapFull { name: RULES, entries: limits::RULES };
-        let Given { roots: Roots { roots, classes }, blocks, lines } = given.ok_or(full)?;
+        let Given { roots: Roots { roots, classes, ports }, blocks, lines } = given.ok_or(full)?;
         let unnamed = Some(Instant::now());
         self.standing.insert(id, Standing { rules: Arc::clone(rules), whole: false, blocks, unnamed });
         put_all(RULES, self.rules.map(), lines.into_iter())?;
-        self.ports.put_all(rules.ports_entries(id).map(|(key, table)| (key, *table)))?;
-        self.pages.put_all(rules.page_entries(id).map(|(key, page)| (key, *page)))?;
         self.name_rules.put_all(rules.name_entries(id))?;
-        self.rulesets.put(id, Ruleset { roots, classes, ..rules.ruleset })?;
+        self.rulesets.put(id, Ruleset { roots, classes, ports, ..rules.ruleset })?;
         if let Some(standing) = self.standing.get_mut(&id) {
             standing.whole = true;
         }
@@ -267,8 +259,6 @@ impl Firewalls {
             standing.whole = false;
         }
         self.rulesets.remove(&id)?;
-        self.ports.remove_all(rules.ports_entries(id).map(|(key, _)| key))?;
-        self.pages.remove_all(rules.page_entries(id).map(|(key, _)| key))?;
         self.name_rules.remove_all(rules.name_entries(id).map(|(key, _)| key))?;
         let orders: BTreeSet<u32> = rules.winners().chain([Winner::NOT_READY]).collect();
         self.counts.remove_all(orders.into_iter().map(|rule| RuleCountKey { ruleset: id, rule }))

@@ -13,9 +13,8 @@ use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
     self, Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
     FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameKey,
-    NameRuleKey, Network, NetworkKey, Node, NodeId, OpenedBy, Opener, Pod, PodName, Policy, PortPage,
-    PortPageKey, PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, Settings,
-    Swept, Token, Winner,
+    NameRuleKey, Network, NetworkKey, Node, NodeId, OpenedBy, Opener, Pod, PodName, Policy, Reply, ReplyKey,
+    RuleCount, RuleCountKey, Ruleset, Settings, Swept, Token, Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -66,8 +65,6 @@ pub const SPECS: &[Spec] = &[
     spec::<u32, u32>("FIREWALLS", MapType::Array, limits::FIREWALLS),
     spec::<u32, Ruleset>("RULESETS", MapType::Hash, limits::RULESETS),
     spec::<u32, Line>("RULES", MapType::Array, limits::RULES),
-    spec::<PortsKey, PortTable>("PORTS", MapType::Hash, limits::PORTS),
-    spec::<PortPageKey, PortPage>("PORT_PAGES", MapType::Hash, limits::PORT_PAGES),
     spec::<NameKey, u32>("NAMES", MapType::Hash, limits::NAMES),
     spec::<NameRuleKey, Winner>("NAME_RULES", MapType::Hash, limits::NAME_RULES),
     spec::<Ip, u32>("RESOLVERS", MapType::Hash, limits::RESOLVERS),

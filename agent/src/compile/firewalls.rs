@@ -17,8 +17,17 @@ use crate::ids::{KnownFirewall, Next, give, identity};
 use crate::image::Rules;
 
 /// What a refused object has in force when nothing was before.
-const REFUSED: Ruleset =
-    Ruleset { identity: 0, content: 0, firewall: 0, rules: 0, parts: Ruleset::REFUSED, classes: 0, roots: [0; 2] };
+const REFUSED: Ruleset = Ruleset {
+    identity: 0,
+    content: 0,
+    firewall: 0,
+    rules: 0,
+    parts: Ruleset::REFUSED,
+    classes: 0,
+    roots: [0; 2],
+    ports: 0,
+    pad: 0,
+};
 
 impl Compiler<'_> {
     /// `FIREWALLS`, `RULESETS` with all that hangs on them, and `NAMES`.
@@ -172,12 +181,10 @@ impl Room {
 }
 
 /// What rules take of each map. Names that two versions have count twice, which errs on the safe side.
-fn needs(rules: &Rules) -> [(&'static str, u32, usize); 6] {
+fn needs(rules: &Rules) -> [(&'static str, u32, usize); 4] {
     [
         ("RULESETS", limits::RULESETS, 1),
         ("RULES", limits::RULES - BLOCK_LINES, (rules.blocks * BLOCK_LINES) as usize),
-        ("PORTS", limits::PORTS, rules.ports.len()),
-        ("PORT_PAGES", limits::PORT_PAGES, rules.pages.len()),
         ("NAME_RULES", limits::NAME_RULES, rules.names.len()),
         ("NAMES", limits::NAMES, used_names(rules).len()),
     ]

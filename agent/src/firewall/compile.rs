@@ -87,7 +87,7 @@ pub fn compile(rules: &[Rule], name_id: &mut dyn FnMut(&Name) -> NameId) -> Resu
     if out.names.len() > FIREWALL_NAME_ENTRIES {
         return Err(TooMuch::Names(out.names.len()));
     }
-    (out.ports, out.pages) = classes.ports();
+    out.ports = classes.ports();
     let mut parts = 0;
     if out.v4.first().is_some_and(|s| s.class == 0) || out.v6.first().is_some_and(|s| s.class == 0) {
         parts |= Ruleset::ADDRESSES;
@@ -136,23 +136,15 @@ fn put(table: &[Line], class: u16, rules: &[Rule], places: &Places, out: &mut Ru
 fn content(rules: &Rules) -> u64 {
     let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
     hash.words(&[rules.ruleset.rules, rules.ruleset.parts]);
-    let lens = [rules.v4.len(), rules.v6.len(), rules.ports.len(), rules.pages.len(), rules.names.len()];
-    for len in lens {
+    for len in [rules.v4.len(), rules.v6.len(), rules.ports.len(), rules.names.len()] {
         hash.words(&[len as u32]);
     }
-    for span in &rules.v4 {
+    for span in rules.v4.iter().chain(&rules.ports) {
         hash.words(&[span.class.into(), span.last, span.winner]);
     }
     for span in &rules.v6 {
         hash.words(&[span.class.into(), span.winner]);
         hash.bytes(&span.last.to_le_bytes());
-    }
-    for (key, table) in rules.ports_entries(0) {
-        hash.words(&[key.protocol]);
-        table.page.iter().for_each(|entry| hash.bytes(&entry.to_le_bytes()));
-    }
-    for (_, page) in rules.page_entries(0) {
-        page.class.iter().for_each(|class| hash.bytes(&class.to_le_bytes()));
     }
     for (key, winner) in rules.name_entries(0) {
         hash.words(&[key.name, key.class, winner.order]);

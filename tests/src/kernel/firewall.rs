@@ -32,8 +32,6 @@ impl Kernel {
             }
         }
         self.change("NAME_RULES", &tables.name_rules, put);
-        self.change("PORT_PAGES", &tables.port_pages, put);
-        self.change("PORTS", &tables.ports, put);
         self.change("RULESETS", &tables.rulesets, put);
     }
 

@@ -27,8 +27,7 @@ use datapath::keys::{
     Asked, AskedKey, Delivery, DenialKey, DropCount, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, GranuleRange, GranuleTable, IfIndex, Interface, InterfaceKind, Learnt,
     LearntKey, Lease, Line, NameId, NameKey, NameRuleKey, NetworkKey, NetworkKind, Node, NodeId, Opener, Pod,
-    PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey, Ruleset, RulesetId,
-    Settings, Token, Tuple,
+    PodId, Policy, PolicyId, Reply, ReplyKey, Ruleset, RulesetId, Settings, Token, Tuple,
 };
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use datapath::memory::Memory;
@@ -316,12 +315,6 @@ impl Tables for Replay<'_> {
     }
     fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
         self.memory.rule_v6(root, high, low)
-    }
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
-        self.memory.ports(key)
-    }
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
-        self.memory.port_page(key)
     }
     fn name_rule(&self, key: &NameRuleKey) -> u32 {
         self.memory.name_rule(key)

@@ -144,7 +144,11 @@ fn classes(rules: &Rules) -> impl Iterator<Item = u16> + '_ {
 fn spans_well_formed<A: Address + std::fmt::Debug>(spans: &[Span<A>]) -> Result<(), TestCaseError> {
     prop_assert!(spans.is_sorted_by(|a, b| (a.class, a.last) < (b.class, b.last)), "sorted, each once");
     for class in spans.chunk_by(|a, b| a.class == b.class) {
-        prop_assert!(class.windows(2).all(|two| two[0].winner != two[1].winner), "a span too many: {:?}", class);
+        prop_assert!(
+            class.windows(2).all(|two| two[0].winner != two[1].winner),
+            "a span too many: {:?}",
+            class
+        );
         prop_assert!(class[class.len() - 1].last == A::HIGHEST, "{:?}", class);
         prop_assert!(class.iter().any(|span| span.winner != Winner::NONE), "for nothing: {:?}", class);
     }
@@ -157,14 +161,13 @@ fn well_formed(rules: &Rules) -> Result<(), TestCaseError> {
     spans_well_formed(&rules.v6)?;
     prop_assert!(rules.names.is_sorted_by(|a, b| (a.0, a.1) < (b.0, b.1)), "sorted, each once");
     let highest = classes(rules).chain(rules.names.iter().map(|n| n.1)).max();
-    let pages = rules.ports.iter().flat_map(|(_, table)| table.page);
-    let uniform = pages.clone().filter(|p| p & 0x8000 != 0).map(|p| p & 0x7fff);
-    let classes: BTreeSet<u16> = uniform.chain(rules.pages.iter().flat_map(|page| page.class)).collect();
+    if let Some(last) = rules.ports.last() {
+        prop_assert!(rules.ports.is_sorted_by(|a, b| a.last < b.last) && last.last == u32::MAX);
+        prop_assert!(rules.ports.windows(2).all(|two| two[0].winner != two[1].winner), "a span too many");
+    }
+    let classes: BTreeSet<u16> = rules.ports.iter().map(|span| span.winner as u16).collect();
     prop_assert_eq!(classes.last().copied().unwrap_or(0), highest.unwrap_or(0), "every class is some port's");
-    let mut used: Vec<u16> = pages.filter(|p| p & 0x8000 == 0).collect();
-    used.sort_unstable();
-    used.dedup();
-    prop_assert_eq!(used, (0..rules.pages.len() as u16).collect::<Vec<_>>(), "every page is some port's");
+    prop_assert_eq!(rules.ports.is_empty(), classes.len() < 2, "and some port has one");
     Ok(())
 }
 
@@ -463,7 +466,12 @@ fn no_rules_need_nothing() {
         let count = rules.len() as u32;
         let compiled = World::of(rules).compiled;
         assert_eq!((compiled.ruleset.parts, compiled.ruleset.rules), (0, count));
-        assert!(compiled.v4.is_empty() && compiled.v6.is_empty() && compiled.ports.is_empty() && compiled.names.is_empty());
+        assert!(
+            compiled.v4.is_empty()
+                && compiled.v6.is_empty()
+                && compiled.ports.is_empty()
+                && compiled.names.is_empty()
+        );
     }
 }
 
@@ -604,7 +612,10 @@ fn how_long_it_takes() {
         ),
         ("32,767 classes", pairs(32_767)),
     ];
-    println!("{:<40} {:>9} {:>8} {:>8} {:>6} {:>6}", "shape", "best, ms", "spans", "classes", "pages", "blocks");
+    println!(
+        "{:<40} {:>9} {:>8} {:>8} {:>6} {:>6}",
+        "shape", "best, ms", "spans", "classes", "ports", "blocks"
+    );
     for (shape, rules) in shapes {
         let mut ids = BTreeMap::new();
         let mut best = f64::MAX;
@@ -620,7 +631,7 @@ fn how_long_it_takes() {
                 println!(
                     "{shape:<40} {best:>9.3} {:>8} {classes:>8} {:>6} {:>6}",
                     rules.v4.len() + rules.v6.len(),
-                    rules.pages.len(),
+                    rules.ports.len(),
                     rules.blocks
                 );
             }
