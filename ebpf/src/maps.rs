@@ -7,8 +7,8 @@ use datapath::addr::Ip;
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
     FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameKey,
-    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy,
-    Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, Settings, Swept, Token, Winner,
+    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, RuleCount, RuleCountKey,
+    Ruleset, Settings, Swept, Token, Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;

@@ -9,10 +9,9 @@ use datapath::conntrack::{Ticks, ticks};
 use datapath::firewall::{ByAddress, Judgement};
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
-    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameId, NameKey,
-    NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId,
-    Reply, ReplyKey, RuleCount, RuleCountKey, Ruleset, RulesetId, Settings,
-    Token, Tuple, Winner,
+    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameId,
+    NameKey, NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, RuleCount,
+    RuleCountKey, Ruleset, RulesetId, Settings, Token, Tuple, Winner,
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
 use datapath::names::{Place, lives_longer, place_of, word};
