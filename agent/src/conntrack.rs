@@ -362,8 +362,10 @@ fn entry_key(entry: &[u8]) -> Vec<u8> {
 mod tests {
     use std::net::IpAddr;
 
-    use datapath::keys::{Pod, PortTable, Winner};
+    use datapath::keys::{Pod, Winner};
     use datapath::names::word;
+    use datapath::rules::port_number;
+    use datapath::rules_build::Span;
 
     use super::*;
 
@@ -453,11 +455,17 @@ mod tests {
                 parts: Ruleset::ADDRESSES | Ruleset::PORTS | Ruleset::NAMES,
                 ..Ruleset::default()
             },
-            rules: vec![
-                (0, "203.0.113.20/32".parse().unwrap(), Winner::new(0, true)),
-                (1, "0.0.0.0/0".parse().unwrap(), Winner::new(2, false)),
+            v4: vec![
+                Span { class: 0, last: 0xcb00_7113, winner: Winner::NONE },
+                Span { class: 0, last: 0xcb00_7114, winner: Winner::new(0, true).order },
+                Span { class: 0, last: u32::MAX, winner: Winner::NONE },
+                Span { class: 1, last: u32::MAX, winner: Winner::new(2, false).order },
             ],
-            ports: vec![(TCP, PortTable { page: [PortTable::UNIFORM | 1; 1024] })],
+            ports: vec![
+                Span { class: 0, last: port_number(TCP, 0) - 1, winner: 0 },
+                Span { class: 0, last: port_number(TCP, u16::MAX), winner: 1 },
+                Span { class: 0, last: u32::MAX, winner: 0 },
+            ],
             names: vec![(9, 0, Winner::new(1, true))],
             ..Rules::default()
         };

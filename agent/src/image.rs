@@ -6,11 +6,11 @@ use std::sync::Arc;
 use datapath::addr::Ip;
 use datapath::keys::{
     Delivery, EgressId, EgressIp, FirewallId, GranuleTable, IfIndex, Interface, Lease, NameId, NameKey,
-    NameRuleKey, Network, NetworkKey, Node, NodeId, Pod, PodId, PodName, Policy, PolicyId, PortPage,
-    PortPageKey, PortTable, PortsKey, RuleKey, RulePlace, Ruleset, RulesetId, Settings, Winner,
+    NameRuleKey, Network, NetworkKey, Node, NodeId, Pod, PodId, PodName, Policy, PolicyId, Ruleset,
+    RulesetId, Settings, Winner,
 };
 use datapath::memory::Memory;
-use ipnet::IpNet;
+use datapath::rules_build::{self, Span};
 
 /// One map of the kernel a field, by the map's own key. Also what a starting agent reads back.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -54,40 +54,32 @@ pub struct MapImage {
 /// One version of a firewall's rules: what the maps hold under its number. Keys are without it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rules {
-    /// `RULESETS`.
+    /// `RULESETS`, without the places in `RULES`, which a version is given when it is written.
     pub ruleset: Ruleset,
-    /// `RULES`, sorted: class, prefix, winner. A prefix of IPv4 has the length that IPv4 gives it.
-    pub rules: Vec<(u16, IpNet, Winner)>,
-    /// `PORTS`: protocol to table.
-    pub ports: Vec<(u8, PortTable)>,
-    /// `PORT_PAGES`, by number.
-    pub pages: Vec<PortPage>,
+    /// What the trees of `RULES` for IPv4 are made of, sorted by class and address. Each class ends with the highest.
+    pub v4: Vec<Span<u32>>,
+    /// As above, for IPv6.
+    pub v6: Vec<Span<u128>>,
+    /// How many blocks of `RULES` they take: [`Rules::count_blocks`].
+    pub blocks: u32,
+    /// The spans of port numbers, with their class for winner, that the tree of `RULES` for ports is made of; none: there
+    /// are no rules with ports.
+    pub ports: Vec<Span<u32>>,
     /// `NAME_RULES`: name and class to winner, sorted.
     pub names: Vec<(NameId, u16, Winner)>,
 }
 
 impl Rules {
-    /// What `RULES` holds of them under a version's number, in the order of [`Rules::rules`].
-    pub fn rules_entries(&self, id: RulesetId) -> impl ExactSizeIterator<Item = (RuleKey, Winner)> + '_ {
-        self.rules.iter().map(move |(class, net, winner)| (rule_key(id, *class, net), *winner))
+    /// Says in [`Rules::blocks`] how many they are.
+    #[must_use]
+    pub fn count_blocks(self) -> Self {
+        Self { blocks: rules_build::blocks(&self.v4, &self.v6, &self.ports), ..self }
     }
 
-    /// What `PORTS` holds of them.
-    pub fn ports_entries(&self, id: RulesetId) -> impl ExactSizeIterator<Item = (PortsKey, &PortTable)> + '_ {
-        self.ports
-            .iter()
-            .map(move |(protocol, table)| (PortsKey { ruleset: id, protocol: u32::from(*protocol) }, table))
-    }
-
-    /// What `PORT_PAGES` holds of them.
-    pub fn page_entries(
-        &self,
-        id: RulesetId,
-    ) -> impl ExactSizeIterator<Item = (PortPageKey, &PortPage)> + '_ {
-        self.pages
-            .iter()
-            .enumerate()
-            .map(move |(n, page)| (PortPageKey { ruleset: id, page: n as u32 }, page))
+    /// The rules that decide something, as [`Winner::order`], often more than once.
+    pub fn winners(&self) -> impl Iterator<Item = u32> + '_ {
+        let spans = self.v4.iter().map(|s| s.winner).chain(self.v6.iter().map(|s| s.winner));
+        spans.filter(|winner| *winner != Winner::NONE).chain(self.names.iter().map(|(_, _, w)| w.order))
     }
 
     /// What `NAME_RULES` holds of them.
@@ -99,20 +91,7 @@ impl Rules {
 
     /// Puts them into tables in memory, as the apply step puts them into the kernel's maps.
     pub fn fill(&self, id: RulesetId, memory: &mut Memory) {
-        memory.rulesets.insert(id, self.ruleset);
-        memory.rules.extend(self.rules_entries(id));
-        memory.ports.extend(self.ports_entries(id).map(|(key, table)| (key, *table)));
-        memory.port_pages.extend(self.page_entries(id).map(|(key, page)| (key, *page)));
+        memory.put_rules(id, self.ruleset, (&self.v4, &self.v6, &self.ports));
         memory.name_rules.extend(self.name_entries(id));
     }
-}
-
-/// The key of a rule's prefix. Its family is the prefix' own: `::ffff:0:0/96` is IPv6, which no packet's address is.
-fn rule_key(ruleset: RulesetId, class: u16, net: &IpNet) -> RuleKey {
-    let (family, shorter) = match net {
-        IpNet::V4(_) => (4, 96),
-        IpNet::V6(_) => (6, 0),
-    };
-    let place = RulePlace { ruleset, class, family, ip: net.addr().into() };
-    RuleKey { prefix_len: RuleKey::FIXED_BITS + shorter + u32::from(net.prefix_len()), place }
 }

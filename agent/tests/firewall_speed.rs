@@ -65,8 +65,8 @@ fn how_long_a_change_of_8000_rules_takes() {
         assert_eq!(compiled.firewalls["prod"].error, None);
         datapath.apply(&compiled.image, &facts).unwrap();
         let both = start.elapsed();
-        let entries = compiled.image.rulesets.values().map(|r| r.rules.len()).sum::<usize>();
-        println!("{what}: compiled in {compiling:?}, in force after {both:?} ({entries} entries)");
+        let spans = compiled.image.rulesets.values().map(|r| r.v4.len() + r.v6.len()).sum::<usize>();
+        println!("{what}: compiled in {compiling:?}, in force after {both:?} ({spans} spans)");
         std::thread::sleep(Duration::from_millis(1100)); // until what was in force before may go
         let start = Instant::now();
         datapath.retire().unwrap();

@@ -1,17 +1,19 @@
 //! What a namespace's egress firewall says of a packet: the first of its rules that matches.
 //!
 //! The agent compiles the rules so that the number of look-ups does not follow theirs: the protocol and port give a
-//! class, the destination is looked up among the rules without ports and among those of the class, and each entry
-//! holds the one winner of all rules that cover it. Of what was found the lowest index wins.
+//! class, the destination is looked up among the rules without ports and among those of the class, and what is found
+//! there is the one winner of all rules that are for it. Of what was found the lowest index wins.
 
+use crate::addr::Ip;
 use crate::conntrack::{FlowState, older_than};
 use crate::keys::{
-    DenialKey, Flow, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PolicyId, PortPageKey,
-    PortTable, PortsKey, RESOLVER_ON_NODE, Ruleset, RulesetId, Tuple, Winner,
+    DenialKey, Flow, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PolicyId, RESOLVER_ON_NODE,
+    Ruleset, RulesetId, Tuple, Winner,
 };
-use crate::limits::{NAMES_PER_ADDRESS, POD_FLOWS};
+use crate::limits::{FIREWALL_CLASSES, NAMES_PER_ADDRESS, POD_FLOWS};
 use crate::packet::{Packet, SCTP, TCP, UDP};
-use crate::tables::Tables;
+use crate::rules::{port_number, root_of};
+use crate::tables::{InsertError, Tables};
 use crate::to_uplink::reply_key;
 
 /// What the rules say.
@@ -88,7 +90,8 @@ pub const fn has_ports(protocol: u8) -> bool {
 }
 
 /// Judges a pod's packet, counts what decides, and notes a denial. `kept`: a flow is going to stand for the packet,
-/// and carries its bytes; else the packet's own bytes are counted, and a hit if it opens something.
+/// and is counted when it is over, so that a new connection does not pay for a place among the counts of thousands of
+/// rules; else the packet's own bytes are counted, and a hit if it opens something.
 #[inline(always)]
 pub fn ask<T: Tables>(t: &T, id: RulesetId, pod: PodId, packet: &Packet, kept: bool) -> Judgement {
     let judgement = t.judge(id, &packet.tuple);
@@ -104,10 +107,8 @@ pub fn note<T: Tables>(t: &T, id: RulesetId, pod: PodId, packet: &Packet, kept: 
     let tuple = &packet.tuple;
     let judgement = Judgement { rule, name: 0 };
     let denied = !judgement.allows();
-    if judgement.by_rule() {
-        let hits = kept || denied || packet.opens();
-        let bytes = if kept && !denied { 0 } else { u64::from(packet.len) };
-        t.count_rule(id, rule, u64::from(hits), bytes);
+    if judgement.by_rule() && (denied || !kept) {
+        t.count_rule(id, rule, u64::from(denied || packet.opens()), u64::from(packet.len));
     }
     if denied {
         let remote_port = if has_ports(tuple.protocol) { tuple.destination_port } else { 0 };
@@ -147,8 +148,14 @@ pub fn settle<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, judgement: Judgeme
 /// Keeps that a packet of a pod may go untranslated, if there is room: else the next is judged as this one was.
 #[inline(always)]
 pub fn let_go<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, policy: PolicyId, len: u32, judged: Judgement) {
+    // What no flow stands for is counted at once.
+    let uncounted = || {
+        if judged.by_rule() {
+            t.count_rule(id, judged.rule, 1, u64::from(len));
+        }
+    };
     if t.flows_of(key.pod) >= POD_FLOWS {
-        return;
+        return uncounted();
     }
     let now = t.now();
     let flow = Flow {
@@ -163,7 +170,9 @@ pub fn let_go<T: Tables>(t: &T, id: RulesetId, key: &FlowKey, policy: PolicyId, 
         name: judged.name,
         ..Flow::default()
     };
-    let _ = t.insert_flow(key, &flow);
+    if t.insert_flow(key, &flow) == Err(InsertError::Full) {
+        uncounted();
+    }
 }
 
 /// Judges a packet of a pod by a version of its firewall's rules, on its destination after the host's DNAT.
@@ -228,31 +237,38 @@ pub fn judge_address<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> ByAddres
     let class = match ruleset.parts & Ruleset::PORTS {
         0 => 0,
         _ if !ports => 0,
-        _ => port_class(t, id, tuple.protocol, tuple.destination_port),
+        _ => t.rule_v4(ruleset.ports, port_number(tuple.protocol, tuple.destination_port)),
     };
+    if class > FIREWALL_CLASSES as u32 {
+        return ByAddress::only(Winner::NOT_READY);
+    }
+    let class = class as u16;
     let mut found = Winner::NONE;
-    if ruleset.parts & Ruleset::ADDRESSES != 0 {
-        found = t.rule(id, 0, &tuple.destination);
+    let destination = &tuple.destination;
+    let v4 = destination.is_v4();
+    let root = if v4 { ruleset.roots[0] } else { ruleset.roots[1] };
+    if root != 0 {
+        found = rule(t, root, v4, destination);
     }
     if class != 0 {
-        let rule = t.rule(id, class, &tuple.destination);
-        if rule < found {
-            found = rule;
+        let Some(root) = root_of(ruleset.classes, class, v4, |line| t.rule_line(line)) else {
+            return ByAddress::only(Winner::NOT_READY);
+        };
+        if root != 0 {
+            let rule = rule(t, root, v4, destination);
+            if rule < found {
+                found = rule;
+            }
         }
     }
     ByAddress { rule: found, class, names: u16::from(ruleset.parts & Ruleset::NAMES != 0) }
 }
 
-/// The class of a port; 0: no rule with ports is for it.
+/// The winner for an address among the rules of a root.
 #[inline(always)]
-fn port_class<T: Tables>(t: &T, ruleset: RulesetId, protocol: u8, port: u16) -> u16 {
-    let Some(table) = t.ports(&PortsKey { ruleset, protocol: u32::from(protocol) }) else { return 0 };
-    let entry = table.page[usize::from(port >> 6)];
-    if entry & PortTable::UNIFORM != 0 {
-        return entry & !PortTable::UNIFORM;
-    }
-    t.port_page(&PortPageKey { ruleset, page: u32::from(entry) })
-        .map_or(0, |page| page.class[usize::from(port & 63)])
+fn rule<T: Tables>(t: &T, root: u32, v4: bool, ip: &Ip) -> u32 {
+    let (high, low) = ip.halves();
+    if v4 { t.rule_v4(root, low as u32) } else { t.rule_v6(root, high, low) }
 }
 
 /// The second step of [`judge`]: the better of what was found and the best rule for one of the names that the

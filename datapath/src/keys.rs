@@ -543,6 +543,12 @@ pub struct Ruleset {
     pub rules: u32,
     /// [`Ruleset::ADDRESSES`], [`Ruleset::PORTS`], [`Ruleset::NAMES`] and [`Ruleset::REFUSED`].
     pub parts: u32,
+    /// The first line of the directory of its port classes; 0: there are none. See [`crate::rules`].
+    pub classes: u32,
+    /// The roots of its rules without ports, for IPv4 and IPv6; 0: there are none.
+    pub roots: [u32; 2],
+    /// The root of its port classes; 0: there are none.
+    pub ports: u32,
     /// Zero.
     pub pad: u32,
 }
@@ -550,7 +556,7 @@ pub struct Ruleset {
 impl Ruleset {
     /// `RULES` has something of class 0.
     pub const ADDRESSES: u32 = 1;
-    /// It has rules with ports: `PORTS` has tables of it.
+    /// It has rules with ports.
     pub const PORTS: u32 = 2;
     /// It has rules for names.
     pub const NAMES: u32 = 4;
@@ -558,36 +564,16 @@ impl Ruleset {
     pub const REFUSED: u32 = 8;
 }
 
-/// The data of `RULES`' longest-prefix key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct RulePlace {
-    /// The version.
-    pub ruleset: RulesetId,
-    /// The port class; 0: rules without ports.
-    pub class: u16,
-    /// 4 or 6: the prefix `::/0` is no IPv4 address's.
-    pub family: u16,
-    /// The network's address.
-    pub ip: Ip,
+/// `RULES`, by line: a node or leaf of a search tree, as [`crate::rules`] says. A line of the CPU's caches, and aligned as
+/// such, so that its words may be read in pairs.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Line {
+    /// Addresses, winners and lines, in host byte order.
+    pub word: [u32; 16],
 }
 
-/// `RULES`: longest-prefix key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct RuleKey {
-    /// Bits of `place` that count: [`RuleKey::FIXED_BITS`] and the prefix length, for IPv4 plus 96.
-    pub prefix_len: u32,
-    /// The rest.
-    pub place: RulePlace,
-}
-
-impl RuleKey {
-    /// Bits of [`RulePlace`] before the address.
-    pub const FIXED_BITS: u32 = 64;
-}
-
-/// The one rule that wins among all that an entry of `RULES` or `NAME_RULES` stands for.
+/// The one rule that wins among all that a stretch of addresses in `RULES`, or an entry of `NAME_RULES`, stands for.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Winner {
@@ -606,47 +592,6 @@ impl Winner {
     pub const fn new(index: u32, allows: bool) -> Self {
         Self { order: index * 2 + allows as u32 }
     }
-}
-
-/// `PORTS`: key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct PortsKey {
-    /// The version.
-    pub ruleset: RulesetId,
-    /// IP protocol number.
-    pub protocol: u32,
-}
-
-/// `PORTS`: the port classes of one protocol, in pages of 64 ports.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PortTable {
-    /// By the upper ten bits of a port: [`PortTable::UNIFORM`] and the class of all 64, or a page's number.
-    pub page: [u16; 1024],
-}
-
-impl PortTable {
-    /// All ports of a page have the class in the other bits.
-    pub const UNIFORM: u16 = 0x8000;
-}
-
-/// `PORT_PAGES`: key.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct PortPageKey {
-    /// The version.
-    pub ruleset: RulesetId,
-    /// The number that [`PortTable::page`] gives.
-    pub page: u32,
-}
-
-/// `PORT_PAGES`: the classes of 64 ports.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct PortPage {
-    /// By the lower six bits of a port; 0: no rule with ports is for it.
-    pub class: [u16; 64],
 }
 
 /// `NAMES`: a name that a firewall has rules for, to its [`NameId`].
@@ -811,9 +756,9 @@ pub struct RuleCountKey {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct RuleCount {
-    /// Flows let go, or packets denied.
+    /// Flows that are over, or packets denied. Flows that live count themselves.
     pub hits: u64,
-    /// Bytes of flows that are over, or of packets denied. Flows that live count their own.
+    /// Bytes of these. Flows that live count their own.
     pub bytes: u64,
 }
 
@@ -902,8 +847,7 @@ map_data! {
     Ip = 16, Pod = 16, Delivery = 32, PodName = 320, Policy = 144, EgressIp = 32, GranuleTable = 2016,
     GranuleRange = 4, Lease = 2020, Node = 16, Interface = 12, NetworkKey = 20, Network = 4, Tuple = 40,
     Token = 56, FragmentKey = 40, FragmentHead = 68, FlowKey = 28, Flow = 48, ReplyKey = 28, Reply = 24, Opener = 8, Swept = 16, DropCount = 16, Settings = 104,
-    Ruleset = 32, RulePlace = 24, RuleKey = 28, Winner = 4, PortsKey = 8, PortTable = 2048, PortPageKey = 8,
-    PortPage = 128, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
+    Ruleset = 48, Line = 64, Winner = 4, NameKey = 264, NameRuleKey = 12, LearntKey = 20, Learnt = 128, AskedKey = 8, Asked = 20,
     HeldKey = 28, Held = 8, Segment = 64, Credit = 32, RuleCountKey = 8, RuleCount = 16, DenialKey = 24, Denial = 20,
     u32 = 4, u64 = 8,
 }

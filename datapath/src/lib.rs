@@ -35,6 +35,9 @@ pub mod memory;
 pub mod names;
 pub mod packet;
 pub mod ports;
+pub mod rules;
+#[cfg(any(test, feature = "memory"))]
+pub mod rules_build;
 pub mod snat;
 pub mod sweep;
 pub mod tables;
@@ -48,5 +51,7 @@ mod dns_tests;
 mod firewall_tests;
 #[cfg(test)]
 mod names_tests;
+#[cfg(test)]
+mod rules_tests;
 #[cfg(test)]
 mod walk_tests;

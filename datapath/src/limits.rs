@@ -56,26 +56,30 @@ pub const ANSWER: usize = 1600;
 pub const FIREWALLS: u32 = PODS;
 /// Rules of one EgressFirewall object, OVN-Kubernetes' own bound. It is refused whole beyond.
 pub const FIREWALL_RULES: usize = 8000;
-/// Entries of `RULES`: 100,000 rules of a node twice over, for the old version stands beside the new, and room for
-/// rules that stand for several prefixes or classes. Full: the object is refused, its version in force stays.
-pub const RULES: u32 = 524_288;
-/// Entries of `RULES` that one object may need: a quarter, so that one namespace leaves room for others even while its
-/// old version stands beside the new. It is refused whole beyond.
-pub const FIREWALL_ENTRIES: usize = RULES as usize / 4;
+/// Blocks of 16 lines in `RULES`, the first of which is not given out. See [`RULES`].
+pub const RULE_BLOCKS: u32 = 32_768;
+/// Lines of `RULES`, 64 bytes each: 32 MiB, all of it from the start, for it is an array.
+///
+/// A network or address that a rule is for takes a quarter of a line for IPv4 and nine tenths for IPv6 where there
+/// are many in a port class; where there are one or two, up to 1.6 lines, with what leads there; and a quarter for a port
+/// of its own. 100,000 of the worst are 190,000 lines. The largest object ([`FIREWALL_ENTRIES`], and each port of each
+/// protocol by itself) has up to 176,000, and stands there twice during a change. Full: the object is refused, its version
+/// in force stays.
+pub const RULES: u32 = RULE_BLOCKS * crate::rules::BLOCK_LINES;
+/// Networks and addresses by port class that one object may need: it bounds what it takes of `RULES` to about a third,
+/// so that one namespace leaves room for others even while its old version stands beside the new. It is refused whole
+/// beyond.
+pub const FIREWALL_ENTRIES: usize = 131_072;
 /// Destinations of an object's rules, each address of a selected node counted for each rule: 5,000 nodes, Kubernetes'
 /// own limit, with an address of each family, for 26 rules. It is refused whole beyond.
 pub const FIREWALL_TARGETS: usize = 1 << 18;
 /// Destinations and entries that are gone through while an object's ports are compiled: it bounds how long the agent
 /// is busy with one object, to some 30 ms. It is refused whole beyond.
 pub const FIREWALL_STEPS: usize = 1 << 21;
-/// Port classes of one object: what [`crate::keys::PortTable`] has bits for. It is refused whole beyond.
+/// Port classes of one object: what a directory has places for (see [`crate::rules`]). It is refused whole beyond.
 pub const FIREWALL_CLASSES: usize = 0x7fff;
 /// Versions of firewalls at once: two of each.
 pub const RULESETS: u32 = 2 * FIREWALLS;
-/// Tables of port classes: one a protocol and version. Memory follows use, 2 KiB each.
-pub const PORTS: u32 = 3 * RULESETS;
-/// Pages of 64 ports that have several classes. One object can have 3,072. Full: as [`RULES`].
-pub const PORT_PAGES: u32 = 65_536;
 /// Names of one EgressFirewall object. It is refused whole beyond: each is looked up by the agent at its TTL.
 pub const FIREWALL_NAMES: usize = 1024;
 /// Names of a node's firewalls. Full: as [`RULES`].

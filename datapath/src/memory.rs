@@ -2,6 +2,7 @@
 
 use core::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::vec::Vec;
 
 use crate::addr::Ip;
 use crate::conntrack::Ticks;
@@ -9,13 +10,14 @@ use crate::firewall::{self, ByAddress, Judgement};
 use crate::from_pod::offloaded_flow;
 use crate::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
-    FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey,
-    NameRuleKey, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey,
-    PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, RulePlace, Ruleset, RulesetId,
-    Settings, Token, Tuple, Winner,
+    FragmentHead, FragmentKey, GranuleTable, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameId,
+    NameKey, NameRuleKey, NetworkKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey,
+    RuleCount, RuleCountKey, Ruleset, RulesetId, Settings, Token, Tuple, Winner,
 };
 use crate::names::{Place, lives_longer, place_of, word};
 use crate::packet::Packet;
+use crate::rules::{BLOCK_LINES, find_v4, find_v6};
+use crate::rules_build::{Room, Roots, Span, build};
 use crate::tables::{InsertError, Tables};
 use crate::to_uplink::{Known, known_flow};
 
@@ -48,12 +50,8 @@ pub struct Memory {
     pub firewalls: BTreeMap<FirewallId, RulesetId>,
     /// `RULESETS`.
     pub rulesets: BTreeMap<RulesetId, Ruleset>,
-    /// `RULES`.
-    pub rules: BTreeMap<RuleKey, Winner>,
-    /// `PORTS`.
-    pub ports: BTreeMap<PortsKey, PortTable>,
-    /// `PORT_PAGES`.
-    pub port_pages: BTreeMap<PortPageKey, PortPage>,
+    /// `RULES`, as far as it is used; see [`Memory::put_rules`].
+    pub rules: Vec<Line>,
     /// `NAMES`.
     pub names: BTreeMap<NameKey, NameId>,
     /// `NAME_RULES`.
@@ -94,15 +92,31 @@ impl Memory {
     pub fn new(seed: u32, flow_capacity: usize) -> Self {
         Self { seed: Cell::new(seed.max(1)), flow_capacity, ..Self::default() }
     }
+
+    /// Adds a version with these rules for addresses, as [`build`] takes them. What was there of a version with this number
+    /// stays in [`Memory::rules`], but nothing leads there.
+    pub fn put_rules(
+        &mut self,
+        id: RulesetId,
+        ruleset: Ruleset,
+        (v4, v6, ports): (&[Span<u32>], &[Span<u128>], &[Span<u32>]),
+    ) {
+        let Roots { roots, classes, ports } = build(v4, v6, ports, &mut self.rules).unwrap_or_default();
+        self.rulesets.insert(id, Ruleset { roots, classes, ports, ..ruleset });
+    }
 }
 
-/// The key of a prefix of `len` bits of an address, an IPv4 one's counted from 96 on.
-#[must_use]
-pub fn rule_key(ruleset: RulesetId, class: u16, ip: &Ip, len: u32) -> RuleKey {
-    let bits = u128::from_be_bytes(ip.octets) & u128::MAX.checked_shl(128 - len).unwrap_or(0);
-    let family = if ip.is_v4() { 4 } else { 6 };
-    let place = RulePlace { ruleset, class, family, ip: Ip { octets: bits.to_be_bytes() } };
-    RuleKey { prefix_len: RuleKey::FIXED_BITS + len, place }
+/// Without end; block 0 is not given out, so that no root is 0.
+impl Room for Vec<Line> {
+    fn block(&mut self) -> Option<u32> {
+        let number = (self.len() as u32 / BLOCK_LINES).max(1);
+        self.resize(((number + 1) * BLOCK_LINES) as usize, Line { word: [0; 16] });
+        Some(number)
+    }
+
+    fn put(&mut self, line: u32, content: &Line) {
+        self[line as usize] = *content;
+    }
 }
 
 fn insert<K: Ord, V>(
@@ -186,21 +200,16 @@ impl Tables for Memory {
         self.rulesets.get(&id).copied()
     }
 
-    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
-        // The longest prefix first: what the kernel's trie finds in one walk. IPv4's begin at 96.
-        let shortest = if ip.is_v4() { 96 } else { 0 };
-        (shortest..=128u32)
-            .rev()
-            .find_map(|len| self.rules.get(&rule_key(id, class, ip, len)))
-            .map_or(Winner::NONE, |winner| winner.order)
+    fn rule_line(&self, line: u32) -> Option<&Line> {
+        self.rules.get(line as usize)
     }
 
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
-        self.ports.get(key)
+    fn rule_v4(&self, root: u32, address: u32) -> u32 {
+        find_v4(root, address, |line| self.rule_line(line))
     }
 
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
-        self.port_pages.get(key)
+    fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
+        find_v6(root, high, low, |line| self.rule_line(line))
     }
 
     fn name_rule(&self, key: &NameRuleKey) -> u32 {
@@ -296,7 +305,7 @@ impl Tables for Memory {
         if let Some(flow) = removed
             && (Judgement { rule: flow.rule, name: flow.name }).by_rule()
         {
-            self.count_rule(flow.ruleset, flow.rule, 0, flow.bytes);
+            self.count_rule(flow.ruleset, flow.rule, 1, flow.bytes);
         }
     }
 

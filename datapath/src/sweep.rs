@@ -82,9 +82,6 @@ fn may_go_on<T: Tables>(t: &T, firewall: FirewallId, key: &FlowKey, flow: &mut F
     if !judgement.allows() {
         return false;
     }
-    if judgement.by_rule() {
-        t.count_rule(id, judgement.rule, 1, 0);
-    }
     (flow.ruleset, flow.rule, flow.name) = (id, judgement.rule, judgement.name);
     true
 }

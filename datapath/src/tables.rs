@@ -5,9 +5,9 @@ use crate::conntrack::Ticks;
 use crate::firewall::{ByAddress, Judgement};
 use crate::keys::{
     Asked, AskedKey, Delivery, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey, FragmentHead,
-    FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameId, NameKey, NameRuleKey, Node, NodeId,
-    Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey,
-    Ruleset, RulesetId, Settings, Token, Tuple,
+    FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameId, NameKey, NameRuleKey, Node,
+    NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, Ruleset, RulesetId, Settings, Token,
+    Tuple,
 };
 use crate::packet::Packet;
 use crate::to_uplink::Known;
@@ -55,12 +55,13 @@ pub trait Tables {
     fn ruleset_of(&self, firewall: FirewallId) -> RulesetId;
     /// What a version has.
     fn ruleset(&self, id: RulesetId) -> Option<Ruleset>;
-    /// The winner, as [`crate::keys::Winner::order`], of the longest prefix of a class that contains the address.
-    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32;
-    /// The port classes of a protocol.
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable>;
-    /// The port classes of 64 ports.
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage>;
+    /// A line of `RULES`.
+    fn rule_line(&self, line: u32) -> Option<&Line>;
+    /// The winner for an IPv4 address, or the class of a port: [`crate::rules::find_v4`]. A method, so that the kernel programs make a function
+    /// of it.
+    fn rule_v4(&self, root: u32, address: u32) -> u32;
+    /// The winner for an IPv6 address: [`crate::rules::find_v6`], for the same reason.
+    fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32;
     /// The winner, as [`crate::keys::Winner::order`], among the rules for a name.
     fn name_rule(&self, key: &NameRuleKey) -> u32;
     /// [`crate::firewall::judge`].
@@ -101,7 +102,7 @@ pub trait Tables {
     fn flow<R>(&self, key: &FlowKey, look: impl FnOnce(&mut Flow) -> R) -> Option<R>;
     /// Makes a flow; `Exists` if another CPU was quicker.
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), InsertError>;
-    /// Removes a flow, if it is there, and counts its bytes as those of the rule that has let it go.
+    /// Removes a flow, if it is there, and counts it and its bytes for the rule that has let it go.
     fn remove_flow(&self, key: &FlowKey);
     /// How many flows a pod has.
     fn flows_of(&self, pod: PodId) -> u32;

@@ -169,7 +169,13 @@ fn decide<T: Tables, A: Act<ToUplink>>(
             way_out(t, settings, egress, here).map(|way| (egress, port, way))
         }
         Err(New::Refused(reason)) => Err(reason),
-        Err(New::NodeIp) => return to.act(ToUplink::Pass),
+        Err(New::NodeIp) => {
+            // It gets no flow that could count it.
+            if judgement.by_rule() {
+                t.note(ruleset, token.pod, packet, false, judgement.rule);
+            }
+            return to.act(ToUplink::Pass);
+        }
     };
     match way {
         Ok((_, _, Way::Tunnel(_))) if packet.larger_than(settings.tunnel_max) => {

@@ -6,9 +6,9 @@ use aya_ebpf::macros::btf_map;
 use datapath::addr::Ip;
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
-    FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, NameEvent, NameKey,
-    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy, PortPage, PortPageKey, PortTable, PortsKey,
-    Reply, ReplyKey, RuleCount, RuleCountKey, RulePlace, Ruleset, Settings, Swept, Token, Winner,
+    FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameKey,
+    NameRuleKey, Network, Node, Opener, Pod, PodName, Policy, Reply, ReplyKey, RuleCount, RuleCountKey,
+    Ruleset, Settings, Swept, Token, Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -20,8 +20,8 @@ use crate::tables::Keys;
 
 /// `BPF_F_NO_PREALLOC`: memory follows use. For maps that only the agent fills.
 const ON_DEMAND: usize = 1;
-/// `BPF_F_MMAPABLE`: the agent writes single words.
-const BY_WORD: usize = 1 << 10;
+/// `BPF_F_MMAPABLE`.
+const MAPPABLE: usize = 1 << 10;
 
 /// One entry: what the programs need to know of the node and of EgressConfig.
 #[btf_map]
@@ -75,26 +75,19 @@ pub static INTERFACES: HashMap<u32, Interface, { limits::INTERFACES as usize }, 
 #[btf_map]
 pub static NETWORKS: LpmTrie<Ip, Network, { limits::NETWORKS as usize }> = LpmTrie::new();
 
-/// The version in force of each firewall. One aligned word each: whoever reads it sees the old or the new.
+/// The version in force of each firewall. One aligned word each, which the agent writes in place: whoever reads it sees
+/// the old or the new.
 #[btf_map]
-pub static FIREWALLS: Array<u32, { limits::FIREWALLS as usize }, BY_WORD> = Array::new();
+pub static FIREWALLS: Array<u32, { limits::FIREWALLS as usize }, MAPPABLE> = Array::new();
 
 /// Versions of firewalls.
 #[btf_map]
 pub static RULESETS: HashMap<u32, Ruleset, { limits::RULESETS as usize }, ON_DEMAND> = HashMap::new();
 
-/// The winning rules, by version, port class and prefix.
+/// The classes of ports and the winning rules by address, as search trees: see `datapath::rules`. Mapped by nobody, but only arrays that may be
+/// begin with a page, so that each line is one of the CPU's caches (`array_map_alloc`, kernel/bpf/arraymap.c).
 #[btf_map]
-pub static RULES: LpmTrie<RulePlace, Winner, { limits::RULES as usize }> = LpmTrie::new();
-
-/// Port classes, by version and protocol.
-#[btf_map]
-pub static PORTS: HashMap<PortsKey, PortTable, { limits::PORTS as usize }, ON_DEMAND> = HashMap::new();
-
-/// Port classes where 64 ports have several.
-#[btf_map]
-pub static PORT_PAGES: HashMap<PortPageKey, PortPage, { limits::PORT_PAGES as usize }, ON_DEMAND> =
-    HashMap::new();
+pub static RULES: Array<Line, { limits::RULES as usize }, MAPPABLE> = Array::new();
 
 /// Names that firewalls have rules for.
 #[btf_map]

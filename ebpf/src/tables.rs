@@ -9,10 +9,9 @@ use datapath::conntrack::{Ticks, ticks};
 use datapath::firewall::{ByAddress, Judgement};
 use datapath::keys::{
     Asked, AskedKey, Delivery, Denial, DenialKey, EgressId, EgressIp, FirewallId, Flow, FlowKey,
-    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, NameEvent, NameId, NameKey,
-    NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable,
-    PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, RulePlace, Ruleset, RulesetId, Settings,
-    Token, Tuple, Winner,
+    FragmentHead, FragmentKey, IfIndex, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameId,
+    NameKey, NameRuleKey, Node, NodeId, Opener, Pod, PodId, Policy, PolicyId, Reply, ReplyKey, RuleCount,
+    RuleCountKey, Ruleset, RulesetId, Settings, Token, Tuple, Winner,
 };
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
 use datapath::names::{Place, lives_longer, place_of, word};
@@ -46,11 +45,9 @@ const fn insert_error(errno: i32) -> InsertError {
     if errno == -EEXIST { InsertError::Exists } else { InsertError::Full }
 }
 
-/// Keys that a CPU puts together: the stack's 512 bytes are needed elsewhere.
+/// What a CPU puts together: the stack's 512 bytes are needed elsewhere.
 #[repr(C)]
 pub struct Keys {
-    /// Of `RULES`.
-    rule: Key<RulePlace>,
     /// A new entry of `LEARNT`.
     learnt: Learnt,
 }
@@ -81,6 +78,20 @@ extern "C" fn judge_address(id: RulesetId, tuple: *const Tuple) -> u64 {
     // SAFETY: the verifier checks that it is null or points to a tuple.
     let Some(tuple) = (unsafe { tuple.as_ref() }) else { return Judgement::NOT_READY.to_word() };
     datapath::firewall::judge_address(&Maps, id, tuple).to_word()
+}
+
+/// [`datapath::rules::find_v4`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rule_v4(root: u32, address: u32) -> u32 {
+    datapath::rules::find_v4(root, address, |line| Maps.rule_line(line))
+}
+
+/// [`datapath::rules::find_v6`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rule_v6(root: u32, high: u64, low: u64) -> u32 {
+    datapath::rules::find_v6(root, high, low, |line| Maps.rule_line(line))
 }
 
 /// [`datapath::firewall::judge_names`], likewise.
@@ -184,7 +195,7 @@ fn remove_flow(key: &FlowKey) {
     }
     count_flow(pod, false);
     if (Judgement { rule, name: 0 }).by_rule() {
-        count_rule(id, rule, 0, bytes);
+        count_rule(id, rule, 1, bytes);
     }
 }
 
@@ -408,23 +419,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
-        let Some(keys) = keys() else { return Winner::NOT_READY };
-        let family = if ip.is_v4() { 4 } else { 6 };
-        keys.rule = Key::new(RuleKey::FIXED_BITS + 128, RulePlace { ruleset: id, class, family, ip: *ip });
-        maps::RULES.get(&keys.rule).map_or(Winner::NONE, |winner| winner.order)
+    fn rule_line(&self, line: u32) -> Option<&Line> {
+        maps::RULES.get(line)
     }
 
     #[inline(always)]
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
-        // SAFETY: as in `policy`; a version's entries go long after it.
-        unsafe { maps::PORTS.get(key) }
+    fn rule_v4(&self, root: u32, address: u32) -> u32 {
+        rule_v4(root, address)
     }
 
     #[inline(always)]
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
-        // SAFETY: as above.
-        unsafe { maps::PORT_PAGES.get(key) }
+    fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
+        rule_v6(root, high, low)
     }
 
     #[inline(always)]

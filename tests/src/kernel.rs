@@ -233,13 +233,19 @@ pub struct Kernel {
 /// Entries of the maps under test that programs write: small, because reading a map looks at each of its buckets.
 const ENTRIES: u32 = 1024;
 /// These maps, but the flows' own.
-const WRITTEN: [&str; 7] = ["DENIALS", "FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "RULE_COUNTS", "TOKENS"];
+const WRITTEN: [&str; 6] = ["DENIALS", "FRAGMENTS", "FULL", "OPENERS", "POD_FLOWS", "TOKENS"];
 
 impl Kernel {
     /// Loads the object that `OUTGATE_BPF_OBJECT` names, else `target/bpf/outgate.o`, with room for
     /// `flow_capacity` flows.
     #[must_use]
     pub fn load(flow_capacity: u32) -> Self {
+        Self::load_to_count(flow_capacity, ENTRIES)
+    }
+
+    /// As [`Kernel::load`], with room to count what so many rules decide.
+    #[must_use]
+    pub fn load_to_count(flow_capacity: u32, rules: u32) -> Self {
         let path = object_path();
         let object = std::fs::read(&path)
             .unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask build`", path.display()));
@@ -250,6 +256,7 @@ impl Kernel {
         for name in WRITTEN.into_iter().chain(names::LRU) {
             loader.map_max_entries(name, ENTRIES);
         }
+        loader.map_max_entries("RULE_COUNTS", rules);
         let mut ebpf = loader.load(&object).expect("the object loads");
         let mut harness = Ebpf::load(&harness::object()).expect("the harness loads");
         let mut table =

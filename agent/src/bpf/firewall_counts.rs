@@ -39,12 +39,14 @@ pub fn rule_counts(dir: &Path) -> Result<BTreeMap<RuleCountKey, RuleCount>, Erro
     read(dir, "RULE_COUNTS")
 }
 
-/// Bytes of the flows that rules have let go and that live, by rule.
-pub fn flow_bytes(dir: &Path) -> Result<BTreeMap<RuleCountKey, u64>, Error> {
-    let mut all: BTreeMap<RuleCountKey, u64> = BTreeMap::new();
+/// The flows that rules have let go and that live, and their bytes, by rule.
+pub fn alive(dir: &Path) -> Result<BTreeMap<RuleCountKey, RuleCount>, Error> {
+    let mut all: BTreeMap<RuleCountKey, RuleCount> = BTreeMap::new();
     each(dir, "FLOWS", |_: &FlowKey, flow: &Flow| {
         if flow.ruleset != 0 && flow.rule < Winner::NOT_READY {
-            *all.entry(RuleCountKey { ruleset: flow.ruleset, rule: flow.rule }).or_default() += flow.bytes;
+            let count = all.entry(RuleCountKey { ruleset: flow.ruleset, rule: flow.rule }).or_default();
+            count.hits += 1;
+            count.bytes += flow.bytes;
         }
     })?;
     Ok(all)
@@ -112,7 +114,7 @@ pub struct Counts {
     pub decided: BTreeMap<u32, RuleCount>,
 }
 
-/// Reads what rules have decided, bytes of live flows included. No count goes down while its version is in force,
+/// Reads what rules have decided, live flows and their bytes included. No count goes down while its version is in force,
 /// though flows end between two looks.
 #[derive(Debug)]
 pub struct Reader {
@@ -135,7 +137,7 @@ impl Reader {
         }
         // Flows last: one that ends in between is missed, and is there the next time.
         let counted = rule_counts(&self.dir)?;
-        let alive = flow_bytes(&self.dir)?;
+        let alive = alive(&self.dir)?;
         let mut told = self.told.borrow_mut();
         let (counts, now) = merge(&versions, &counted, &alive, &told);
         *told = now;
@@ -147,12 +149,14 @@ impl Reader {
 fn merge(
     versions: &BTreeMap<String, (RulesetId, Ruleset)>,
     counted: &BTreeMap<RuleCountKey, RuleCount>,
-    alive: &BTreeMap<RuleCountKey, u64>,
+    alive: &BTreeMap<RuleCountKey, RuleCount>,
     told: &BTreeMap<RuleCountKey, RuleCount>,
 ) -> (Vec<Counts>, BTreeMap<RuleCountKey, RuleCount>) {
     let mut now: BTreeMap<RuleCountKey, RuleCount> = counted.clone();
-    for (key, bytes) in alive {
-        now.entry(*key).or_default().bytes += bytes;
+    for (key, flows) in alive {
+        let count = now.entry(*key).or_default();
+        count.hits += flows.hits;
+        count.bytes += flows.bytes;
     }
     for (key, before) in told {
         let count = now.entry(*key).or_default();
@@ -204,9 +208,9 @@ mod tests {
             (key(5, 4), count(3, 180)),
             (key(6, 0), count(9, 900)),
         ]);
-        let alive = BTreeMap::from([(key(5, 1), 50), (key(5, 3), 7)]);
+        let alive = BTreeMap::from([(key(5, 1), count(1, 50)), (key(5, 3), count(1, 7))]);
         let (counts, told) = merge(&versions, &counted, &alive, &BTreeMap::new());
-        let a = [(1, count(2, 150)), (3, count(0, 7)), (4, count(3, 180))];
+        let a = [(1, count(3, 150)), (3, count(1, 7)), (4, count(3, 180))];
         assert_eq!(
             counts,
             [
@@ -217,9 +221,9 @@ mod tests {
         // A flow has ended between the looks at counts and at flows.
         let (counts, told) = merge(&versions, &counted, &BTreeMap::new(), &told);
         assert_eq!(counts[0].decided, a.into());
-        let counted = BTreeMap::from([(key(5, 1), count(2, 250))]);
+        let counted = BTreeMap::from([(key(5, 1), count(3, 250))]);
         let (counts, _) = merge(&versions, &counted, &BTreeMap::new(), &told);
-        assert_eq!(counts[0].decided[&1], count(2, 250));
+        assert_eq!(counts[0].decided[&1], count(3, 250));
         // A new version begins anew.
         let versions = BTreeMap::from([("a".to_owned(), (8, Ruleset::default()))]);
         let (counts, told) = merge(&versions, &BTreeMap::new(), &BTreeMap::new(), &told);

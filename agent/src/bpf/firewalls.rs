@@ -3,6 +3,9 @@
 //! A version is never changed: under its number everything is written first, then its entry of `RULESETS`, then the
 //! word of `FIREWALLS` that names it. Whatever stops the agent in between, the version in force is whole. A packet
 //! under way judges by the version that it has read, so what no word names any more stays for a while ([`REST`]).
+//!
+//! Its trees stand in blocks of `RULES` that no other version has. Which these are the trees themselves say: a starting
+//! agent reads those of every entry of `RULESETS`, and all else is free.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,21 +14,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aya::maps::{IterableMap as _, LpmTrie, Map, MapData, MapError};
+use aya::maps::{Array, IterableMap as _, Map, MapData, MapError};
 use datapath::keys::{
-    FirewallId, NameKey, NameRuleKey, PortPage, PortPageKey, PortTable, PortsKey, RuleCount, RuleCountKey,
-    RuleKey, RulePlace, Ruleset, RulesetId, Winner,
+    FirewallId, Line, NameKey, NameRuleKey, RuleCount, RuleCountKey, Ruleset, RulesetId, Winner,
 };
 use datapath::limits;
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use datapath::rules::BLOCK_LINES;
+use datapath::rules_build::{self, Roots};
 use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::Error;
-use super::maps::{Plain, Table, open, put_all, put_changed, remove_all, remove_gone};
+use super::blocks::{Blocks, Given};
+use super::maps::{Plain, Table, open, put_all, put_changed, remove_gone};
 use super::words::Words;
 use crate::image::{MapImage, Rules};
 
-/// The one trie.
+/// The one with the trees.
 const RULES: &str = "RULES";
 /// How long a version stays after the last word that named it.
 const REST: Duration = Duration::from_secs(1);
@@ -34,9 +38,9 @@ const REST: Duration = Duration::from_secs(1);
 pub(super) struct Firewalls {
     words: Words,
     rulesets: Table<u32, Ruleset>,
-    rules: LpmTrie<MapData, Plain<RulePlace>, Plain<Winner>>,
-    ports: Table<PortsKey, PortTable>,
-    pages: Table<PortPageKey, PortPage>,
+    rules: Array<MapData, Plain<Line>>,
+    /// What of `rules` is free.
+    blocks: Blocks,
     names: Table<NameKey, u32>,
     name_rules: Table<NameRuleKey, Winner>,
     counts: Table<RuleCountKey, RuleCount>,
@@ -53,6 +57,8 @@ struct Standing {
     rules: Arc<Rules>,
     /// Whether all of it is there: `RULESETS` has it.
     whole: bool,
+    /// Its blocks of `RULES`.
+    blocks: Vec<u32>,
     /// Since when no word names it.
     unnamed: Option<Instant>,
 }
@@ -70,10 +76,8 @@ impl Firewalls {
         let mut firewalls = Self {
             words,
             rulesets: Table::open(dir, "RULESETS")?,
-            rules: LpmTrie::try_from(open(dir, RULES)?)
-                .map_err(|source| Error::Map { name: RULES, source })?,
-            ports: Table::open(dir, "PORTS")?,
-            pages: Table::open(dir, "PORT_PAGES")?,
+            rules: Array::try_from(open(dir, RULES)?).map_err(|source| Error::Map { name: RULES, source })?,
+            blocks: Blocks::but([]),
             names: Table::open(dir, "NAMES")?,
             name_rules: Table::open(dir, "NAME_RULES")?,
             counts: Table::open(dir, "RULE_COUNTS")?,
@@ -81,45 +85,65 @@ impl Firewalls {
             leaving: BTreeMap::new(),
             counts_checked: false,
         };
-        firewalls.read()?;
+        firewalls.read(dir)?;
         Ok(firewalls)
     }
 
     /// Reads what is standing. What has no entry of `RULESETS` is of an agent that was stopped.
-    fn read(&mut self) -> Result<(), Error> {
+    fn read(&mut self, dir: &Path) -> Result<(), Error> {
         let mut found: BTreeMap<RulesetId, Rules> = BTreeMap::new();
-        for entry in &self.rules {
-            let (key, winner) = entry.map_err(|source| Error::Map { name: RULES, source })?;
-            let place = key.data().0;
-            // No rule of ours has another family or a shorter prefix.
-            if let Some(net) = network(&RuleKey { prefix_len: key.prefix_len(), place }) {
-                found.entry(place.ruleset).or_default().rules.push((place.class, net, winner.0));
-            }
-        }
-        for (key, table) in self.ports.read()? {
-            found.entry(key.ruleset).or_default().ports.push((key.protocol as u8, table));
-        }
-        // In the order of their numbers, which count from 0.
-        for (key, page) in self.pages.read()? {
-            found.entry(key.ruleset).or_default().pages.push(page);
-        }
         for (key, winner) in self.name_rules.read()? {
             found.entry(key.ruleset).or_default().names.push((key.name, key.class as u16, winner));
         }
         let rulesets = self.rulesets.read()?;
-        for (id, ruleset) in &rulesets {
-            found.entry(*id).or_default().ruleset = *ruleset;
+        for id in rulesets.keys() {
+            found.entry(*id).or_default();
         }
-        self.standing = found
-            .into_iter()
-            .map(|(id, mut rules)| {
-                rules.rules.sort_unstable();
-                let whole = rulesets.contains_key(&id);
-                (id, Standing { rules: Arc::new(rules), whole, unnamed: None })
-            })
-            .collect();
+        for (id, mut rules) in found {
+            let (mut whole, mut blocks) = (false, Vec::new());
+            if let Some(ruleset) = rulesets.get(&id) {
+                let trees = self.trees(&Roots {
+                    roots: ruleset.roots,
+                    classes: ruleset.classes,
+                    ports: ruleset.ports,
+                })?;
+                // Whose trees are not there was removed while this was reading, which is a command's fate; an
+                // agent is alone, and must not write where those in force may be.
+                if trees.is_none()
+                    && self.words.all().contains(&id)
+                    && self.rulesets.read()?.contains_key(&id)
+                {
+                    return Err(Error::Shape {
+                        path: dir.join("maps").join(RULES),
+                        found: format!("no trees where version {id} of a firewall should have them"),
+                        expected: "trees of lines".to_owned(),
+                    });
+                }
+                whole = trees.is_some();
+                rules.ruleset = Ruleset { roots: [0; 2], classes: 0, ports: 0, ..*ruleset };
+                ((rules.v4, rules.v6, rules.ports), blocks) = trees.unwrap_or_default();
+                rules = rules.count_blocks();
+            }
+            self.standing.insert(id, Standing { rules: Arc::new(rules), whole, blocks, unnamed: None });
+        }
+        self.blocks = Blocks::but(self.standing.values().flat_map(|s| &s.blocks).copied());
         self.note_unnamed();
         Ok(())
+    }
+
+    /// Reads the trees of a version, and in which blocks they are. `None`: there are none.
+    fn trees(&self, roots: &Roots) -> Result<Option<(rules_build::Spans, Vec<u32>)>, Error> {
+        let mut blocks = BTreeSet::new();
+        let spans = rules_build::read(roots, |line| {
+            blocks.insert(line / BLOCK_LINES);
+            self.rules.get(&line, 0).map(|line| line.0)
+        });
+        match spans {
+            Ok(spans) => Ok(spans.map(|spans| (spans, blocks.into_iter().collect()))),
+            // A number beyond all lines.
+            Err(MapError::OutOfBounds { .. }) => Ok(None),
+            Err(source) => Err(Error::Map { name: RULES, source }),
+        }
     }
 
     /// Reads the part of an image that is kept here.
@@ -163,13 +187,18 @@ impl Firewalls {
         if self.standing.get(&id).is_some_and(|s| s.whole) {
             return Ok(());
         }
-        let standing = Standing { rules: Arc::clone(rules), whole: false, unnamed: Some(Instant::now()) };
-        self.standing.insert(id, standing);
-        put_all(RULES, self.rules.map(), rules.rules_entries(id))?;
-        self.ports.put_all(rules.ports_entries(id).map(|(key, table)| (key, *table)))?;
-        self.pages.put_all(rules.page_entries(id).map(|(key, page)| (key, *page)))?;
+        // What was written of it before something failed has not been seen by anybody.
+        if let Some(part) = self.standing.get_mut(&id) {
+            self.blocks.give_back(std::mem::take(&mut part.blocks));
+        }
+        let given = self.blocks.take(rules);
+        let full = Error::MapFull { name: RULES, entries: limits::RULES };
+        let Given { roots: Roots { roots, classes, ports }, blocks, lines } = given.ok_or(full)?;
+        let unnamed = Some(Instant::now());
+        self.standing.insert(id, Standing { rules: Arc::clone(rules), whole: false, blocks, unnamed });
+        put_all(RULES, self.rules.map(), lines.into_iter())?;
         self.name_rules.put_all(rules.name_entries(id))?;
-        self.rulesets.put(id, rules.ruleset)?;
+        self.rulesets.put(id, Ruleset { roots, classes, ports, ..rules.ruleset })?;
         if let Some(standing) = self.standing.get_mut(&id) {
             standing.whole = true;
         }
@@ -211,7 +240,9 @@ impl Firewalls {
         }
         for (id, rules) in due {
             self.remove(id, &rules)?;
-            self.standing.remove(&id);
+            if let Some(gone) = self.standing.remove(&id) {
+                self.blocks.give_back(gone.blocks);
+            }
         }
         if !self.counts_checked {
             let counted = self.counts.keys()?;
@@ -228,12 +259,8 @@ impl Firewalls {
             standing.whole = false;
         }
         self.rulesets.remove(&id)?;
-        remove_all(RULES, self.rules.map(), rules.rules_entries(id).map(|(key, _)| key))?;
-        self.ports.remove_all(rules.ports_entries(id).map(|(key, _)| key))?;
-        self.pages.remove_all(rules.page_entries(id).map(|(key, _)| key))?;
         self.name_rules.remove_all(rules.name_entries(id).map(|(key, _)| key))?;
-        let winners = rules.rules.iter().map(|(_, _, w)| w).chain(rules.names.iter().map(|(_, _, w)| w));
-        let orders: BTreeSet<u32> = winners.map(|w| w.order).chain([Winner::NOT_READY]).collect();
+        let orders: BTreeSet<u32> = rules.winners().chain([Winner::NOT_READY]).collect();
         self.counts.remove_all(orders.into_iter().map(|rule| RuleCountKey { ruleset: id, rule }))
     }
 
@@ -248,19 +275,5 @@ impl Firewalls {
                 standing.unnamed.get_or_insert(now);
             }
         }
-    }
-}
-
-/// The network that a key of `RULES` stands for.
-fn network(key: &RuleKey) -> Option<IpNet> {
-    let len = key.prefix_len.checked_sub(RuleKey::FIXED_BITS)?;
-    let ip = key.place.ip;
-    match key.place.family {
-        4 => {
-            let len = len.checked_sub(96)?;
-            Some(Ipv4Net::new(ip.v4_octets().into(), len as u8).ok()?.into())
-        }
-        6 => Some(Ipv6Net::new(ip.octets.into(), len as u8).ok()?.into()),
-        _ => None,
     }
 }

@@ -12,10 +12,9 @@ use datapath::addr::Ip;
 use datapath::conntrack::{self, Ticks};
 use datapath::keys::{
     self, Asked, AskedKey, Delivery, Denial, DenialKey, DropCount, EgressIp, Flow, FlowKey, FragmentHead,
-    FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, NameEvent, NameKey,
-    NameRuleKey, Network, NetworkKey, Node, NodeId, OpenedBy, Opener, Pod, PodName, Policy, PortPage,
-    PortPageKey, PortTable, PortsKey, Reply, ReplyKey, RuleCount, RuleCountKey, RuleKey, Ruleset, Settings,
-    Swept, Token, Winner,
+    FragmentKey, GranuleTable, Held, HeldKey, Interface, Learnt, LearntKey, Lease, Line, NameEvent, NameKey,
+    NameRuleKey, Network, NetworkKey, Node, NodeId, OpenedBy, Opener, Pod, PodName, Policy, Reply, ReplyKey,
+    RuleCount, RuleCountKey, Ruleset, Settings, Swept, Token, Winner,
 };
 use datapath::limits;
 use datapath::verdict::DropReason;
@@ -65,9 +64,7 @@ pub const SPECS: &[Spec] = &[
     spec::<NetworkKey, Network>("NETWORKS", MapType::LpmTrie, limits::NETWORKS),
     spec::<u32, u32>("FIREWALLS", MapType::Array, limits::FIREWALLS),
     spec::<u32, Ruleset>("RULESETS", MapType::Hash, limits::RULESETS),
-    spec::<RuleKey, Winner>("RULES", MapType::LpmTrie, limits::RULES),
-    spec::<PortsKey, PortTable>("PORTS", MapType::Hash, limits::PORTS),
-    spec::<PortPageKey, PortPage>("PORT_PAGES", MapType::Hash, limits::PORT_PAGES),
+    spec::<u32, Line>("RULES", MapType::Array, limits::RULES),
     spec::<NameKey, u32>("NAMES", MapType::Hash, limits::NAMES),
     spec::<NameRuleKey, Winner>("NAME_RULES", MapType::Hash, limits::NAME_RULES),
     spec::<Ip, u32>("RESOLVERS", MapType::Hash, limits::RESOLVERS),

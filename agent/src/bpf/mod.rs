@@ -2,6 +2,7 @@
 
 pub mod attach;
 mod batch;
+mod blocks;
 pub mod firewall_counts;
 mod firewalls;
 pub mod guard;

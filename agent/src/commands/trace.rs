@@ -377,6 +377,7 @@ mod tests {
         Delivery, EgressIp, GranuleRange, Interface, Lease, Network, NetworkKey, Node, PodName, Policy,
         Ruleset, Settings, Winner,
     };
+    use datapath::rules_build::Span;
     use std::sync::Arc;
 
     use super::*;
@@ -498,9 +499,10 @@ mod tests {
                 parts: Ruleset::ADDRESSES | Ruleset::NAMES,
                 ..Ruleset::default()
             },
-            rules: vec![
-                (0, "198.51.100.0/24".parse().unwrap(), winner(0, true)),
-                (0, "0.0.0.0/0".parse().unwrap(), winner(3, false)),
+            v4: vec![
+                Span { class: 0, last: 0xc633_63ff, winner: winner(3, false).order },
+                Span { class: 0, last: 0xc633_64ff, winner: winner(0, true).order },
+                Span { class: 0, last: u32::MAX, winner: winner(3, false).order },
             ],
             names: vec![(9, 0, winner(2, true))],
             ..Rules::default()

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use datapath::keys::{FirewallId, NameId, Ruleset};
 use datapath::limits;
+use datapath::rules::BLOCK_LINES;
 
 use super::{Compiler, capacity};
 use crate::firewall::compile::compile;
@@ -16,8 +17,17 @@ use crate::ids::{KnownFirewall, Next, give, identity};
 use crate::image::Rules;
 
 /// What a refused object has in force when nothing was before.
-const REFUSED: Ruleset =
-    Ruleset { identity: 0, content: 0, firewall: 0, rules: 0, parts: Ruleset::REFUSED, pad: 0 };
+const REFUSED: Ruleset = Ruleset {
+    identity: 0,
+    content: 0,
+    firewall: 0,
+    rules: 0,
+    parts: Ruleset::REFUSED,
+    classes: 0,
+    roots: [0; 2],
+    ports: 0,
+    pad: 0,
+};
 
 impl Compiler<'_> {
     /// `FIREWALLS`, `RULESETS` with all that hangs on them, and `NAMES`.
@@ -171,12 +181,10 @@ impl Room {
 }
 
 /// What rules take of each map. Names that two versions have count twice, which errs on the safe side.
-fn needs(rules: &Rules) -> [(&'static str, u32, usize); 6] {
+fn needs(rules: &Rules) -> [(&'static str, u32, usize); 4] {
     [
         ("RULESETS", limits::RULESETS, 1),
-        ("RULES", limits::RULES, rules.rules.len()),
-        ("PORTS", limits::PORTS, rules.ports.len()),
-        ("PORT_PAGES", limits::PORT_PAGES, rules.pages.len()),
+        ("RULES", limits::RULES - BLOCK_LINES, (rules.blocks * BLOCK_LINES) as usize),
         ("NAME_RULES", limits::NAME_RULES, rules.names.len()),
         ("NAMES", limits::NAMES, used_names(rules).len()),
     ]
@@ -188,9 +196,10 @@ fn no_room(map: &str, limit: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{Ipv4Addr, Ipv6Addr};
 
     use datapath::keys::{Guard, NameKey, RulesetId, Winner};
+    use datapath::rules_build::Span;
     use ipnet::IpNet;
 
     use super::*;
@@ -287,7 +296,8 @@ mod tests {
         assert_eq!(firewalls, [place, 0]);
         let rules = &c.image.rulesets[&id];
         assert_eq!(rules.ruleset.firewall, place);
-        assert_eq!(rules.rules, [(0, "0.0.0.0/0".parse().unwrap(), Winner::new(0, false))]);
+        let all = Span { class: 0, last: u32::MAX, winner: Winner::new(0, false).order };
+        assert_eq!((&rules.v4[..], rules.v6.len()), (&[all][..], 0));
         assert_eq!(c.firewalls.len(), 1, "nothing is said of a namespace without pods here");
     }
 
@@ -436,8 +446,10 @@ mod tests {
     #[test]
     fn there_is_room_for_two_versions_side_by_side_or_the_old_one_stays() {
         let many = |from: u32| {
-            let ips = (0..limits::FIREWALL_ENTRIES as u32).map(|i| Ipv4Addr::from(from + i).into()).collect();
-            Ok(vec![Rule { allows: true, to: Destination::Nodes(ips), ports: Vec::new() }])
+            // Not side by side, and of the family that takes most.
+            let first = u128::from(from) << 96;
+            let ips = (0..limits::FIREWALL_ENTRIES as u128).map(|i| Ipv6Addr::from(first + 2 * i).into());
+            Ok(vec![Rule { allows: true, to: Destination::Nodes(ips.collect()), ports: Vec::new() }])
         };
         let mut w = World::new(&["a", "b", "c", "d", "e"]);
         for (i, namespace) in (0..).zip(["a", "b", "c", "d", "e"]) {
@@ -445,7 +457,7 @@ mod tests {
         }
         let c = w.compile();
         let said = c.firewalls["e"].error.clone().unwrap();
-        assert!(said.contains("map RULES of 524288 entries is too full"), "{said}");
+        assert!(said.contains("map RULES of 524272 entries is too full"), "{said}");
         assert_eq!(c.firewalls.values().filter(|s| s.error.is_some()).count(), 1);
         assert!(!c.waits, "nothing leaves");
         let before = c.image.firewalls.clone();

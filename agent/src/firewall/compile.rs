@@ -3,7 +3,8 @@
 //! A packet's destination is looked up among rules without ports (class 0) and among those that have its port (the
 //! class of its port); a line holds the lowest index of all rules of its class that are for all of its prefix. Lines that
 //! could never decide are left out: what a shorter prefix of the class says already, and rules with ports behind a rule
-//! without ports that is for their whole destination.
+//! without ports that is for their whole destination. In the end the prefixes of a class, which contain one another, are
+//! cut up into stretches of addresses with one winner each, of which the programs' search trees are made.
 
 use datapath::keys::{NameId, Ruleset, Winner};
 use datapath::limits::{
@@ -12,6 +13,7 @@ use datapath::limits::{
 
 use super::places::{Line, Places, Target};
 use super::ports::Classes;
+use super::spans::Spans;
 use super::{Destination, Name, Rule};
 use crate::image::Rules;
 
@@ -74,19 +76,20 @@ pub fn compile(rules: &[Rule], name_id: &mut dyn FnMut(&Name) -> NameId) -> Resu
     }
 
     let mut out = Rules::default();
+    let mut entries = 0;
     for (table, class) in std::iter::once(&portless).chain(&classes.tables).zip(0u16..) {
-        put(table, class, rules, &places, &mut out);
+        entries += put(table, class, rules, &places, &mut out);
     }
     out.names.sort_unstable();
-    if out.rules.len() > FIREWALL_ENTRIES {
-        return Err(TooMuch::Entries(out.rules.len()));
+    if entries > FIREWALL_ENTRIES {
+        return Err(TooMuch::Entries(entries));
     }
     if out.names.len() > FIREWALL_NAME_ENTRIES {
         return Err(TooMuch::Names(out.names.len()));
     }
-    (out.ports, out.pages) = classes.ports();
+    out.ports = classes.ports();
     let mut parts = 0;
-    if out.rules.first().is_some_and(|(class, ..)| *class == 0) {
+    if out.v4.first().is_some_and(|s| s.class == 0) || out.v6.first().is_some_and(|s| s.class == 0) {
         parts |= Ruleset::ADDRESSES;
     }
     if !out.ports.is_empty() {
@@ -97,7 +100,7 @@ pub fn compile(rules: &[Rule], name_id: &mut dyn FnMut(&Name) -> NameId) -> Resu
     }
     out.ruleset = Ruleset { rules: rules.len() as u32, parts, ..Ruleset::default() };
     out.ruleset.content = content(&out);
-    Ok(out)
+    Ok(out.count_blocks())
 }
 
 /// How many destinations a rule has.
@@ -108,34 +111,40 @@ fn targets(rule: &Rule) -> usize {
     }
 }
 
-/// Adds a class' table.
-fn put(table: &[Line], class: u16, rules: &[Rule], places: &Places, out: &mut Rules) {
+/// Adds a class' table. How many networks it has.
+fn put(table: &[Line], class: u16, rules: &[Rule], places: &Places, out: &mut Rules) -> usize {
+    let (mut v4, mut v6) = (Spans::new(class, &mut out.v4), Spans::new(class, &mut out.v6));
+    let mut networks = 0;
     for (place, rule) in table {
         let winner = Winner::new(*rule, rules[*rule as usize].allows);
         match places.list[*place as usize].target() {
-            Target::Network(net) => out.rules.push((class, net, winner)),
-            Target::Name(name) => out.names.push((name, class, winner)),
+            Target::V4(first, last) => v4.network(first, last, winner.order),
+            Target::V6(first, last) => v6.network(first, last, winner.order),
+            Target::Name(name) => {
+                out.names.push((name, class, winner));
+                continue;
+            }
         }
+        networks += 1;
     }
+    v4.end();
+    v6.end();
+    networks
 }
 
 /// A hash of all that is in the maps, the same in every version of the agent: FNV-1a over little-endian words.
 fn content(rules: &Rules) -> u64 {
     let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
     hash.words(&[rules.ruleset.rules, rules.ruleset.parts]);
-    for len in [rules.rules.len(), rules.ports.len(), rules.pages.len(), rules.names.len()] {
+    for len in [rules.v4.len(), rules.v6.len(), rules.ports.len(), rules.names.len()] {
         hash.words(&[len as u32]);
     }
-    for (key, winner) in rules.rules_entries(0) {
-        hash.words(&[key.prefix_len, key.place.class.into(), key.place.family.into(), winner.order]);
-        hash.bytes(&key.place.ip.octets);
+    for span in rules.v4.iter().chain(&rules.ports) {
+        hash.words(&[span.class.into(), span.last, span.winner]);
     }
-    for (key, table) in rules.ports_entries(0) {
-        hash.words(&[key.protocol]);
-        table.page.iter().for_each(|entry| hash.bytes(&entry.to_le_bytes()));
-    }
-    for (_, page) in rules.page_entries(0) {
-        page.class.iter().for_each(|class| hash.bytes(&class.to_le_bytes()));
+    for span in &rules.v6 {
+        hash.words(&[span.class.into(), span.winner]);
+        hash.bytes(&span.last.to_le_bytes());
     }
     for (key, winner) in rules.name_entries(0) {
         hash.words(&[key.name, key.class, winner.order]);

@@ -7,6 +7,7 @@ pub mod naive;
 mod places;
 mod ports;
 pub mod show;
+mod spans;
 mod wire;
 
 use std::collections::BTreeMap;

@@ -26,10 +26,11 @@ enum Kind {
     Name,
 }
 
-/// A destination as the tables have it.
+/// A destination as the tables have it: the first and the last address of a network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Target {
-    Network(IpNet),
+    V4(u32, u32),
+    V6(u128, u128),
     Name(NameId),
 }
 
@@ -69,15 +70,10 @@ impl Place {
     }
 
     pub(super) fn target(&self) -> Target {
+        let last = self.bits | u128::MAX.checked_shr(self.len.into()).unwrap_or(0);
         match self.kind {
-            Kind::V4 => {
-                let ip = std::net::Ipv4Addr::from_bits((self.bits >> 96) as u32);
-                Target::Network(ipnet::Ipv4Net::new_assert(ip, self.len).into())
-            }
-            Kind::V6 => {
-                let ip = std::net::Ipv6Addr::from_bits(self.bits);
-                Target::Network(ipnet::Ipv6Net::new_assert(ip, self.len).into())
-            }
+            Kind::V4 => Target::V4((self.bits >> 96) as u32, (last >> 96) as u32),
+            Kind::V6 => Target::V6(self.bits, last),
             Kind::Name => Target::Name(self.bits as NameId),
         }
     }

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use datapath::keys::{PortPage, PortTable, Winner};
+use datapath::keys::Winner;
 use datapath::limits::FIREWALL_STEPS;
+use datapath::rules::port_number;
+use datapath::rules_build;
 
 use super::places::{Line, Lowest, Places};
 use super::{Ports, Rule, TooMuch};
 
-/// Ports in a page.
-const PAGE: usize = 64;
 /// Lists of ports that are together in force, up to which it is remembered what their class is. Ports of more lists
 /// have their table made anew to see it.
 const REMEMBERED: usize = 16;
@@ -72,29 +72,23 @@ impl Classes {
         Sweep::new(groups, places).run(&edges)
     }
 
-    /// The tables of classes by protocol and port: `PORTS` and `PORT_PAGES`.
-    pub(super) fn ports(&self) -> (Vec<(u8, PortTable)>, Vec<PortPage>) {
-        let mut numbers = BTreeMap::new();
-        let mut tables = Vec::new();
-        for spans in self.spans.chunk_by(|a, b| a.protocol == b.protocol) {
-            let mut classes = vec![0u16; PAGE * 1024];
-            for span in spans {
-                classes[span.first..span.end].fill(span.class as u16);
-            }
-            let mut table = PortTable { page: [0; 1024] };
-            for (entry, page) in table.page.iter_mut().zip(classes.as_chunks::<PAGE>().0) {
-                *entry = if page.iter().all(|class| *class == page[0]) {
-                    PortTable::UNIFORM | page[0]
-                } else {
-                    let next = numbers.len() as u16;
-                    *numbers.entry(PortPage { class: *page }).or_insert(next)
-                };
-            }
-            tables.push((spans[0].protocol, table));
+    /// The spans of port numbers ([`port_number`]), with their class for winner.
+    pub(super) fn ports(&self) -> Vec<rules_build::Span<u32>> {
+        let mut ports: Vec<rules_build::Span<u32>> = Vec::new();
+        let mut put = |last, class| match ports.last_mut() {
+            Some(before) if before.last >= last => {}
+            Some(before) if before.winner == class => before.last = last,
+            _ => ports.push(rules_build::Span { class: 0, last, winner: class }),
+        };
+        for span in &self.spans {
+            // No protocol with ports is 0.
+            put(port_number(span.protocol, 0) + span.first as u32 - 1, 0);
+            put(port_number(span.protocol, 0) + span.end as u32 - 1, span.class);
         }
-        let mut pages: Vec<_> = numbers.into_iter().collect();
-        pages.sort_unstable_by_key(|(_, number)| *number);
-        (tables, pages.into_iter().map(|(page, _)| page).collect())
+        if !self.spans.is_empty() {
+            put(u32::MAX, 0);
+        }
+        ports
     }
 }
 

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap};
-use datapath::keys::{self, RuleKey, RulePlace, Winner};
+use datapath::keys::{self, Line};
 use datapath::memory::Memory;
 
 use super::{Kernel, Plain};
@@ -24,16 +23,15 @@ impl Kernel {
     }
 
     fn change_rules(&mut self, tables: &Memory, put: bool) {
-        let rules = self.programs.1.map_mut("RULES").expect("the object has RULES");
-        let mut rules: LpmTrie<_, Plain<RulePlace>, Plain<Winner>> =
-            LpmTrie::try_from(rules).expect("a trie");
-        for (RuleKey { prefix_len, place }, winner) in &tables.rules {
-            let key = Key::new(*prefix_len, Plain(*place));
-            if put { rules.insert(&key, Plain(*winner), 0) } else { rules.remove(&key) }.expect("RULES");
+        // What no version has any more is looked at by nobody.
+        if put {
+            let rules = self.programs.1.map_mut("RULES").expect("the object has RULES");
+            let mut rules: Array<_, Plain<Line>> = Array::try_from(rules).expect("an array");
+            for (n, line) in (0..).zip(&tables.rules) {
+                rules.set(n, Plain(*line), 0).expect("RULES");
+            }
         }
         self.change("NAME_RULES", &tables.name_rules, put);
-        self.change("PORT_PAGES", &tables.port_pages, put);
-        self.change("PORTS", &tables.ports, put);
         self.change("RULESETS", &tables.rulesets, put);
     }
 

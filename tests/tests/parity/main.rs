@@ -26,9 +26,8 @@ use datapath::from_uplink::claims;
 use datapath::keys::{
     Asked, AskedKey, Delivery, DenialKey, DropCount, EgressId, EgressIp, FirewallId, Flow, FlowKey,
     FragmentHead, FragmentKey, GranuleRange, GranuleTable, IfIndex, Interface, InterfaceKind, Learnt,
-    LearntKey, Lease, NameId, NameKey, NameRuleKey, NetworkKey, NetworkKind, Node, NodeId, Opener, Pod,
-    PodId, Policy, PolicyId, PortPage, PortPageKey, PortTable, PortsKey, Reply, ReplyKey, Ruleset, RulesetId,
-    Settings, Token, Tuple,
+    LearntKey, Lease, Line, NameId, NameKey, NameRuleKey, NetworkKey, NetworkKind, Node, NodeId, Opener, Pod,
+    PodId, Policy, PolicyId, Reply, ReplyKey, Ruleset, RulesetId, Settings, Token, Tuple,
 };
 use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use datapath::memory::Memory;
@@ -308,14 +307,14 @@ impl Tables for Replay<'_> {
     fn ruleset(&self, id: RulesetId) -> Option<Ruleset> {
         self.memory.ruleset(id)
     }
-    fn rule(&self, id: RulesetId, class: u16, ip: &Ip) -> u32 {
-        self.memory.rule(id, class, ip)
+    fn rule_line(&self, line: u32) -> Option<&Line> {
+        self.memory.rule_line(line)
     }
-    fn ports(&self, key: &PortsKey) -> Option<&PortTable> {
-        self.memory.ports(key)
+    fn rule_v4(&self, root: u32, address: u32) -> u32 {
+        self.memory.rule_v4(root, address)
     }
-    fn port_page(&self, key: &PortPageKey) -> Option<&PortPage> {
-        self.memory.port_page(key)
+    fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
+        self.memory.rule_v6(root, high, low)
     }
     fn name_rule(&self, key: &NameRuleKey) -> u32 {
         self.memory.name_rule(key)

@@ -8,6 +8,7 @@ use datapath::firewall::Judgement;
 use datapath::keys::{LearntKey, Tuple};
 use datapath::memory::Memory;
 use datapath::packet::{ICMP, ICMPV6, SCTP, TCP, UDP};
+use datapath::rules_build::{Address, Span};
 use datapath::tables::Tables;
 use ipnet::IpNet;
 use proptest::collection::vec;
@@ -123,42 +124,50 @@ impl World {
 
     /// Classes in use, class 0 left out.
     fn classes(&self) -> usize {
-        self.compiled
-            .rules
-            .iter()
-            .map(|(class, ..)| class)
-            .filter(|class| **class != 0)
-            .collect::<BTreeSet<_>>()
-            .len()
+        let classes: BTreeSet<_> = classes(&self.compiled).collect();
+        classes.len() - usize::from(classes.contains(&0))
     }
 
-    fn lines(&self) -> usize {
-        self.compiled.rules.len()
+    /// Stretches of addresses that a rule decides.
+    fn ruled(&self) -> usize {
+        self.compiled.winners().count() - self.compiled.names.len()
     }
+}
+
+/// The class of each span.
+fn classes(rules: &Rules) -> impl Iterator<Item = u16> + '_ {
+    rules.v4.iter().map(|span| span.class).chain(rules.v6.iter().map(|span| span.class))
+}
+
+/// What holds of the spans of a family, whatever they say: each differs from the one before, and all of a class together
+/// are all addresses.
+fn spans_well_formed<A: Address + std::fmt::Debug>(spans: &[Span<A>]) -> Result<(), TestCaseError> {
+    prop_assert!(spans.is_sorted_by(|a, b| (a.class, a.last) < (b.class, b.last)), "sorted, each once");
+    for class in spans.chunk_by(|a, b| a.class == b.class) {
+        prop_assert!(
+            class.windows(2).all(|two| two[0].winner != two[1].winner),
+            "a span too many: {:?}",
+            class
+        );
+        prop_assert!(class[class.len() - 1].last == A::HIGHEST, "{:?}", class);
+        prop_assert!(class.iter().any(|span| span.winner != Winner::NONE), "for nothing: {:?}", class);
+    }
+    Ok(())
 }
 
 /// What holds of all compiled rules, whatever they say.
 fn well_formed(rules: &Rules) -> Result<(), TestCaseError> {
-    prop_assert!(rules.rules.is_sorted_by(|a, b| (a.0, a.1) < (b.0, b.1)), "sorted, each once");
+    spans_well_formed(&rules.v4)?;
+    spans_well_formed(&rules.v6)?;
     prop_assert!(rules.names.is_sorted_by(|a, b| (a.0, a.1) < (b.0, b.1)), "sorted, each once");
-    // Each line says something else than the network around it in its class.
-    for class in rules.rules.chunk_by(|a, b| a.0 == b.0) {
-        let mut around: Vec<(IpNet, Winner)> = Vec::new();
-        for (_, net, winner) in class {
-            while around.pop_if(|(outer, _)| !outer.contains(net)).is_some() {}
-            prop_assert!(around.last().is_none_or(|(_, outer)| winner < outer), "a line too many: {}", net);
-            around.push((*net, *winner));
-        }
+    let highest = classes(rules).chain(rules.names.iter().map(|n| n.1)).max();
+    if let Some(last) = rules.ports.last() {
+        prop_assert!(rules.ports.is_sorted_by(|a, b| a.last < b.last) && last.last == u32::MAX);
+        prop_assert!(rules.ports.windows(2).all(|two| two[0].winner != two[1].winner), "a span too many");
     }
-    let highest = rules.rules.iter().map(|(class, ..)| *class).chain(rules.names.iter().map(|n| n.1)).max();
-    let pages = rules.ports.iter().flat_map(|(_, table)| table.page);
-    let uniform = pages.clone().filter(|p| p & 0x8000 != 0).map(|p| p & 0x7fff);
-    let classes: BTreeSet<u16> = uniform.chain(rules.pages.iter().flat_map(|page| page.class)).collect();
+    let classes: BTreeSet<u16> = rules.ports.iter().map(|span| span.winner as u16).collect();
     prop_assert_eq!(classes.last().copied().unwrap_or(0), highest.unwrap_or(0), "every class is some port's");
-    let mut used: Vec<u16> = pages.filter(|p| p & 0x8000 == 0).collect();
-    used.sort_unstable();
-    used.dedup();
-    prop_assert_eq!(used, (0..rules.pages.len() as u16).collect::<Vec<_>>(), "every page is some port's");
+    prop_assert_eq!(rules.ports.is_empty(), classes.len() < 2, "and some port has one");
     Ok(())
 }
 
@@ -393,7 +402,7 @@ fn the_same_rules_are_compiled_the_same() {
         other[0].allows = !other[0].allows;
         let other = compiled(&other, &mut BTreeMap::new()).unwrap();
         let matters =
-            once.clone().is_ok_and(|rules| rules.rules != other.rules || rules.names != other.names);
+            once.clone().is_ok_and(|r| (&r.v4, &r.v6, &r.names) != (&other.v4, &other.v6, &other.names));
         prop_assert_eq!(matters, once.unwrap().ruleset.content != other.ruleset.content);
         Ok(())
     });
@@ -410,7 +419,7 @@ fn the_content_of_a_version_stays_its_own_in_later_agents() {
     ];
     let world = World::of(rules.to_vec());
     assert_eq!(
-        world.compiled.ruleset.content, 0xd44d_f3e1_0f9f_642c,
+        world.compiled.ruleset.content, 0xcbd7_ac72_1010_ce2c,
         "or every restart of a new agent replaces every version"
     );
     assert_eq!(world.compiled.ruleset.rules, 4);
@@ -457,7 +466,12 @@ fn no_rules_need_nothing() {
         let count = rules.len() as u32;
         let compiled = World::of(rules).compiled;
         assert_eq!((compiled.ruleset.parts, compiled.ruleset.rules), (0, count));
-        assert!(compiled.rules.is_empty() && compiled.ports.is_empty() && compiled.names.is_empty());
+        assert!(
+            compiled.v4.is_empty()
+                && compiled.v6.is_empty()
+                && compiled.ports.is_empty()
+                && compiled.names.is_empty()
+        );
     }
 }
 
@@ -469,7 +483,7 @@ fn what_can_never_win_takes_no_room() {
         allow(net("10.1.0.0/16"), &[port(TCP, 80, 80)]),
         allow(Destination::Nodes(vec![host(1), host(2)]), &[port(UDP, 1, 9)]),
     ]);
-    assert_eq!((world.lines(), world.classes(), world.compiled.ruleset.parts), (1, 0, Ruleset::ADDRESSES));
+    assert_eq!((world.ruled(), world.classes(), world.compiled.ruleset.parts), (1, 0, Ruleset::ADDRESSES));
 
     // Both families are denied, so names are; but not with one family alone.
     let mut rules =
@@ -486,7 +500,7 @@ fn what_can_never_win_takes_no_room() {
         allow(net("10.1.0.0/16"), &[port(TCP, 80, 80)]),
         allow(net("10.1.0.0/16"), &[port(UDP, 443, 443)]),
     ]);
-    assert_eq!((world.lines(), world.classes()), (1, 1), "the first of them decides alone");
+    assert_eq!((world.ruled(), world.classes()), (1, 1), "the first of them decides alone");
 }
 
 #[test]
@@ -497,7 +511,7 @@ fn a_thousand_rules_with_ports_before_seven_thousand_hosts() {
     for hosts in [vec![], vec![port(TCP, 0, 65535)]] {
         let hosts = (0..7000).map(|n| allow(to_host(n * 3), &hosts));
         let world = World::of(ports.clone().chain(hosts).collect());
-        assert_eq!(world.lines(), 8000);
+        assert_eq!(world.ruled(), 8000);
         for n in [0, 3, 9000, 20_997, 20_998] {
             for port in [999, 1000, 1500, 1999, 2000] {
                 world.agrees(host(n), TCP, port);
@@ -511,7 +525,7 @@ fn a_thousand_rules_with_ports_before_seven_thousand_hosts() {
 fn eight_thousand_ports_and_as_many_nested_ranges() {
     let single = |n: u16| allow(to_host(n.into()), &[port(TCP, n * 5, n * 5)]);
     let world = World::of((0..8000).map(single).collect());
-    assert_eq!((world.lines(), world.classes()), (8000, 8000));
+    assert_eq!((world.ruled(), world.classes()), (8000, 8000));
     for n in [0, 1, 2, 3999, 7999] {
         for port in [n * 5, n * 5 + 1] {
             world.agrees(host(n.into()), TCP, port);
@@ -523,9 +537,9 @@ fn eight_thousand_ports_and_as_many_nested_ranges() {
     // The widest first: the others never win. The widest last: each wins at its edges, at one place.
     let nested = |n: u16| allow(net("10.0.0.0/8"), &[port(UDP, n, u16::MAX - n)]);
     let world = World::of((0..8000).map(nested).collect());
-    assert_eq!((world.lines(), world.classes()), (1, 1));
+    assert_eq!((world.ruled(), world.classes()), (1, 1));
     let world = World::of((0..8000).rev().map(nested).collect());
-    assert_eq!((world.lines(), world.classes()), (8000, 8000));
+    assert_eq!((world.ruled(), world.classes()), (8000, 8000));
     for n in [0, 1, 4000, 7998, 7999, 8000, 32_000, 65_535] {
         world.agrees(host(5), UDP, n);
     }
@@ -598,7 +612,10 @@ fn how_long_it_takes() {
         ),
         ("32,767 classes", pairs(32_767)),
     ];
-    println!("{:<40} {:>9} {:>8} {:>8} {:>6}", "shape", "best, ms", "lines", "classes", "pages");
+    println!(
+        "{:<40} {:>9} {:>8} {:>8} {:>6} {:>6}",
+        "shape", "best, ms", "spans", "classes", "ports", "blocks"
+    );
     for (shape, rules) in shapes {
         let mut ids = BTreeMap::new();
         let mut best = f64::MAX;
@@ -610,11 +627,12 @@ fn how_long_it_takes() {
         }
         match outcome.unwrap() {
             Ok(rules) => {
-                let classes = rules.rules.last().map_or(0, |(class, ..)| *class);
+                let classes = classes(&rules).max().unwrap_or(0);
                 println!(
-                    "{shape:<40} {best:>9.3} {:>8} {classes:>8} {:>6}",
-                    rules.rules.len(),
-                    rules.pages.len()
+                    "{shape:<40} {best:>9.3} {:>8} {classes:>8} {:>6} {:>6}",
+                    rules.v4.len() + rules.v6.len(),
+                    rules.ports.len(),
+                    rules.blocks
                 );
             }
             Err(error) => println!("{shape:<40} {best:>9.3} {error}"),
@@ -626,17 +644,17 @@ fn how_long_it_takes() {
 fn chains_hosts_and_one_prefix_again_and_again() {
     // 129 prefixes around one address, the shortest first and last.
     let around = |len| Destination::Network(IpNet::new("2001:db8::1".parse().unwrap(), len).unwrap().trunc());
-    assert_eq!(World::of((0..=128).map(|len| deny(around(len), &[])).collect()).lines(), 1);
+    assert_eq!(World::of((0..=128).map(|len| deny(around(len), &[])).collect()).ruled(), 1);
     let world = World::of((0..=128).rev().map(|len| deny(around(len), &[])).collect());
-    assert_eq!(world.lines(), 129);
+    assert_eq!(world.ruled(), 129);
     for ip in ["2001:db8::1", "2001:db8::", "2001:db8::3", "2001::", "8000::", "::"] {
         world.agrees(ip.parse().unwrap(), TCP, 1);
     }
 
     let world = World::of((0..8000).map(|_| deny(net("10.0.0.0/24"), &[port(TCP, 1, 9)])).collect());
-    assert_eq!(world.lines(), 1);
+    assert_eq!(world.ruled(), 1);
     let world = World::of((0..8000).map(|n| allow(to_host(n), &[])).collect());
-    assert_eq!(world.lines(), 8000);
+    assert_eq!(world.ruled(), 8000);
     world.agrees(host(7999), GRE, 0);
     world.agrees(host(8000), GRE, 0);
 }
@@ -649,7 +667,7 @@ fn what_is_too_much_is_refused_with_a_reason() {
     let nodes: Vec<IpAddr> = (0..10_000).map(host).collect();
     let select: Vec<Rule> = (0..27).map(|_| deny(Destination::Nodes(nodes.clone()), &[])).collect();
     writeln!(all, "{}", refusal(&select)).unwrap();
-    assert_eq!(World::of(select[..26].to_vec()).lines(), 10_000);
+    assert_eq!(World::of(select[..26].to_vec()).ruled(), 1, "side by side");
 
     // Each of 20 ports in all of 7,000 ranges.
     let ranges = |ports: u16| -> Vec<Rule> {
@@ -657,7 +675,7 @@ fn what_is_too_much_is_refused_with_a_reason() {
         (0..ports).map(|n| deny(to_host(8000), &[port(TCP, 5 * n + 5, 5 * n + 5)])).chain(hosts).collect()
     };
     writeln!(all, "{}", refusal(&ranges(20))).unwrap();
-    assert_eq!(World::of(ranges(17)).lines(), 18 * 7000 + 17);
+    assert_eq!(World::of(ranges(17)).ruled(), 18 * 7000 + 17);
     writeln!(all, "{}", refusal(&ranges(1000))).unwrap();
 
     let names = |ports: u16| -> Vec<Rule> {

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use datapath::keys::{Flow, FlowKey, FlowPath, Token};
+use datapath::keys::{Flow, FlowKey, FlowPath, Line, Token};
 use datapath::memory::Memory;
 use datapath::packet::{ACK, SYN};
 use lab::kernel::interfaces::{POD as POD_IF, UPLINK};
@@ -51,11 +51,11 @@ impl Bench {
                         what: format!("{what}, {} rules: {}", each * firewalls, shape.name()),
                         value: format!("{} ns", here[middle]),
                         note: format!(
-                            "{:+} ns to one rule, by round {:+} to {:+}; {} entries; {ROUNDS} rounds of {runs}",
+                            "{:+} ns to one rule, by round {:+} to {:+}; {} KiB of rules; {ROUNDS} rounds of {runs}",
                             more[middle],
                             more[0],
                             more[more.len() - 1],
-                            all[n].rules.len()
+                            all[n].rules.len() * size_of::<Line>() / 1024
                         ),
                     });
                 }

@@ -194,7 +194,7 @@ struct Bench {
 
 impl Bench {
     fn load(capacity: u32, family: Family) -> Self {
-        let mut kernel = Kernel::load(capacity);
+        let mut kernel = Kernel::load_to_count(capacity, limits::RULE_COUNTS);
         let baseline = kernel.load_baseline();
         kernel.write(&tables(1));
         Self { kernel, _baseline: baseline, family, flows: 0, frame: vec![] }
