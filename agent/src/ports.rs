@@ -236,13 +236,7 @@ mod tests {
         };
         d.egress_ips.insert("e".into(), e);
         if needed {
-            let pod = Pod {
-                uid: String::new(),
-                version: 0,
-                ends: false,
-                addresses: Vec::new(),
-                egress_ip: Some("e".into()),
-            };
+            let pod = Pod { egress_ip: Some("e".into()), ..Pod::default() };
             d.pods.insert(("ns".into(), "p".into()), pod);
         }
         d

@@ -15,7 +15,7 @@ use super::*;
 use crate::objects::{
     AppliedFirewall, Condition, EgressAllocation, EgressFirewallReport, EgressIpItem, EgressIpReport,
     EgressNode, EgressUplink, GrantedGranules, GrantedPorts, Granules, LoadedAllocation, Meta, PortDemand,
-    PortLease, RestingPorts, ReturnedPorts,
+    PortLease, RestingPorts, ReturnedPorts, ShadowedPods,
 };
 
 /// What the schema and the rules of its kind say of an object, as `field: message`.
@@ -583,6 +583,7 @@ fn what_outgate_writes_is_taken() {
     node.status.returned = vec![ReturnedPorts { egress_ip: ip(), uid: "2".into(), ranges: granted() }];
     node.status.loaded =
         vec![LoadedAllocation { egress_ip: ip(), uid: "2".into(), generation: u64::from(u32::MAX) }];
+    node.status.shadowed = vec![ShadowedPods { egress_ip: "b".into(), by: "a".into(), pods: 3 }];
     node.status.firewalls = vec![
         AppliedFirewall::default(),
         AppliedFirewall {
@@ -607,6 +608,7 @@ fn what_outgate_writes_is_taken() {
                 node: "a".into(),
                 node_uid: "1".into(),
                 boot_id: "4".into(),
+                since: "2026-01-02T03:04:05Z".into(),
                 generation: 3,
                 ranges: ranges(),
             },
