@@ -794,7 +794,9 @@ impl Source for KubeSource {
                 let name = report.metadata.name.clone();
                 let Some((uid, _)) = self.head(Kind::EgressIp, "", &name) else { return Ok(()) };
                 let outcome = self.writer.status(Kind::EgressIp, "", &name, &uid, &report.status).await;
-                self.conclude("patch", Kind::EgressIp, "", &name, outcome).await
+                self.conclude("patch", Kind::EgressIp, "", &name, outcome).await?;
+                self.view.wrote(report);
+                Ok(())
             }
             Write::FirewallStatus(report) => {
                 let (namespace, name) = (report.metadata.namespace.clone(), report.metadata.name.clone());
@@ -803,7 +805,9 @@ impl Source for KubeSource {
                 };
                 let outcome =
                     self.writer.status(Kind::EgressFirewall, &namespace, &name, &uid, &report.status).await;
-                self.conclude("patch", Kind::EgressFirewall, &namespace, &name, outcome).await
+                self.conclude("patch", Kind::EgressFirewall, &namespace, &name, outcome).await?;
+                self.view.wrote_firewall(report);
+                Ok(())
             }
             // With its object it is gone.
             Write::RemoveStatus(name) => {

@@ -120,11 +120,17 @@ impl Writer {
         let status = serde_json::to_value(status).map_err(|e| Trouble::Refused(e.to_string()))?;
         let patch = Patch::Merge(status_patch(uid, &status));
         let own = self.has_own_status(kind).await?;
-        let answer = if own {
-            api.patch_status(name, &by(MANAGER), &patch).await
-        } else {
-            api.patch(name, &by(MANAGER), &patch).await
-        };
+        let mut answer = patch_status(&api, name, &patch, own).await;
+        if let Ok(object) = &answer
+            && !takes(object, &status)
+        {
+            // The definition was replaced by one of the other sort, perhaps.
+            self.own_status = None;
+            let now = self.has_own_status(kind).await?;
+            if now != own {
+                answer = patch_status(&api, name, &patch, now).await;
+            }
+        }
         match answer.map_err(|e| Trouble::of(&e, "patch")) {
             Ok(object) => Ok(Some(object)),
             Err(Trouble::Missing) => {
@@ -169,6 +175,27 @@ impl Writer {
     }
 }
 
+async fn patch_status(
+    api: &Api<DynamicObject>,
+    name: &str,
+    patch: &Patch<Value>,
+    own: bool,
+) -> kube::Result<DynamicObject> {
+    if own {
+        api.patch_status(name, &by(MANAGER), patch).await
+    } else {
+        api.patch(name, &by(MANAGER), patch).await
+    }
+}
+
+/// Whether an object has anything of a status now. Definitions may know only a part of it, and prune the rest.
+fn takes(object: &DynamicObject, status: &Value) -> bool {
+    let has = object.data.get("status");
+    status
+        .as_object()
+        .is_none_or(|fields| fields.iter().any(|(key, value)| has.and_then(|s| s.get(key)) == Some(value)))
+}
+
 fn by(manager: &str) -> PatchParams {
     PatchParams { field_manager: Some(manager.to_owned()), ..PatchParams::default() }
 }
@@ -189,6 +216,20 @@ fn status_patch(uid: &str, status: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_of_which_nothing_has_come_was_written_to_the_wrong_place() {
+        let object = |status: Value| {
+            serde_json::from_value(json!({"metadata": {"name": "e"}, "status": status})).unwrap()
+        };
+        let status = json!({"items": [{"node": "a"}], "conditions": [1]});
+        assert!(
+            takes(&object(json!({"items": [{"node": "a"}]})), &status),
+            "a definition without conditions"
+        );
+        assert!(!takes(&object(json!({"items": [{"node": "b"}]})), &status));
+        assert!(!takes(&object(Value::Null), &status));
+    }
 
     #[test]
     fn a_status_is_that_of_one_object() {
