@@ -67,13 +67,10 @@ impl Firewalls {
         self.known.remove(key);
     }
 
-    /// An object has been got; none: there is none any more, as the watch will say.
-    pub(super) fn got(&mut self, key: &Key, seen: Option<&Seen>) {
-        self.getting.remove(key);
-        match seen {
-            Some(seen) => drop(self.got.insert(key.clone(), Version::of(seen))),
-            None => drop(self.known.remove(key)),
-        }
+    /// An object has been got.
+    pub(super) fn got(&mut self, seen: &Seen) {
+        self.getting.remove(&seen.key);
+        self.got.insert(seen.key.clone(), Version::of(seen));
     }
 
     /// Whether some object is needed that was never got.
@@ -115,8 +112,8 @@ impl Firewalls {
     }
 }
 
-/// An object that was got, if there is one.
-pub(super) type Got = (Key, Option<DynamicObject>);
+/// An object that was got.
+pub(super) type Got = (Key, DynamicObject);
 
 async fn fetch(
     connection: Connection,
@@ -134,7 +131,8 @@ async fn fetch(
         });
         // Nobody listens any more: the task ends with who started it.
         let _ = notes.send(Note { about: "EgressFirewalls", problem });
-        if let Ok(object) = answer {
+        // None is not gone: a server that starts knows of none. The watch tells, and ends this task.
+        if let Ok(Some(object)) = answer {
             let _ = got.send((key, object));
             return;
         }
@@ -177,7 +175,7 @@ mod tests {
         f.note(&seen("bank", "2", 1, 6));
         assert_eq!(get(&mut f, &["shop", "empty"]), ["shop"]);
         assert!(!f.is_complete(&BTreeSet::from(["shop"])) && f.is_complete(&BTreeSet::from(["empty"])));
-        f.got(&key("shop"), Some(&seen("shop", "1", 1, 5)));
+        f.got(&seen("shop", "1", 1, 5));
         assert!(f.is_complete(&BTreeSet::from(["shop"])));
         assert!(get(&mut f, &["shop"]).is_empty());
         // Its status was written.
@@ -187,7 +185,7 @@ mod tests {
         assert_eq!(get(&mut f, &["shop"]), ["shop"]);
         assert!(f.is_complete(&BTreeSet::from(["shop"])), "the version before is there");
         // What was got is newer than the watch, and then another object of the name.
-        f.got(&key("shop"), Some(&seen("shop", "1", 3, 12)));
+        f.got(&seen("shop", "1", 3, 12));
         assert!(get(&mut f, &["shop"]).is_empty());
         f.note(&seen("shop", "3", 1, 14));
         assert_eq!(get(&mut f, &["shop"]), ["shop"]);
@@ -198,16 +196,11 @@ mod tests {
         let mut f = Firewalls::default();
         for name in ["a", "b"] {
             f.note(&seen(name, name, 1, 1));
-            f.got(&key(name), Some(&seen(name, name, 1, 1)));
+            f.got(&seen(name, name, 1, 1));
         }
         f.forget(&key("a"));
         assert_eq!(f.errands(&BTreeSet::from(["a", "b"])), Errands { get: vec![], drop: vec![key("a")] });
         assert_eq!(f.errands(&BTreeSet::new()), Errands { get: vec![], drop: vec![key("b")] });
         assert_eq!(get(&mut f, &["b"]), ["b"], "pods again");
-        f.got(&key("b"), None);
-        assert!(
-            get(&mut f, &["b"]).is_empty() && f.is_complete(&BTreeSet::from(["b"])),
-            "it was gone meanwhile"
-        );
     }
 }

@@ -41,7 +41,7 @@ use self::kinds::{Key, Kind, read};
 use self::set::{Set, Step};
 use self::trouble::Trouble;
 use self::view::View;
-use self::write::{Outcome, Writer};
+use self::write::{Done, Outcome, Writer};
 use super::{Event, Problem, Source, Write};
 use crate::agent::random;
 use crate::firewall::check::Spec;
@@ -510,13 +510,10 @@ impl KubeSource {
     }
 
     /// Takes up a firewall that was got.
-    fn got(&mut self, (key, object): Got) -> bool {
-        let seen = object.map(|object| read(Kind::EgressFirewall, object));
-        self.firewalls.got(&key, seen.as_ref());
-        match seen {
-            Some(seen) => self.view.put(Kind::EgressFirewall, seen),
-            None => self.view.remove(Kind::EgressFirewall, &key),
-        }
+    fn got(&mut self, (_, object): Got) -> bool {
+        let seen = read(Kind::EgressFirewall, object);
+        self.firewalls.got(&seen);
+        self.view.put(Kind::EgressFirewall, seen)
     }
 
     fn note(&mut self, note: Note) -> bool {
@@ -585,14 +582,15 @@ impl KubeSource {
         let about =
             ObjectName { kind: name_of(kind), namespace: namespace.to_owned(), name: name.to_owned() };
         match outcome {
-            Ok(Some(object)) => self.absorb(kind, object),
-            Ok(None) => self.forget(kind, namespace, name),
+            Ok(Done::Now(object)) => self.absorb(kind, *object),
+            Ok(Done::Removed) => self.forget(kind, namespace, name),
+            Ok(Done::NotFound) => {}
             Err(Trouble::Conflict) => {
                 // What is there now is what the next plan is made from, whether or not the watch has come to it.
                 let place = if kind == Kind::Cluster { self.namespace.clone() } else { namespace.to_owned() };
                 match self.writer.get(kind, &place, name).await {
-                    Ok(Some(object)) => self.absorb(kind, object),
-                    Ok(None) => self.forget(kind, namespace, name),
+                    Ok(Done::Now(object)) => self.absorb(kind, *object),
+                    Ok(Done::Removed | Done::NotFound) => {}
                     Err(trouble) => {
                         let text =
                             trouble::request(&trouble, &about.to_string(), "get", kind, &self.connection);
@@ -794,7 +792,9 @@ impl Source for KubeSource {
                 let name = report.metadata.name.clone();
                 let Some((uid, _)) = self.head(Kind::EgressIp, "", &name) else { return Ok(()) };
                 let outcome = self.writer.status(Kind::EgressIp, "", &name, &uid, &report.status).await;
-                self.conclude("patch", Kind::EgressIp, "", &name, outcome).await
+                self.conclude("patch", Kind::EgressIp, "", &name, outcome).await?;
+                self.view.wrote(report);
+                Ok(())
             }
             Write::FirewallStatus(report) => {
                 let (namespace, name) = (report.metadata.namespace.clone(), report.metadata.name.clone());
@@ -803,7 +803,9 @@ impl Source for KubeSource {
                 };
                 let outcome =
                     self.writer.status(Kind::EgressFirewall, &namespace, &name, &uid, &report.status).await;
-                self.conclude("patch", Kind::EgressFirewall, &namespace, &name, outcome).await
+                self.conclude("patch", Kind::EgressFirewall, &namespace, &name, outcome).await?;
+                self.view.wrote_firewall(report);
+                Ok(())
             }
             // With its object it is gone.
             Write::RemoveStatus(name) => {

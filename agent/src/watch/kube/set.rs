@@ -108,7 +108,7 @@ impl Set {
         }
         self.removed.retain(|key, uid| listing.get(key).is_some_and(|seen| seen.uid == *uid));
         for (_, seen) in listing {
-            steps.extend(self.written(seen));
+            steps.extend(self.unless_removed(seen));
         }
         steps
     }
@@ -116,14 +116,15 @@ impl Set {
     /// An object is new or has changed, says the watch.
     pub(super) fn put(&mut self, seen: Seen) -> Option<Step> {
         self.horizon = self.horizon.max(seen.version);
-        self.written(seen)
+        self.unless_removed(seen)
+    }
+
+    fn unless_removed(&mut self, seen: Seen) -> Option<Step> {
+        if self.removed.get(&seen.key) == Some(&seen.uid) { None } else { self.written(seen) }
     }
 
     /// An object is new or has changed, says the answer to a request: the watch may not have come to it.
     pub(super) fn written(&mut self, seen: Seen) -> Option<Step> {
-        if self.removed.get(&seen.key) == Some(&seen.uid) {
-            return None;
-        }
         if let Some(head) = self.heads.get(&seen.key)
             && (older(seen.version, head.version)
                 || (head.uid == seen.uid && head.version.is_some() && head.version == seen.version))
@@ -253,6 +254,9 @@ mod tests {
         assert_eq!(told(set.remove(&key("a"))), ["-a"]);
         assert_eq!(told(set.put(seen("a", "1", 4))), Vec::<String>::new());
         assert_eq!(list(&mut set, vec![seen("a", "1", 4)], 4), Vec::<String>::new());
+        // A request's answer knows better: somebody's finalizer keeps it.
+        assert_eq!(told(set.written(seen("a", "1", 6))), ["a@6"]);
+        assert_eq!(told(set.remove(&key("a"))), ["-a"]);
         // Another object of the name is another object, before and after the removal is heard of.
         assert_eq!(told(set.put(seen("a", "2", 9))), ["a@9"]);
         assert_eq!(told(set.gone(&key("a"), "1", Some(5))), Vec::<String>::new());

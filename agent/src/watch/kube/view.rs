@@ -21,6 +21,11 @@ pub(super) struct View {
     pub(super) unreadable: BTreeSet<String>,
     /// EgressIPs whose addresses cannot be read and never could.
     pub(super) partial: BTreeSet<String>,
+    /// Statuses of which definitions keep a part only: what was written, and what has come of it. The latter stands for
+    /// the former, or the leader would write it for ever.
+    cut: BTreeMap<String, (EgressIpReport, Option<EgressIpReport>)>,
+    /// The same of `EgressFirewall`s.
+    firewall_cut: BTreeMap<String, (EgressFirewallReport, Option<EgressFirewallReport>)>,
     /// Metadata of allocations, whole, for their replacement.
     pub(super) originals: BTreeMap<String, ObjectMeta>,
     /// Nodes that OVN-Kubernetes runs.
@@ -85,11 +90,13 @@ impl View {
             Object::Pod(pod) => o.pods.insert(key, pod.clone()) != Some(pod),
             Object::Service(s) => replace(&mut o.services, key, s, |s| &mut s.metadata),
             Object::EgressIp(e, report) => {
+                let report = uncut(&mut self.cut, &key.1, report);
                 let status = set(&mut self.statuses, &key.1, report);
                 replace(&mut o.egress_ips, key.1, e, |e| &mut e.metadata) | status
             }
             Object::EgressFirewall(f, report) => {
                 // Only the one named default counts.
+                let report = uncut(&mut self.firewall_cut, &key.0, report);
                 let status = key.1 == "default" && set(&mut self.firewall_statuses, &key.0, report);
                 replace(&mut o.egress_firewalls, key, f, |f| &mut f.metadata) | status
             }
@@ -130,12 +137,14 @@ impl View {
             Kind::Service => o.services.remove(key).is_some(),
             Kind::EgressIp => {
                 self.statuses.remove(&key.1);
+                self.cut.remove(&key.1);
                 self.partial.remove(&key.1);
                 o.egress_ips.remove(&key.1).is_some()
             }
             Kind::EgressFirewall => {
                 if key.1 == "default" {
                     self.firewall_statuses.remove(&key.0);
+                    self.firewall_cut.remove(&key.0);
                 }
                 o.egress_firewalls.remove(key).is_some()
             }
@@ -156,6 +165,29 @@ impl View {
             Kind::Cluster => o.cluster.take().is_some(),
         };
         known | bad
+    }
+
+    /// Notes what was written as an EgressIP's status, once what has come of it is taken up.
+    pub(super) fn wrote(&mut self, report: EgressIpReport) {
+        let name = report.metadata.name.clone();
+        if self.objects.egress_ips.contains_key(&name) && self.statuses.get(&name) != Some(&report) {
+            let known = self.statuses.insert(name.clone(), report.clone());
+            let come = come_of(self.cut.remove(&name), known);
+            self.cut.insert(name, (report, come));
+        }
+    }
+
+    /// Notes what was written as an EgressFirewall's status.
+    pub(super) fn wrote_firewall(&mut self, report: EgressFirewallReport) {
+        let namespace = report.metadata.namespace.clone();
+        let key = (namespace.clone(), report.metadata.name.clone());
+        if self.objects.egress_firewalls.contains_key(&key)
+            && self.firewall_statuses.get(&namespace) != Some(&report)
+        {
+            let known = self.firewall_statuses.insert(namespace.clone(), report.clone());
+            let come = come_of(self.firewall_cut.remove(&namespace), known);
+            self.firewall_cut.insert(namespace, (report, come));
+        }
     }
 
     /// Notes what this agent says of its node.
@@ -185,6 +217,30 @@ fn replace<K: Ord, T: PartialEq>(
     let differs = *old != new;
     *old = new;
     differs
+}
+
+/// What has come of a write, if this was known then: it may stand for something that was cut before.
+fn come_of<T: PartialEq>(cut: Option<(T, Option<T>)>, known: Option<T>) -> Option<T> {
+    match cut {
+        Some((wrote, come)) if known.as_ref() == Some(&wrote) => come,
+        _ => known,
+    }
+}
+
+/// What was written, where what has come of it is what there is still.
+fn uncut<T: PartialEq + Clone>(
+    cut: &mut BTreeMap<String, (T, Option<T>)>,
+    key: &str,
+    report: Option<T>,
+) -> Option<T> {
+    match cut.get(key) {
+        Some((wrote, come)) if *come == report => Some(wrote.clone()),
+        Some(_) => {
+            cut.remove(key);
+            report
+        }
+        None => report,
+    }
 }
 
 fn set<T: PartialEq>(map: &mut BTreeMap<String, T>, key: &str, value: Option<T>) -> bool {
@@ -266,6 +322,33 @@ mod tests {
         put(&mut view, Kind::EgressIp, of(json!(["192.0.2.1"]), "c"));
         put(&mut view, Kind::EgressIp, of(json!(9), "d"));
         assert_eq!((env(&view).as_str(), view.partial.len()), ("c", 0));
+    }
+
+    #[test]
+    fn a_status_that_is_cut_short_is_not_written_again_until_somebody_changes_it() {
+        let mut view = View::new(None);
+        let of = |version: u64, items: Value| {
+            json!({"metadata": {"name": "e", "resourceVersion": version.to_string()},
+                "spec": {"egressIPs": ["192.0.2.1"], "namespaceSelector": {}}, "status": {"items": items}})
+        };
+        let a = json!([{"node": "a", "egressIP": "192.0.2.1"}]);
+        put(&mut view, Kind::EgressIp, of(1, json!([])));
+        let mut report = view.statuses["e"].clone();
+        report.status =
+            serde_json::from_value(json!({"items": a, "conditions": [{"type": "Assigned"}]})).unwrap();
+        // What the server makes of it, and what the watch says then.
+        put(&mut view, Kind::EgressIp, of(2, a.clone()));
+        view.wrote(report.clone());
+        assert_eq!(view.statuses["e"], report);
+        put(&mut view, Kind::EgressIp, of(2, a.clone()));
+        assert_eq!(view.statuses["e"], report);
+        // A change of what is cut off changes nothing on the server.
+        report.status.conditions[0].reason = "Other".into();
+        view.wrote(report.clone());
+        put(&mut view, Kind::EgressIp, of(2, a));
+        assert_eq!(view.statuses["e"], report);
+        put(&mut view, Kind::EgressIp, of(3, json!([])));
+        assert!(view.statuses["e"].status.items.is_empty(), "somebody else has written");
     }
 
     #[test]

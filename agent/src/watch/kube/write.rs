@@ -25,8 +25,23 @@ pub(super) struct Writer {
     own_status: Option<Vec<String>>,
 }
 
-/// What has come of a write: the object as it is now; none if it is gone.
-pub(super) type Outcome = Result<Option<DynamicObject>, Trouble>;
+/// What has come of a write.
+pub(super) enum Done {
+    /// The object is this now.
+    Now(Box<DynamicObject>),
+    /// It has been removed.
+    Removed,
+    /// There is none, says the server. It says the same of a kind that it does not know, as for a moment when it starts: only
+    /// a watch tells that something is gone.
+    NotFound,
+}
+
+/// What has come of a write.
+pub(super) type Outcome = Result<Done, Trouble>;
+
+fn now(object: DynamicObject) -> Done {
+    Done::Now(Box::new(object))
+}
 
 impl Writer {
     pub(super) fn new(client: Client, namespace: &str) -> Self {
@@ -41,7 +56,12 @@ impl Writer {
     pub(super) async fn get(&self, kind: Kind, namespace: &str, name: &str) -> Outcome {
         let scope = Scope::all(kind);
         let scope = if namespace.is_empty() { scope } else { scope.within(namespace) };
-        scope.api(self.client.clone()).get_opt(name).await.map_err(|e| Trouble::of(&e, "get"))
+        scope
+            .api(self.client.clone())
+            .get_opt(name)
+            .await
+            .map(|found| found.map_or(Done::NotFound, now))
+            .map_err(|e| Trouble::of(&e, "get"))
     }
 
     /// An allocation, in place of the one that has this metadata, or as a new one.
@@ -59,7 +79,7 @@ impl Writer {
             Some(_) => api.replace(name, &params, &body).await,
             None => api.create(&params, &body).await,
         }
-        .map(Some)
+        .map(now)
         .map_err(|e| Trouble::of(&e, if old.is_some() { "update" } else { "create" }))
     }
 
@@ -71,11 +91,7 @@ impl Writer {
                 "apiVersion": OUTGATE_API, "kind": "EgressNode", "metadata": {"name": name}, "spec": spec,
             });
             let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-            return api
-                .create(&params, &object(body)?)
-                .await
-                .map(Some)
-                .map_err(|e| Trouble::of(&e, "create"));
+            return api.create(&params, &object(body)?).await.map(now).map_err(|e| Trouble::of(&e, "create"));
         };
         // All of the spec at once; a patch that sets the version is taken only for that version.
         let patch = json!([
@@ -84,7 +100,7 @@ impl Writer {
         ]);
         let patch: Patch<()> =
             Patch::Json(serde_json::from_value(patch).map_err(|e| Trouble::Refused(e.to_string()))?);
-        api.patch(name, &by(MANAGER), &patch).await.map(Some).map_err(|e| Trouble::of(&e, "patch"))
+        api.patch(name, &by(MANAGER), &patch).await.map(now).map_err(|e| Trouble::of(&e, "patch"))
     }
 
     /// Removes an object, if it is this one in this version.
@@ -94,13 +110,16 @@ impl Writer {
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
         match self.api(kind).delete(name, &params).await {
             // It stays for a while if somebody has put a finalizer on it.
-            Ok(answer) => Ok(answer.left().filter(|o| {
-                o.metadata.deletion_timestamp.is_some()
-                    && o.metadata.finalizers.as_ref().is_some_and(|f| !f.is_empty())
-            })),
+            Ok(answer) => {
+                let stays = answer.left().filter(|o| {
+                    let finalizers = o.metadata.finalizers.as_ref();
+                    o.metadata.deletion_timestamp.is_some() && finalizers.is_some_and(|f| !f.is_empty())
+                });
+                Ok(stays.map_or(Done::Removed, now))
+            }
             Err(error) => {
                 let trouble = Trouble::of(&error, "delete");
-                if trouble == Trouble::Missing { Ok(None) } else { Err(trouble) }
+                if trouble == Trouble::Missing { Ok(Done::NotFound) } else { Err(trouble) }
             }
         }
     }
@@ -120,18 +139,22 @@ impl Writer {
         let status = serde_json::to_value(status).map_err(|e| Trouble::Refused(e.to_string()))?;
         let patch = Patch::Merge(status_patch(uid, &status));
         let own = self.has_own_status(kind).await?;
-        let answer = if own {
-            api.patch_status(name, &by(MANAGER), &patch).await
-        } else {
-            api.patch(name, &by(MANAGER), &patch).await
+        let mut answer = patch_status(&api, name, &patch, own).await;
+        let lost = match &answer {
+            Ok(object) => !takes(object, &status),
+            Err(error) => Trouble::of(error, "patch") == Trouble::Missing,
         };
-        match answer.map_err(|e| Trouble::of(&e, "patch")) {
-            Ok(object) => Ok(Some(object)),
-            Err(Trouble::Missing) => {
-                // Or the definition was replaced by one of the other sort.
-                self.own_status = None;
-                Ok(None)
+        if lost {
+            // The definition was replaced by one of the other sort, perhaps.
+            self.own_status = None;
+            let newly = self.has_own_status(kind).await?;
+            if newly != own {
+                answer = patch_status(&api, name, &patch, newly).await;
             }
+        }
+        match answer.map_err(|e| Trouble::of(&e, "patch")) {
+            Ok(object) => Ok(now(object)),
+            Err(Trouble::Missing) => Ok(Done::NotFound),
             Err(trouble) => Err(trouble),
         }
     }
@@ -165,8 +188,29 @@ impl Writer {
             let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
             api.create(&params, &object(new)?).await
         };
-        answer.map(Some).map_err(|e| Trouble::of(&e, if old.is_some() { "patch" } else { "create" }))
+        answer.map(now).map_err(|e| Trouble::of(&e, if old.is_some() { "patch" } else { "create" }))
     }
+}
+
+async fn patch_status(
+    api: &Api<DynamicObject>,
+    name: &str,
+    patch: &Patch<Value>,
+    own: bool,
+) -> kube::Result<DynamicObject> {
+    if own {
+        api.patch_status(name, &by(MANAGER), patch).await
+    } else {
+        api.patch(name, &by(MANAGER), patch).await
+    }
+}
+
+/// Whether an object has anything of a status now. Definitions may know only a part of it, and prune the rest.
+fn takes(object: &DynamicObject, status: &Value) -> bool {
+    let has = object.data.get("status");
+    status
+        .as_object()
+        .is_none_or(|fields| fields.iter().any(|(key, value)| has.and_then(|s| s.get(key)) == Some(value)))
 }
 
 fn by(manager: &str) -> PatchParams {
@@ -189,6 +233,20 @@ fn status_patch(uid: &str, status: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_of_which_nothing_has_come_was_written_to_the_wrong_place() {
+        let object = |status: Value| {
+            serde_json::from_value(json!({"metadata": {"name": "e"}, "status": status})).unwrap()
+        };
+        let status = json!({"items": [{"node": "a"}], "conditions": [1]});
+        assert!(
+            takes(&object(json!({"items": [{"node": "a"}]})), &status),
+            "a definition without conditions"
+        );
+        assert!(!takes(&object(json!({"items": [{"node": "b"}]})), &status));
+        assert!(!takes(&object(Value::Null), &status));
+    }
 
     #[test]
     fn a_status_is_that_of_one_object() {
