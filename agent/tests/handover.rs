@@ -95,6 +95,8 @@ type Granule = (IpAddr, u64, usize);
 /// A node's kernel, and the agent that works on it.
 #[derive(Default)]
 struct Agent {
+    /// Which name it has.
+    node: usize,
     /// UID of its Node object: another machine has another.
     uid: String,
     view: Objects,
@@ -190,7 +192,7 @@ impl World {
         let labels = self.objects.nodes.get(&name(n)).map(|o| o.metadata.labels.clone());
         let metadata = Meta { labels: labels.unwrap_or_default(), ..metadata };
         self.objects.nodes.insert(name(n), Node { metadata, ..Node::default() });
-        let old = std::mem::replace(&mut self.agents[n], Agent { uid, ..Agent::default() });
+        let old = std::mem::replace(&mut self.agents[n], Agent { node: n, uid, ..Agent::default() });
         if !old.uid.is_empty() {
             self.gone.push(old);
         }
@@ -486,7 +488,11 @@ impl World {
                     continue;
                 };
                 // Whoever this node sends by has let its packets pass before it sends.
-                let before = gateway.passed.contains(&(granule, IpAddr::from(tunnel(&machine.uid)).into()));
+                // A machine made anew under its name is sent to as well, and drops it until it has the table.
+                let tunnel = Ip::from(IpAddr::from(tunnel(&machine.uid)));
+                let before = self.agents.iter().chain(&self.gone);
+                let before =
+                    before.filter(|a| a.node == gateway.node).any(|a| a.passed.contains(&(granule, tunnel)));
                 prop_assert!(
                     before,
                     "{} uses {:?} by {}, which never knew",
