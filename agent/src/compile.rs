@@ -298,7 +298,7 @@ impl Compiler<'_> {
             for lease in &a.leases {
                 let node = self.lessee(lease);
                 for range in &lease.ranges {
-                    fill(&mut table, range, |_| node);
+                    fill(&mut table, *range, |_| node);
                 }
             }
             let generation = self.complete_up_to(a);
@@ -315,7 +315,7 @@ impl Compiler<'_> {
             // allocation that is older than the grant may lack some.
             let node = self.node_ids.get(own).copied().unwrap_or(0);
             for granted in &grant.ranges {
-                fill(&mut table, &granted.range, |before| if before == 0 { node } else { before });
+                fill(&mut table, granted.range, |before| if before == 0 { node } else { before });
             }
         }
         if gateway || used {
@@ -684,7 +684,7 @@ fn interface(kind: InterfaceKind, guard: Guard, mac: [u8; 6], bridge: IfIndex) -
     Interface { kind: kind as u8, guarded: guard as u8, mac, bridge }
 }
 
-fn fill(table: &mut GranuleTable, range: &GranuleRange, with: impl Fn(NodeId) -> NodeId) {
+fn fill(table: &mut GranuleTable, range: GranuleRange, with: impl Fn(NodeId) -> NodeId) {
     for node in &mut table.node[usize::from(range.first)..][..usize::from(range.count)] {
         *node = with(*node);
     }

@@ -108,13 +108,10 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     });
     for r in s.returned {
         let of = leases.iter_mut().find(|l| {
-            l.node == r.node
-                && l.node_uid == r.node_uid
-                && l.generation == r.generation
-                && covers(l, &r.range)
+            l.node == r.node && l.node_uid == r.node_uid && l.generation == r.generation && covers(l, r.range)
         });
         if let Some(lease) = of {
-            lease.ranges = without(&lease.ranges, &r.range);
+            lease.ranges = without(&lease.ranges, r.range);
             rest(r.range);
         }
     }
@@ -144,7 +141,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
         match free.hole(first_share(s.demanders.len(), s.nodes, free.count())) {
             None => refused.push(d.node.clone()),
             Some(range) => {
-                free.take(&range);
+                free.take(range);
                 leases.push(lease(d, vec![range]));
             }
         }
@@ -186,11 +183,11 @@ struct Free([bool; GRANULES]);
 impl Free {
     fn new<'a>(taken: impl Iterator<Item = &'a GranuleRange>) -> Self {
         let mut free = Self([true; GRANULES]);
-        taken.for_each(|range| free.take(range));
+        taken.for_each(|range| free.take(*range));
         free
     }
 
-    fn take(&mut self, range: &GranuleRange) {
+    fn take(&mut self, range: GranuleRange) {
         self.0[usize::from(range.first)..][..usize::from(range.count)].fill(false);
     }
 
@@ -231,7 +228,7 @@ impl Free {
             let count = self.from(usize::from(*end)).min(left);
             if count > 0 {
                 let range = GranuleRange { first: *end, count: u16::try_from(count).unwrap_or(u16::MAX) };
-                self.take(&range);
+                self.take(range);
                 ranges.push(range);
                 left -= count;
             }
@@ -239,7 +236,7 @@ impl Free {
         while left > 0
             && let Some(range) = self.hole(left)
         {
-            self.take(&range);
+            self.take(range);
             ranges.push(range);
             left -= usize::from(range.count);
         }
@@ -249,19 +246,19 @@ impl Free {
 }
 
 /// Whether all of a range is leased by a lease.
-fn covers(lease: &Lease, range: &GranuleRange) -> bool {
+fn covers(lease: &Lease, range: GranuleRange) -> bool {
     lease.ranges.iter().any(|r| r.first <= range.first && range.first + range.count <= r.first + r.count)
 }
 
 /// Ranges without one that is within one of them.
-fn without(ranges: &[GranuleRange], taken: &GranuleRange) -> Vec<GranuleRange> {
+fn without(ranges: &[GranuleRange], taken: GranuleRange) -> Vec<GranuleRange> {
     let end = |r: &GranuleRange| r.first + r.count;
     let pieces = ranges.iter().flat_map(|r| {
-        if end(r) <= taken.first || end(taken) <= r.first {
+        if end(r) <= taken.first || end(&taken) <= r.first {
             return vec![*r];
         }
         let before = GranuleRange { first: r.first, count: taken.first.saturating_sub(r.first) };
-        let after = GranuleRange { first: end(taken), count: end(r).saturating_sub(end(taken)) };
+        let after = GranuleRange { first: end(&taken), count: end(r).saturating_sub(end(&taken)) };
         vec![before, after]
     });
     pieces.filter(|r| r.count > 0).collect()

@@ -143,10 +143,10 @@ impl Ports {
         {
             let all = self.returned.entry(*ip).or_default();
             // Those of an allocation that is gone are nobody's.
-            if all.uid != back.uid {
-                *all = back;
-            } else {
+            if all.uid == back.uid {
                 all.ranges.extend(back.ranges);
+            } else {
+                *all = back;
             }
         }
     }

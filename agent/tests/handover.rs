@@ -90,11 +90,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// A granule of one incarnation of an egress IP's allocation.
-type Granule = (IpAddr, String, usize);
+type Granule = (IpAddr, u64, usize);
 
 /// A node's kernel, and the agent that works on it.
 #[derive(Default)]
 struct Agent {
+    /// Which name it has.
+    node: usize,
     /// UID of its Node object: another machine has another.
     uid: String,
     view: Objects,
@@ -105,9 +107,9 @@ struct Agent {
     /// What the kernel has.
     image: MapImage,
     /// The allocations of which it was granted ports, as the image was made.
-    granted: BTreeMap<IpAddr, String>,
+    granted: BTreeMap<IpAddr, u64>,
     /// The same of its port tables.
-    tables: BTreeMap<IpAddr, String>,
+    tables: BTreeMap<IpAddr, u64>,
     /// Every granule that its kernel has ever let a machine use.
     passed: BTreeSet<(Granule, Ip)>,
 }
@@ -142,6 +144,11 @@ fn name(node: usize) -> String {
 /// Machines have addresses of their own.
 fn tunnel(uid: &str) -> Ipv4Addr {
     Ipv4Addr::new(192, 0, 3, uid[1..].parse().unwrap())
+}
+
+/// The UID of an allocation, which is a number.
+fn number(uid: &str) -> u64 {
+    u64::from_str_radix(uid, 16).unwrap()
 }
 
 fn egress(n: usize) -> IpAddr {
@@ -185,7 +192,7 @@ impl World {
         let labels = self.objects.nodes.get(&name(n)).map(|o| o.metadata.labels.clone());
         let metadata = Meta { labels: labels.unwrap_or_default(), ..metadata };
         self.objects.nodes.insert(name(n), Node { metadata, ..Node::default() });
-        let old = std::mem::replace(&mut self.agents[n], Agent { uid, ..Agent::default() });
+        let old = std::mem::replace(&mut self.agents[n], Agent { node: n, uid, ..Agent::default() });
         if !old.uid.is_empty() {
             self.gone.push(old);
         }
@@ -270,10 +277,14 @@ impl World {
         let all = [Kind::Users, Kind::EgressNodes, Kind::Allocations];
         for _ in 0..6 {
             for n in 0..NODES {
-                all.iter().for_each(|kind| read(&self.objects, &mut self.agents[n].view, *kind));
+                for kind in all {
+                    read(&self.objects, &mut self.agents[n].view, kind);
+                }
                 self.reconcile(n, 4);
             }
-            all.iter().for_each(|kind| read(&self.objects, &mut self.leaders[0].view, *kind));
+            for kind in all {
+                read(&self.objects, &mut self.leaders[0].view, kind);
+            }
             self.lead(0, 99);
         }
     }
@@ -405,14 +416,14 @@ impl World {
             let Compiled { image, loaded, .. } = compile(&desired, &facts, &mut agent.ids);
             agent.image = image;
             let uids = desired.grants.iter().flatten();
-            agent.granted = uids.map(|(ip, g)| (*ip, g.uid.clone())).collect();
-            agent.tables = desired.allocations.iter().map(|(ip, a)| (*ip, a.uid.clone())).collect();
+            agent.granted = uids.map(|(ip, g)| (*ip, number(&g.uid))).collect();
+            agent.tables = desired.allocations.iter().map(|(ip, a)| (*ip, number(&a.uid))).collect();
             for (ip, uid) in &agent.tables {
                 let id = agent.image.egress_addrs.get(&Ip::from(*ip));
                 let Some(table) = id.and_then(|id| agent.image.granules.get(id)) else { continue };
                 for (granule, node) in table.node.iter().enumerate().filter(|(_, node)| **node != 0) {
                     let tunnel = agent.image.nodes[node].tunnel_ip;
-                    agent.passed.insert(((*ip, uid.clone(), granule), tunnel));
+                    agent.passed.insert(((*ip, *uid, granule), tunnel));
                 }
             }
             if steps >= 4 {
@@ -460,7 +471,7 @@ impl World {
         // first.
         for agent in &self.agents {
             for granule in usable(agent) {
-                if let Some(other) = users.insert(granule.clone(), &agent.uid) {
+                if let Some(other) = users.insert(granule, &agent.uid) {
                     prop_assert!(false, "{:?} is usable by {} and {}", granule, other, agent.uid);
                 }
             }
@@ -477,8 +488,11 @@ impl World {
                     continue;
                 };
                 // Whoever this node sends by has let its packets pass before it sends.
+                // A machine made anew under its name is sent to as well, and drops it until it has the table.
+                let tunnel = Ip::from(IpAddr::from(tunnel(&machine.uid)));
+                let before = self.agents.iter().chain(&self.gone);
                 let before =
-                    gateway.passed.contains(&(granule.clone(), IpAddr::from(tunnel(&machine.uid)).into()));
+                    before.filter(|a| a.node == gateway.node).any(|a| a.passed.contains(&(granule, tunnel)));
                 prop_assert!(
                     before,
                     "{} uses {:?} by {}, which never knew",
@@ -542,12 +556,12 @@ fn read(objects: &Objects, view: &mut Objects, kind: Kind) {
 }
 
 /// The granules that a node may take ports from.
-fn usable(agent: &Agent) -> BTreeSet<Granule> {
-    let mut granules = BTreeSet::new();
+fn usable(agent: &Agent) -> Vec<Granule> {
+    let mut granules = Vec::new();
     for (ip, id) in &agent.image.egress_addrs {
         let (Some(lease), ip) = (agent.image.leases.get(id), IpAddr::from(*ip)) else { continue };
         for granule in &lease.granule[..lease.granules as usize] {
-            granules.insert((ip, agent.granted[&ip].clone(), usize::from(*granule)));
+            granules.push((ip, agent.granted[&ip], usize::from(*granule)));
         }
     }
     granules
@@ -561,7 +575,10 @@ fn run(steps: &[Step]) -> Result<[usize; 3], TestCaseError> {
     world.check_settled()?;
     for step in steps {
         world.step(step);
-        world.check()?;
+        // Nothing else changes a kernel.
+        if matches!(step, Step::Reconcile(..) | Step::Replace(_) | Step::Settle) {
+            world.check()?;
+        }
         if matches!(step, Step::Settle) {
             world.check_settled()?;
         }
@@ -570,7 +587,7 @@ fn run(steps: &[Step]) -> Result<[usize; 3], TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_port_is_usable_by_two_nodes_and_none_of_a_node_that_is_gone_passes(steps in steps()) {

@@ -105,6 +105,7 @@ fn the_65th_connection_fails_and_the_64th_works() {
     let _nginx = lab.nginx(&lab.web.netns);
     let pod = pod_with_one_granule(&lab, "client");
     let neighbour_pod = lab.run_pod("node-a", &PodSpec::new("prod", "neighbour"));
+    lab.wait_source(&neighbour_pod.netns, &format!("{}:{ECHO}", lab.neighbour.address), EGRESS);
     let outside = Outside::watch(&lab);
     let [web, other, _] = hosts.map(|host| format!("{}:{ECHO}", host.address));
 

@@ -15,7 +15,8 @@ use crate::ports::Use;
 /// which all that there are share a count has some ten too many, and a lease is 64 ports at least.
 const COUNTS: usize = 1 << 16;
 
-/// Counts the flows of each address, and those towards its busiest destination. With 262,144 flows it takes some 50 ms.
+/// Counts the flows of each address, and those towards its busiest destination. It looks at every flow, so it is not to
+/// be called where few can be in use.
 pub fn used(dir: &Path) -> Result<BTreeMap<EgressId, Use>, Error> {
     let mut counter = Counter::default();
     each(dir, "REPLIES", |key: &ReplyKey, _: &Reply| counter.count(key))?;

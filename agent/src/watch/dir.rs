@@ -35,7 +35,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::{debug, info};
 
 use super::{Problem, Source, Write};
 use crate::objects::{
@@ -558,8 +558,9 @@ impl Source for DirSource {
                 self.objects.egress_nodes.remove(&name);
             }
             Write::Event(event) => {
+                // A warning is for what is wrong with the agent's own work or input, which it says itself.
                 if event.warning {
-                    warn!("{}: {} ({})", event.about, event.message, event.reason);
+                    info!("{}: {} ({})", event.about, event.message, event.reason);
                 } else {
                     // The leader's log has it.
                     debug!("{}: {} ({})", event.about, event.message, event.reason);
