@@ -68,6 +68,19 @@ pub enum Error {
         /// Which expression.
         index: usize,
     },
+    /// No label can have this key.
+    #[error(
+        "{0:?} is no label's key: letters, digits, '-', '_' and '.', at most 63, perhaps after a domain and '/'"
+    )]
+    Key(String),
+    /// No label can have this value.
+    #[error("{value:?} is no value that label {key} can have: letters, digits, '-', '_' and '.', at most 63")]
+    Value {
+        /// The label.
+        key: String,
+        /// The value.
+        value: String,
+    },
 }
 
 impl Selector {
@@ -97,6 +110,16 @@ impl Selector {
                 _ => return Err(Error::Operator { index, operator }),
             };
             requirements.push(Requirement { key: expression.key.clone(), demand });
+        }
+        for Requirement { key, demand } in &requirements {
+            if !is_key(key) {
+                return Err(Error::Key(key.clone()));
+            }
+            if let Demand::In(values) | Demand::NotIn(values) = demand
+                && let Some(value) = values.iter().find(|value| !value.is_empty() && !is_name(value))
+            {
+                return Err(Error::Value { key: key.clone(), value: value.clone() });
+            }
         }
         Ok(Self { requirements })
     }
@@ -135,6 +158,30 @@ impl Requirement {
             Demand::DoesNotExist => value.is_none(),
         }
     }
+}
+
+/// Whether a label can have this key (`IsQualifiedName`, apimachinery/pkg/util/validation/validation.go).
+fn is_key(key: &str) -> bool {
+    match key.split_once('/') {
+        None => is_name(key),
+        Some((domain, name)) => is_domain(domain) && is_name(name),
+    }
+}
+
+/// A key's last part, or a value that is not empty.
+fn is_name(name: &str) -> bool {
+    let inside = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    name.len() <= 63
+        && name.chars().all(inside)
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.ends_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+fn is_domain(domain: &str) -> bool {
+    let inside = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let label =
+        |l: &str| l.starts_with(inside) && l.ends_with(inside) && l.chars().all(|c| inside(c) || c == '-');
+    domain.len() <= 253 && domain.split('.').all(label)
 }
 
 #[cfg(test)]
@@ -184,5 +231,21 @@ mod tests {
         assert_eq!(of("matchLabels: {kubernetes.io/metadata.name: x, env: prod}"), Match::No);
         assert_eq!(of("matchLabels: {env: prod}"), Match::Unknown);
         assert_eq!(of("matchExpressions: [{key: env, operator: DoesNotExist}]"), Match::Unknown);
+    }
+
+    #[test]
+    fn labels_that_cannot_be_are_mistakes() {
+        for good in ["a", "k8s.ovn.org/egress-assignable", "A_b.c-9"] {
+            assert!(is_key(good), "{good}");
+        }
+        for bad in ["", "a b", "-a", "a-", "/a", "a/", "A.example/x", "a..b/x", "a/b/c", &"a".repeat(64)] {
+            assert!(!is_key(bad), "{bad}");
+        }
+        let wrong = selector("matchLabels: {'a b': c}").unwrap_err();
+        assert_eq!(wrong, Error::Key("a b".to_owned()));
+        let wrong =
+            selector("matchExpressions: [{key: a, operator: NotIn, values: [b, 'c d']}]").unwrap_err();
+        assert!(wrong.to_string().contains("c d"), "{wrong}");
+        assert!(selector("matchLabels: {a: ''}").is_ok());
     }
 }
