@@ -21,7 +21,7 @@ const PROD: &[(&str, &str)] = &[("env", "prod")];
 /// How long the API server is away.
 const OUTAGE: Duration = Duration::from_secs(10);
 /// For what is noticed by TCP's keepalives: after 20 s without a word on a connection.
-const KEEPALIVE: Duration = Duration::from_secs(60);
+const KEEPALIVE: Duration = Duration::from_mins(1);
 
 const FIREWALL: &str = "apiVersion: k8s.ovn.org/v1
 kind: EgressFirewall

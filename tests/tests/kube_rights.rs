@@ -1,4 +1,4 @@
-//! What the manifests' ServiceAccounts may do: enough, no more, and whoever lacks a right says which.
+//! What the manifests' accounts may do: enough, no more, and whoever lacks a right says which.
 
 use std::time::Duration;
 
