@@ -41,6 +41,8 @@ fn world() -> KubeLab {
     // It is away on purpose.
     kube.lab.tolerate("API server");
     kube.lab.tolerate("cannot write");
+    // A server that has just started knows no roles yet, and refuses everything for a moment.
+    kube.lab.tolerate("is forbidden");
     kube.lab.tolerate("cannot be read or renewed");
     kube.api.apply(&egress_ip("prod", &[FIRST], PROD, &[]));
     kube.api.apply(FIREWALL);
