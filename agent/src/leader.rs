@@ -139,6 +139,7 @@ fn firewalls(desired: &Desired, around: &Surroundings<'_>, plan: &mut Plan) {
                 plan.log
                     .push(format!("EgressFirewall {namespace}/default: {}", status.conditions[0].message));
             }
+            let events = status::firewall_events(namespace, conditions, &status.conditions);
             plan.writes.push(Write::FirewallStatus(EgressFirewallReport {
                 api_version: crate::objects::OVN_API.to_owned(),
                 kind: "EgressFirewall".to_owned(),
@@ -149,6 +150,7 @@ fn firewalls(desired: &Desired, around: &Surroundings<'_>, plan: &mut Plan) {
                 },
                 status,
             }));
+            plan.writes.extend(events.into_iter().map(Write::Event));
         }
     }
     if around.complete {

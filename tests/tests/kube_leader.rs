@@ -93,8 +93,7 @@ fn one_leads_and_the_other_takes_over() {
     assert_eq!(history.conflicts(&newest), Vec::<String>::new());
 
     // A controller that is told to end gives the Lease back: the other one need not wait for its end.
-    let at =
-        kube.controllers.iter().position(|controller| last.contains(&controller.node)).expect("a leader");
+    let at = leading(&kube);
     kube.controllers.remove(at).stop();
     kube.api.wait(
         "the Lease is given back or taken",

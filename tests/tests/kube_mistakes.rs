@@ -158,10 +158,10 @@ fn every_mistake_is_told() {
     assert_eq!(kube.wait_owner("prod", "172.18.0.101"), "node-a");
     // And the mistakes that only the status tells are news, too.
     let events = kube.api.kubectl(&["get", "events", "--all-namespaces"]);
-    for word in ["Duplicate", "NodeAddress"] {
+    for object in ["egressip/taken", "egressip/nodes-own", "egressfirewall/default"] {
         assert!(
-            events.lines().any(|line| line.contains("Warning") && line.contains(word)),
-            "{word}: {events}"
+            events.lines().any(|line| line.contains("Warning") && line.contains(object)),
+            "no warning about {object}: {events}"
         );
     }
 }

@@ -21,7 +21,7 @@ const PROD: &[(&str, &str)] = &[("env", "prod")];
 /// How long the API server is away.
 const OUTAGE: Duration = Duration::from_secs(10);
 /// For what is noticed by TCP's keepalives: after 20 s without a word on a connection.
-const KEEPALIVE: Duration = Duration::from_secs(60);
+const KEEPALIVE: Duration = Duration::from_mins(1);
 
 const FIREWALL: &str = "apiVersion: k8s.ovn.org/v1
 kind: EgressFirewall
@@ -41,6 +41,8 @@ fn world() -> KubeLab {
     // It is away on purpose.
     kube.lab.tolerate("API server");
     kube.lab.tolerate("cannot write");
+    // A server that has just started knows no roles yet, and refuses everything for a moment.
+    kube.lab.tolerate("is forbidden");
     kube.lab.tolerate("cannot be read or renewed");
     kube.api.apply(&egress_ip("prod", &[FIRST], PROD, &[]));
     kube.api.apply(FIREWALL);

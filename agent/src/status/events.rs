@@ -34,6 +34,31 @@ pub fn events(name: &str, previous: Option<&EgressIpStatus>, status: &EgressIpSt
     assigned.chain(conditions).collect()
 }
 
+/// The same of a namespace's EgressFirewall. That nodes have not answered yet is no news.
+#[must_use]
+pub fn firewall_events(namespace: &str, previous: &[Condition], conditions: &[Condition]) -> Vec<Event> {
+    let said = |c: &Condition| {
+        let same = |p: &Condition| {
+            let words = (&p.kind, &p.status, &p.reason) == (&c.kind, &c.status, &c.reason);
+            words && (c.status == "True" || p.message == c.message)
+        };
+        previous.iter().any(same)
+    };
+    let news =
+        conditions.iter().filter(|c| !["Pending", "NodeNotReady"].contains(&c.reason.as_str()) && !said(c));
+    news.map(|c| Event {
+        about: ObjectName {
+            kind: "EgressFirewall",
+            namespace: namespace.to_owned(),
+            name: "default".to_owned(),
+        },
+        reason: c.reason.clone(),
+        message: c.message.clone(),
+        warning: c.status != "True",
+    })
+    .collect()
+}
+
 /// The reason of an event by that of its condition: OVN-Kubernetes' word where it has one, for what people have
 /// written to look for it.
 fn reason(condition: &str) -> &str {
@@ -90,5 +115,33 @@ mod tests {
         after.conditions[1].reason = "AllLeased".into();
         let reasons: Vec<_> = said(Some(&before), &after).into_iter().map(|e| e.0).collect();
         assert_eq!(reasons, ["Assigned", "InvalidEgressIP", "AllLeased"]);
+    }
+
+    #[test]
+    fn a_firewalls_conditions_are_news_once() {
+        let condition = |status: &str, reason: &str, message: &str| Condition {
+            kind: "Applied".into(),
+            status: status.into(),
+            reason: reason.into(),
+            message: message.into(),
+            ..Condition::default()
+        };
+        let applied = condition("True", "RulesApplied", "2 rules in force on 1 node");
+        let refused = condition("False", "Refused", "spec.egress[0].to: is missing");
+        let of = |previous: &[&Condition], now: &Condition| {
+            let previous: Vec<_> = previous.iter().map(|c| (*c).clone()).collect();
+            let events = firewall_events("prod", &previous, std::slice::from_ref(now));
+            events.into_iter().map(|e| (e.about.to_string(), e.reason, e.warning)).collect::<Vec<_>>()
+        };
+        let about = "EgressFirewall prod/default".to_owned();
+        assert_eq!(of(&[], &applied), [(about.clone(), "RulesApplied".to_owned(), false)]);
+        assert_eq!(of(&[&condition("True", "RulesApplied", "on 2 nodes")], &applied), []);
+        assert_eq!(of(&[&applied], &refused), [(about.clone(), "Refused".to_owned(), true)]);
+        assert_eq!(of(&[&refused], &refused), []);
+        assert_eq!(
+            of(&[&condition("False", "Refused", "another")], &refused),
+            [(about, "Refused".to_owned(), true)]
+        );
+        assert_eq!(of(&[], &condition("False", "Pending", "node a has not confirmed it yet")), []);
     }
 }

@@ -3,7 +3,7 @@
 mod events;
 pub mod firewall;
 
-pub use events::events;
+pub use events::{events, firewall_events};
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -93,8 +93,8 @@ fn check(events: &[Value]) -> Vec<String> {
             let mut taken = BTreeMap::<u64, String>::new();
             leased.retain(|(of, _), _| *of != address);
             let resting = list(&object["spec"]["resting"]);
-            let leases = list(&object["spec"]["leases"]);
-            let owners = leases
+            let given = list(&object["spec"]["leases"]);
+            let owners = given
                 .iter()
                 .map(|lease| (text(&lease["node"]), granules(&lease["ranges"])))
                 .chain(resting.iter().map(|range| ("rest".to_owned(), one(range))));

@@ -2,7 +2,7 @@
 //!
 //! No kubelet runs the DaemonSet's and the Deployment's pods. Their objects are made from the manifests' templates,
 //! and what their containers would run is started in the nodes' namespaces: the same words and environment, with the
-//! rights of the same ServiceAccounts, by tokens that are bound to these pods as a kubelet asks for them. Only where
+//! rights of the same accounts, by tokens that are bound to these pods as a kubelet asks for them. Only where
 //! things are on the machine differs.
 
 use std::path::{Path, PathBuf};

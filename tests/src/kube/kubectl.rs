@@ -9,7 +9,6 @@ use crate::lab::utf8;
 impl KubeApi {
     /// Runs kubectl as a user that may do everything; it must succeed. Gives its standard output.
     #[track_caller]
-    #[expect(clippy::must_use_candidate, reason = "commands are run for their effect as often")]
     pub fn kubectl(&self, arguments: &[&str]) -> String {
         self.try_kubectl(arguments).expect_success()
     }
@@ -23,7 +22,6 @@ impl KubeApi {
 
     /// `kubectl apply` of a manifest.
     #[track_caller]
-    #[expect(clippy::must_use_candidate, reason = "manifests are applied for their effect as often")]
     pub fn apply(&self, manifest: &str) -> String {
         self.try_apply(manifest).expect_success()
     }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! There is no kubelet, no scheduler and no controller manager: [`KubeApi`] makes the objects that they would
-//! make (nodes, bound pods with addresses, ServiceAccounts' tokens), and starts the processes that the DaemonSet's
+//! make (nodes, bound pods with addresses, accounts' tokens), and starts the processes that the DaemonSet's
 //! and the Deployment's pods would be, with the manifests' command lines ([`install`]).
 //!
 //! Each test has its own server, so tests run side by side; starting one takes some seconds, so one test function

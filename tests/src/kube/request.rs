@@ -78,15 +78,14 @@ impl KubeApi {
 
     /// Makes an object in a collection.
     #[track_caller]
-    #[expect(clippy::must_use_candidate, reason = "objects are made for their effect as often")]
     pub fn create(&self, collection: &str, object: &Value) -> Value {
         self.request("POST", collection, Some(object)).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// Merges a patch into an object.
     #[track_caller]
-    pub fn patch(&self, path: &str, patch: &Value) {
-        self.request("PATCH", path, Some(patch)).unwrap_or_else(|error| panic!("{error}"));
+    pub fn patch(&self, path: &str, change: &Value) {
+        self.request("PATCH", path, Some(change)).unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// Deletes an object at once.

@@ -47,7 +47,7 @@ impl Lately {
 
 /// Writes events, each with the UID of its object, until there are no more.
 pub(super) async fn record(client: Client, instance: String, mut events: mpsc::Receiver<(Event, String)>) {
-    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("events.k8s.io", "v1", "Event"));
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Event"));
     let mut lately = Lately::default();
     while let Some((event, uid)) = events.recv().await {
         if !lately.admits(&event, Instant::now()) {
@@ -90,17 +90,23 @@ fn body(event: &Event, uid: &str, instance: &str, now: &jiff::Timestamp, unique:
         note.truncate(end);
         note.push('…');
     }
+    // The older form of events: in the newer one, servers up to 1.20 take those of objects in no namespace only in
+    // kube-system (`legacyValidateEvent`, kubernetes pkg/apis/core/validation/events.go), where nobody looks.
+    let time = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
     json!({
-        "apiVersion": "events.k8s.io/v1",
+        "apiVersion": "v1",
         "kind": "Event",
         "metadata": {"namespace": namespace, "name": format!("{}.{unique:016x}", about.name.replace(':', "-"))},
-        "eventTime": format!("{now:.6}"),
-        "reportingController": "outgate.dev/controller",
+        "firstTimestamp": time,
+        "lastTimestamp": time,
+        "count": 1,
+        "source": {"component": "outgate-controller"},
+        "reportingComponent": "outgate.dev/controller",
         "reportingInstance": instance,
         "action": event.reason,
         "reason": event.reason,
-        "regarding": regarding,
-        "note": note,
+        "involvedObject": regarding,
+        "message": note,
         "type": if event.warning { "Warning" } else { "Normal" },
     })
 }
@@ -132,10 +138,13 @@ mod tests {
     fn what_is_in_no_namespace_has_its_events_in_the_default_one() {
         let now = "2026-01-02T03:04:05Z".parse().unwrap();
         let b = body(&event("", "x".into()), "u", "i", &now, 1);
-        assert_eq!((&b["metadata"]["namespace"], &b["regarding"]["uid"]), (&json!("default"), &json!("u")));
-        assert_eq!(b["regarding"].get("namespace"), None);
+        assert_eq!(
+            (&b["metadata"]["namespace"], &b["involvedObject"]["uid"]),
+            (&json!("default"), &json!("u"))
+        );
+        assert_eq!(b["involvedObject"].get("namespace"), None);
         assert_eq!(body(&event("shop", "x".into()), "", "i", &now, 1)["metadata"]["namespace"], "shop");
         let long = body(&event("", "ä".repeat(1000)), "", "i", &now, 1);
-        assert!(long["note"].as_str().unwrap().len() <= NOTE);
+        assert!(long["message"].as_str().unwrap().len() <= NOTE);
     }
 }
