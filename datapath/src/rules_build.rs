@@ -300,14 +300,14 @@ pub fn read<E>(roots: &Roots, mut line: impl FnMut(u32) -> Result<Line, E>) -> R
     if roots.classes != 0 {
         let mut highest = None;
         for of_blocks in 0..BLOCK_LINES {
-            let blocks = line(roots.classes + of_blocks)?.word;
+            let blocks = line(roots.classes.wrapping_add(of_blocks))?.word;
             for (block, first) in (of_blocks * 16..).zip(blocks) {
                 for nth in 0..BLOCK_LINES {
                     let class = (block * BLOCK_LINES + nth) * 8;
                     if highest.is_some_and(|highest| class > highest) {
                         break;
                     }
-                    let of_classes = line(first + nth)?.word;
+                    let of_classes = line(first.wrapping_add(nth))?.word;
                     let highest = *highest.get_or_insert(of_classes[0]);
                     for (class, roots) in (class..=highest).zip(of_classes.as_chunks().0) {
                         if class != 0 {
@@ -356,9 +356,9 @@ fn read_tree<A: Address, E>(
         if levels > 0 {
             let lasts: Vec<A> = (0..A::NODE).map(|nth| A::of(&content, nth)).collect();
             let inner = lasts.iter().take_while(|last| **last < end).count();
-            next.push((levels - 1, content.word[CHILD] + inner as u32, end));
+            next.push((levels - 1, content.word[CHILD].wrapping_add(inner as u32), end));
             for nth in (0..inner).rev() {
-                next.push((levels - 1, content.word[CHILD] + nth as u32, lasts[nth]));
+                next.push((levels - 1, content.word[CHILD].wrapping_add(nth as u32), lasts[nth]));
             }
             continue;
         }
