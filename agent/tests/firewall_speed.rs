@@ -45,6 +45,21 @@ fn rules(seed: u32) -> Vec<Rule> {
     (0..8000).map(rule).collect()
 }
 
+/// The worst that a lab test uses: each eighth rule has a range of UDP ports of 125 that lie in one another, so that the
+/// rules with ports are compiled again for each.
+fn overlapping_ranges(seed: u32) -> Vec<Rule> {
+    let rule = |i: u32| {
+        let net = Ipv4Net::from(Ipv4Addr::from(0xc613_0000 + (i >> 8 << 8 | (i + seed) & 255)));
+        let first = 9000 + (i % 500 + seed % 50) as u16;
+        let ports =
+            if i.is_multiple_of(8) { vec![Ports { protocol: 17, first, last: 9999 }] } else { vec![] };
+        Rule { allows: (i + seed).is_multiple_of(2), to: Destination::Network(net.into()), ports }
+    };
+    let everything = IpNet::from(Ipv4Net::default());
+    let last = Rule { allows: false, to: Destination::Network(everything), ports: vec![] };
+    (0..7999).map(rule).chain([last]).collect()
+}
+
 #[test]
 #[ignore = "needs root, and is a measurement"]
 fn how_long_a_change_of_8000_rules_takes() {
@@ -78,5 +93,12 @@ fn how_long_a_change_of_8000_rules_takes() {
         let mut changed = rules(100_000);
         changed[4000 + n].allows ^= true;
         put("one of 8,000 changed", changed);
+    }
+    put("8,000 with overlapping ranges", overlapping_ranges(0));
+    put("8,000 others with overlapping ranges", overlapping_ranges(1));
+    for n in 0..3 {
+        let mut changed = overlapping_ranges(1);
+        changed[4000 + n].allows ^= true;
+        put("one of 8,000 with overlapping ranges changed", changed);
     }
 }

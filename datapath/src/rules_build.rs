@@ -108,28 +108,87 @@ pub fn build(
         found.ports = writer.tree(ports)?;
     }
     if !classes.is_empty() {
-        let highest = ports.iter().map(|span| span.winner as usize).max().unwrap_or(0);
-        classes.resize(classes.len().max(highest + 1), [0; 2]);
+        classes.resize(classes.len().max(highest_class(ports) + 1), [0; 2]);
         classes[0] = [classes.len() as u32 - 1, 0];
         found.classes = writer.directory(&classes)?;
     }
     Some(found)
 }
 
-/// How many blocks [`build`] takes.
+/// How many blocks [`build`] takes. It is told from the number of spans alone, without making the lines.
 #[must_use]
 pub fn blocks(v4: &[Span<u32>], v6: &[Span<u128>], ports: &[Span<u32>]) -> u32 {
-    struct Count(u32);
-    impl Room for Count {
-        fn block(&mut self) -> Option<u32> {
-            self.0 += 1;
-            Some(self.0)
-        }
-        fn put(&mut self, _: u32, _: &Line) {}
+    let mut count = Count { blocks: 0, left: 0 };
+    let mut highest = None;
+    for (class, spans) in tables(v4) {
+        count.tree::<u32>(spans.len());
+        highest = highest.max(Some(class));
     }
-    let mut count = Count(0);
-    let _ = build(v4, v6, ports, &mut count);
-    count.0
+    for (class, spans) in tables(v6) {
+        count.tree::<u128>(spans.len());
+        highest = highest.max(Some(class));
+    }
+    if !ports.is_empty() {
+        count.tree::<u32>(ports.len());
+    }
+    if let Some(highest @ 1..) = highest {
+        count.directory(usize::from(highest).max(highest_class(ports)) + 1);
+    }
+    count.blocks
+}
+
+/// Counts blocks as [`Writer`] takes them.
+struct Count {
+    blocks: u32,
+    left: usize,
+}
+
+impl Count {
+    fn put(&mut self, lines: usize) {
+        if lines > self.left {
+            self.blocks += 1;
+            self.left = BLOCK_LINES as usize;
+        }
+        self.left -= lines;
+    }
+
+    fn tree<A: Address>(&mut self, spans: usize) {
+        let mut lines = spans.div_ceil(A::LEAF);
+        while lines > 1 {
+            let most = A::NODE + 1;
+            for _ in 0..lines / most {
+                self.put(most);
+            }
+            self.put(lines % most);
+            lines = lines.div_ceil(most);
+        }
+        self.put(1);
+    }
+
+    fn directory(&mut self, classes: usize) {
+        let in_block = 8 * BLOCK_LINES as usize;
+        let blocks = classes.div_ceil(in_block);
+        for n in 0..blocks {
+            self.put((classes - n * in_block).min(in_block).div_ceil(8));
+        }
+        self.put(blocks.div_ceil(16));
+    }
+}
+
+/// The tables of spans that are sorted: their classes and spans.
+fn tables<A: Address>(spans: &[Span<A>]) -> impl Iterator<Item = (u16, &[Span<A>])> {
+    let mut rest = spans;
+    std::iter::from_fn(move || {
+        let class = rest.first()?.class;
+        let (table, after) = rest.split_at(rest.partition_point(|span| span.class <= class));
+        rest = after;
+        Some((class, table))
+    })
+}
+
+/// The highest class of ports.
+fn highest_class(ports: &[Span<u32>]) -> usize {
+    ports.iter().map(|span| span.winner as usize).max().unwrap_or(0)
 }
 
 struct Writer<'a, R> {
@@ -162,9 +221,9 @@ impl<R: Room> Writer<'_, R> {
         found: &mut Roots,
         classes: &mut Vec<[u32; 2]>,
     ) -> Option<()> {
-        for table in spans.chunk_by(|a, b| a.class == b.class) {
+        for (class, table) in tables(spans) {
             let root = self.tree(table)?;
-            let class = usize::from(table[0].class);
+            let class = usize::from(class);
             if class == 0 {
                 found.roots[A::FAMILY] = root;
             } else {
@@ -241,14 +300,14 @@ pub fn read<E>(roots: &Roots, mut line: impl FnMut(u32) -> Result<Line, E>) -> R
     if roots.classes != 0 {
         let mut highest = None;
         for of_blocks in 0..BLOCK_LINES {
-            let blocks = line(roots.classes + of_blocks)?.word;
+            let blocks = line(roots.classes.wrapping_add(of_blocks))?.word;
             for (block, first) in (of_blocks * 16..).zip(blocks) {
                 for nth in 0..BLOCK_LINES {
                     let class = (block * BLOCK_LINES + nth) * 8;
                     if highest.is_some_and(|highest| class > highest) {
                         break;
                     }
-                    let of_classes = line(first + nth)?.word;
+                    let of_classes = line(first.wrapping_add(nth))?.word;
                     let highest = *highest.get_or_insert(of_classes[0]);
                     for (class, roots) in (class..=highest).zip(of_classes.as_chunks().0) {
                         if class != 0 {
@@ -297,9 +356,9 @@ fn read_tree<A: Address, E>(
         if levels > 0 {
             let lasts: Vec<A> = (0..A::NODE).map(|nth| A::of(&content, nth)).collect();
             let inner = lasts.iter().take_while(|last| **last < end).count();
-            next.push((levels - 1, content.word[CHILD] + inner as u32, end));
+            next.push((levels - 1, content.word[CHILD].wrapping_add(inner as u32), end));
             for nth in (0..inner).rev() {
-                next.push((levels - 1, content.word[CHILD] + nth as u32, lasts[nth]));
+                next.push((levels - 1, content.word[CHILD].wrapping_add(nth as u32), lasts[nth]));
             }
             continue;
         }

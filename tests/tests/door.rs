@@ -187,7 +187,7 @@ async fn held_segments_come_through_the_door_and_pass_once_read() {
     {
         pod[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
     }
-    let mut ruleset = [0_u8; 32];
+    let mut ruleset = [0_u8; size_of::<Ruleset>()];
     for (offset, value) in [(offset_of!(Ruleset, firewall), 3), (offset_of!(Ruleset, parts), Ruleset::NAMES)]
     {
         ruleset[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
@@ -196,7 +196,8 @@ async fn held_segments_come_through_the_door_and_pass_once_read() {
     pods.insert(Ip::v4(POD_IP).octets, pod, 0).unwrap();
     let mut firewalls: Array<_, u32> = Array::try_from(pinned(&pins, "FIREWALLS")).unwrap();
     firewalls.set(3, 5, 0).unwrap();
-    let mut rulesets: HashMap<_, u32, [u8; 32]> = HashMap::try_from(pinned(&pins, "RULESETS")).unwrap();
+    let mut rulesets: HashMap<_, u32, [u8; size_of::<Ruleset>()]> =
+        HashMap::try_from(pinned(&pins, "RULESETS")).unwrap();
     rulesets.insert(5, ruleset, 0).unwrap();
     let mut resolvers: HashMap<_, [u8; 16], u32> = HashMap::try_from(pinned(&pins, "RESOLVERS")).unwrap();
     resolvers.insert(Ip::v4(RESOLVER_IP).octets, RESOLVER, 0).unwrap();

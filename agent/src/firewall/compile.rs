@@ -132,9 +132,9 @@ fn put(table: &[Line], class: u16, rules: &[Rule], places: &Places, out: &mut Ru
     networks
 }
 
-/// A hash of all that is in the maps, the same in every version of the agent: FNV-1a over little-endian words.
+/// A hash of all that is in the maps, the same in every version of the agent.
 fn content(rules: &Rules) -> u64 {
-    let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
+    let mut hash = Hash(0xcbf2_9ce4_8422_2325);
     hash.words(&[rules.ruleset.rules, rules.ruleset.parts]);
     for len in [rules.v4.len(), rules.v6.len(), rules.ports.len(), rules.names.len()] {
         hash.words(&[len as u32]);
@@ -144,7 +144,7 @@ fn content(rules: &Rules) -> u64 {
     }
     for span in &rules.v6 {
         hash.words(&[span.class.into(), span.winner]);
-        hash.bytes(&span.last.to_le_bytes());
+        hash.words(&[0, 32, 64, 96].map(|shift| (span.last >> shift) as u32));
     }
     for (key, winner) in rules.name_entries(0) {
         hash.words(&[key.name, key.class, winner.order]);
@@ -152,19 +152,16 @@ fn content(rules: &Rules) -> u64 {
     hash.0
 }
 
-/// FNV-1a, 64 bits.
-struct Fnv(u64);
+/// A hash of 64 bits that takes a word at a time, for a version has hundreds of thousands of them: multiplied, which
+/// takes each bit to all above it, and folded, which takes it below. It is for accidents, not for enemies: a namespace
+/// has itself to harm.
+struct Hash(u64);
 
-impl Fnv {
-    fn bytes(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
-
+impl Hash {
     fn words(&mut self, words: &[u32]) {
         for word in words {
-            self.bytes(&word.to_le_bytes());
+            let product = (self.0 ^ u64::from(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            self.0 = product ^ product >> 32;
         }
     }
 }

@@ -24,9 +24,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode, ModifyKind};
@@ -116,10 +118,15 @@ enum Event {
     Look,
 }
 
+/// Of hashes of what files say. Nobody outside can make two that are the same.
+static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
 struct FileState<T> {
     stamp: Stamp,
     /// When it was read.
     read: Instant,
+    /// A hash of what stood there, with keys of this process: none of what could not be read.
+    hash: Option<u64>,
     /// The last content that parsed; `None` if none has.
     content: Option<T>,
     /// Why the content that is there now does not count.
@@ -776,6 +783,15 @@ fn refresh<T>(
             continue;
         }
         let read = read_regular(&path);
+        let hash = read.as_ref().ok().map(|bytes| KEYS.hash_one(bytes));
+        // What was looked at again only because it could have changed is not parsed again.
+        if let (Some(old), Some(stamp)) = (states.get_mut(&name), stamp)
+            && hash.is_some()
+            && old.hash == hash
+        {
+            (old.stamp, old.read) = (stamp, now);
+            continue;
+        }
         let result = match read {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => Err(format!("cannot be read: {error}")),
@@ -797,7 +813,7 @@ fn refresh<T>(
         };
         let stamp =
             stamp.unwrap_or(Stamp { device: 0, inode: 0, length: 0, modified: (0, 0), changed: (0, 0) });
-        states.insert(name, FileState { stamp, read: now, content, error });
+        states.insert(name, FileState { stamp, read: now, hash, content, error });
         changed = true;
     }
     (changed, waiting)

@@ -419,7 +419,7 @@ fn the_content_of_a_version_stays_its_own_in_later_agents() {
     ];
     let world = World::of(rules.to_vec());
     assert_eq!(
-        world.compiled.ruleset.content, 0xcbd7_ac72_1010_ce2c,
+        world.compiled.ruleset.content, 0xa886_1fa9_ed06_664c,
         "or every restart of a new agent replaces every version"
     );
     assert_eq!(world.compiled.ruleset.rules, 4);
