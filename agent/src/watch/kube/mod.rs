@@ -12,6 +12,7 @@
 mod client;
 mod election;
 mod events;
+mod fence;
 mod firewalls;
 mod follow;
 mod heartbeat;
@@ -46,7 +47,7 @@ use super::{Event, Problem, Source, Write};
 use crate::agent::random;
 use crate::firewall::check::Spec;
 use crate::objects::{
-    EGRESS_ASSIGNABLE, EgressFirewall, EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta,
+    EGRESS_ASSIGNABLE, EgressAllocation, EgressFirewall, EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta,
     ObjectName, Objects,
 };
 
@@ -784,6 +785,7 @@ impl Source for KubeSource {
             Write::RemoveEgressNode(name) => self.remove(Kind::EgressNode, &name).await,
             Write::Allocation(new) => {
                 let name = new.metadata.name.clone();
+                self.rob_nobody(&new).await?;
                 let outcome = self.writer.allocation(&new, self.view.originals.get(&name)).await;
                 self.conclude("update", Kind::EgressAllocation, "", &name, outcome).await
             }
@@ -828,6 +830,33 @@ impl Source for KubeSource {
 }
 
 impl KubeSource {
+    /// Refuses an allocation that takes ports from a node which has not given them back and which is there, whatever
+    /// the watch of Nodes says.
+    async fn rob_nobody(&mut self, new: &EgressAllocation) -> Result<(), Error> {
+        let objects = &self.view.objects;
+        let Some(old) = objects.egress_allocations.get(&new.metadata.name) else { return Ok(()) };
+        let fenced = fence::fenced(old, new, &objects.egress_nodes);
+        let about = |name: &str| {
+            ObjectName { kind: "Node", namespace: String::new(), name: name.to_owned() }.to_string()
+        };
+        match fence::living(&self.writer, &fenced).await {
+            Ok(None) => Ok(()),
+            Ok(Some(node)) => {
+                let about = about(node.metadata.name.as_deref().unwrap_or_default());
+                // The next plan knows it, whether or not the watch has come to it.
+                self.absorb(Kind::Node, node);
+                Err(Error::Conflict(about))
+            }
+            Err((name, trouble)) => Err(Error::Write(trouble::request(
+                &trouble,
+                &about(&name),
+                "get",
+                Kind::Node,
+                &self.connection,
+            ))),
+        }
+    }
+
     async fn remove(&mut self, kind: Kind, name: &str) -> Result<(), Error> {
         let Some((uid, version)) = self.head(kind, "", name) else { return Ok(()) };
         let outcome = self.writer.remove(kind, name, &uid, version).await;
