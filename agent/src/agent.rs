@@ -863,11 +863,10 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
         }
 
         /// An agent that somebody else runs.
-        fn agent(&self, name: &'static str, kernel: Memory) -> Agent<DirSource, Memory> {
-            self.make(name, &kernel).0
+        fn agent(&self, name: &'static str, kernel: &Memory) -> Agent<DirSource, Memory> {
+            self.make(name, kernel).0
         }
 
-        #[expect(clippy::type_complexity, reason = "what an agent is made of")]
         fn make(
             &self,
             name: &'static str,
@@ -1055,7 +1054,7 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             b.task.abort();
             assert!((&mut b.task).await.is_err(), "cancelled");
             let told = |w: &World| fs::read_to_string(w.dir.join(".outgate/egressnodes/b.yaml")).unwrap();
-            let mut agent = w.agent("b", b.kernel.clone());
+            let mut agent = w.agent("b", &b.kernel);
             agent.idle = 0;
             agent.reconcile().await;
             fs::remove_file(w.dir.join("pod-10.2.0.1.yaml")).unwrap();

@@ -233,7 +233,7 @@ impl<'a> Converter<'a> {
             };
             if node.is_empty() {
                 self.fail(old.file, line, "a HostSubnet without a name");
-            } else if !(addresses.is_empty() && networks.is_empty()) && !self.done.nodes.contains(&node) {
+            } else if (!addresses.is_empty() || !networks.is_empty()) && !self.done.nodes.contains(&node) {
                 if self.done.nodes.is_empty() {
                     let text = "labelled nodes hold addresses of the networks of their interfaces; which of them holds \
                                 which is chosen for them";

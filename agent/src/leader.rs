@@ -584,6 +584,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
     }
 
     /// What a node is granted of 192.0.2.100: owner, generation, and the first granule and generation of each range.
+    #[expect(clippy::type_complexity, reason = "compared with literals")]
     fn granted(w: &World, node: &str) -> Option<(String, u64, Vec<(u16, u64)>)> {
         let spec = &w.objects.egress_nodes[node].spec;
         let g = spec.ranges.iter().find(|g| g.egress_ip == "192.0.2.100")?;

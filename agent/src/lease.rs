@@ -390,7 +390,7 @@ mod tests {
         assert_eq!(part.leases[0].ranges, [range(0, 10), range(30, 222)]);
         assert_eq!(part.resting, [Resting { range: range(10, 20), generation: 2, until: 1240 }]);
         assert_eq!(returned(&part, given(1, range(10, 20))), returned(&part, given(7, range(0, 1))), "once");
-        let at = |now, loaded| next(&part, &Situation { now, loaded, ..situation(&one, 3) }).resting.len();
+        let at = |now, loaded| next(&part, &Situation { loaded, now, ..situation(&one, 3) }).resting.len();
         assert_eq!([at(1239, Some(2)), at(1240, Some(1)), at(1240, None), at(1240, Some(2))], [1, 1, 1, 0]);
     }
 

@@ -1,5 +1,7 @@
 //! The manifests under `deploy/`: they name what the program has, and nothing is missing from the lists of files.
 
+#![expect(clippy::unwrap_used, reason = "a test, whose helpers clippy does not take for one")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -95,6 +95,7 @@ impl Memory {
 
     /// Adds a version with these rules for addresses, as [`build`] takes them. What was there of a version with this number
     /// stays in [`Memory::rules`], but nothing leads there.
+    #[expect(clippy::type_complexity, reason = "as the function that makes them has them")]
     pub fn put_rules(
         &mut self,
         id: RulesetId,
@@ -102,7 +103,7 @@ impl Memory {
         (v4, v6, ports): (&[Span<u32>], &[Span<u128>], &[Span<u32>]),
     ) {
         let Roots { roots, classes, ports } = build(v4, v6, ports, &mut self.rules).unwrap_or_default();
-        self.rulesets.insert(id, Ruleset { roots, classes, ports, ..ruleset });
+        self.rulesets.insert(id, Ruleset { classes, roots, ports, ..ruleset });
     }
 }
 

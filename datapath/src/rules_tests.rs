@@ -99,10 +99,10 @@ fn each_class_and_family_has_its_own_tree() {
         let mut v6: Vec<Span<u128>> = Vec::new();
         for class in 0..=highest {
             // Some have one family only.
-            if t.random() % 4 > 0 || class == highest {
+            if !t.random().is_multiple_of(4) || class == highest {
                 v4.extend(spans(&t, class, 1 + t.random() as usize % 3));
             }
-            if t.random() % 4 > 0 {
+            if !t.random().is_multiple_of(4) {
                 v6.extend(spans(&t, class, 1 + t.random() as usize % 6));
             }
         }

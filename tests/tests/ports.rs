@@ -38,7 +38,11 @@ fn cluster(config: &str, asks: u16) -> (Lab, Vec<Agent>) {
              status: {{nodeUID: uid-{name}, bootID: boot, demand: [{{egressIP: {EGRESS}, granules: {granules}}}]}}\n"
         );
         fs::write(dir.join(format!("{name}.yaml")), text).expect("the lab's directory can be written");
-        nodes += &format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, uid: uid-{name}}}\n");
+        for line in
+            ["---", "apiVersion: v1", "kind: Node", &format!("metadata: {{name: {name}, uid: uid-{name}}}")]
+        {
+            nodes.extend([line, "\n"]);
+        }
     }
     fs::write(lab.objects.dir().join("far.yaml"), nodes).expect("the lab's directory can be written");
     lab.objects.egress_ip("prod", &[EGRESS], &[("env", "prod")], &[]);
@@ -72,7 +76,7 @@ fn hold(pod: &Pod, protocol: &str, destination: &str, count: u64) -> Held {
     let mut process = pod.spawn("hold", &words);
     process.wait_stdout("held", Duration::from_secs(10));
     let report: Value = eventually_ok("a report", Duration::from_secs(1), || {
-        serde_json::from_str(process.stdout().trim()).map_err(|error| error.to_string())
+        serde_json::from_str(process.stdout().trim()).map_err(|error| error.clone())
     });
     let sources = report["answers"].as_object().expect("answers");
     assert!(sources.keys().all(|source| source == EGRESS), "{report}");
@@ -149,7 +153,7 @@ fn a_node_that_runs_out_of_ports_gets_more_at_once() {
     let full = hold(&pod, "tcp", &web, PORTS);
     assert_eq!((full.open, full.failed), (PORTS, 0));
     eventually_ok("more ports", Duration::from_secs(5), || {
-        pod.netns.tcp_source(&web, Duration::from_millis(500)).map_err(|error| error.to_string())
+        pod.netns.tcp_source(&web, Duration::from_millis(500)).map_err(|error| error.clone())
     });
     let leases = lab.map("node-a", "LEASES");
     assert!(leases[0]["value"]["granules"].as_u64() >= Some(2), "{leases:?}");

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -61,18 +61,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let facts = netlink::watch(selection).await?;
     let state = Rc::new(RefCell::new(metrics::State::default()));
     if let Some(address) = args.metrics {
-        let listener = metrics::listen(address).await.map_err(anyhow::Error::msg)?;
-        let dir = bpf::pin_dir(&args.bpffs.bpffs);
-        let firewalls = bpf::firewall_counts::Reader::new(&dir);
-        let read = move || {
-            Ok(metrics::Counters {
-                drops: bpf::maps::drops(&dir)?,
-                firewalls: firewalls.read()?,
-                names: bpf::firewall_counts::name_events(&dir)?,
-            })
-        };
-        let read = Rc::new(move || read().map_err(|e: bpf::Error| e.to_string()));
-        tokio::task::spawn_local(metrics::serve(listener, Rc::clone(&state), read));
+        serve_metrics(address, &bpf::pin_dir(&args.bpffs.bpffs), &state).await?;
     }
     tokio::task::spawn_local(audit::run(bpf::pin_dir(&args.bpffs.bpffs), Rc::clone(&state)));
     let asked = args.cni_socket.as_deref().unwrap_or(Path::new(cni::door::SOCKET));
@@ -147,6 +136,26 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         info!("the agent ends; programs and maps stay, traffic goes on");
     }
     ended
+}
+
+async fn serve_metrics(
+    address: SocketAddr,
+    dir: &Path,
+    state: &Rc<RefCell<metrics::State>>,
+) -> anyhow::Result<()> {
+    let listener = metrics::listen(address).await.map_err(anyhow::Error::msg)?;
+    let dir = dir.to_owned();
+    let firewalls = bpf::firewall_counts::Reader::new(&dir);
+    let read = move || {
+        Ok(metrics::Counters {
+            drops: bpf::maps::drops(&dir)?,
+            firewalls: firewalls.read()?,
+            names: bpf::firewall_counts::name_events(&dir)?,
+        })
+    };
+    let read = Rc::new(move || read().map_err(|e: bpf::Error| e.to_string()));
+    tokio::task::spawn_local(metrics::serve(listener, Rc::clone(state), read));
+    Ok(())
 }
 
 /// A source that is open.

@@ -168,7 +168,7 @@ pub(crate) fn pod(node: usize, n: usize, namespace: usize) -> Pod {
     };
     pod.metadata.namespace = format!("namespace-{namespace:04}");
     pod.spec.node_name = node_name(node);
-    pod.status.phase = "Running".to_owned();
+    "Running".clone_into(&mut pod.status.phase);
     let network = pod_network(node);
     let ip = network.replace(".0/24", &format!(".{}", n + 2));
     pod.status.pod_ips = vec![PodIp { ip: ip.clone() }];
@@ -246,7 +246,12 @@ impl Cluster {
                     "cluster"
                 }
                 Write::Event(_) => "event",
-                other => panic!("not in this cluster: {other:?}"),
+                other @ (Write::EgressNode(_)
+                | Write::RemoveEgressNode(_)
+                | Write::RemoveAllocation(_)
+                | Write::RemoveStatus(_)
+                | Write::FirewallStatus(_)
+                | Write::RemoveFirewallStatus(_)) => panic!("not in this cluster: {other:?}"),
             };
             *count.entry(kind).or_default() += 1;
         }
