@@ -245,7 +245,7 @@ fn allocations(
         };
         if old != Some(&new) {
             new.generation += 1;
-            describe(&e.name, ip, old, &new, desired, assignment, &mut plan.log);
+            describe(&e.name, ip, old, &new, known, &mut plan.log);
             plan.writes.push(Write::Allocation(object(ip, &new)));
         }
         // What only time changes: ports that have rested, and standbys that are waited for no more.
@@ -289,10 +289,10 @@ fn describe(
     ip: IpAddr,
     old: Option<&Allocation>,
     new: &Allocation,
-    desired: &Desired,
-    assignment: &Assignment,
+    known: &Known<'_>,
     log: &mut Vec<String>,
 ) {
+    let Known { desired, assignment, .. } = *known;
     let before = old.and_then(|a| a.owner.as_deref());
     if old.is_none() || before != new.owner.as_deref() {
         let came = before.map(|node| {
@@ -301,6 +301,9 @@ fn describe(
                 Some(n) if !n.exists => "has no Node object any more",
                 Some(n) if !n.assignable => "is not labelled k8s.ovn.org/egress-assignable any more",
                 Some(n) if !n.ready => "is not ready",
+                Some(n) if n.agent.is_none() || !(known.around.reachable)(node) => {
+                    "is not heard of: its agent does not run, or does not reach the API"
+                }
                 Some(_) => "has no working uplink for it, no room, or another address of the object",
             };
             format!(" (was on {node}, which {why})")
@@ -416,6 +419,8 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
         statuses: BTreeMap<String, EgressIpReport>,
         firewall_statuses: BTreeMap<String, EgressFirewallReport>,
         unreadable: BTreeSet<String>,
+        /// Nodes whose agents are not heard of.
+        silent: BTreeSet<String>,
         complete: bool,
         seed: u64,
         now: u64,
@@ -428,6 +433,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
                 statuses: BTreeMap::new(),
                 firewall_statuses: BTreeMap::new(),
                 unreadable: BTreeSet::new(),
+                silent: BTreeSet::new(),
                 complete: true,
                 seed: 41,
                 now: 1_767_225_600,
@@ -445,7 +451,7 @@ spec: {egressIPs: [192.0.2.100, 192.0.2.101, 192.0.2.102, '2001:db8::1'], namesp
                 unreadable: &self.unreadable,
                 complete: self.complete,
                 now: &now,
-                reachable: &|_| true,
+                reachable: &|node| !self.silent.contains(node),
             };
             let seed = &mut self.seed;
             let p = plan(&d, &around, &mut || {
@@ -581,6 +587,15 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         let moved = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!((moved.spec.owner.as_str(), &moved.spec.leases), ("", &a.spec.leases), "b holds another");
         assert!(p.log[0].contains("was on a, which is not labelled"), "{:?}", p.log);
+    }
+
+    #[test]
+    fn an_owner_whose_agent_is_silent_is_not_said_to_have_no_uplink() {
+        let mut w = World::new(CLUSTER);
+        w.step();
+        w.silent.insert("a".into());
+        let p = w.step();
+        assert!(p.log[0].contains("was on a, which is not heard of: its agent"), "{:?}", p.log);
     }
 
     /// What a node is granted of 192.0.2.100: owner, generation, and the first granule and generation of each range.

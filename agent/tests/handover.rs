@@ -115,6 +115,10 @@ struct Agent {
     loaded: BTreeMap<IpAddr, (String, u64)>,
     /// What the kernel has.
     image: MapImage,
+    /// Of which lease each granule is that it was granted, as the image was made.
+    leases: BTreeMap<(IpAddr, usize), u64>,
+    /// Every granule that it has said it gives back: allocation, granule, generation of the lease.
+    given: BTreeSet<(Granule, u64)>,
     /// The allocations of which it was granted ports, as the image was made.
     granted: BTreeMap<IpAddr, u64>,
     /// The same of its port tables.
@@ -418,10 +422,12 @@ impl World {
 
     fn facts(&self, n: usize) -> Facts {
         let address = tunnel(&self.agents[n].uid);
+        // The last has no link with the egress IPs: it is never a gateway, and knows of an address what it is granted.
+        let length = if n == NODES - 1 { 32 } else { 23 };
         let uplink = Uplink {
             name: "eth0".into(),
             mac: [1; 6],
-            networks: vec![format!("{address}/23").parse().unwrap()],
+            networks: vec![format!("{address}/{length}").parse().unwrap()],
             on_link: Vec::new(),
             mtu: 1500,
             up: true,
@@ -441,6 +447,13 @@ impl World {
             let agent = &mut self.agents[n];
             let Compiled { image, loaded, .. } = compile(&desired, &facts, &mut agent.ids);
             agent.image = image;
+            agent.leases.clear();
+            for (ip, grant) in desired.grants.iter().flatten() {
+                for r in &grant.ranges {
+                    let granules = r.range.first..r.range.first + r.range.count;
+                    agent.leases.extend(granules.map(|g| ((*ip, usize::from(g)), r.generation)));
+                }
+            }
             let uids = desired.grants.iter().flatten();
             agent.granted = uids.map(|(ip, g)| (*ip, number(&g.uid))).collect();
             agent.tables = desired.allocations.iter().map(|(ip, a)| (*ip, number(&a.uid))).collect();
@@ -469,6 +482,13 @@ impl World {
         let identity = Identity { node: name(n), boot_id: agent.uid.clone() };
         let own = egress_node(&identity, &desired, facts, &agent.loaded, &BTreeMap::new(), &agent.ports);
         agent.view.egress_nodes.entry(name(n)).or_default().status = own.status.clone();
+        for back in &own.status.returned {
+            for r in &back.ranges {
+                let ip: IpAddr = back.egress_ip.parse().unwrap();
+                let granules = usize::from(r.first)..usize::from(r.first + r.count);
+                agent.given.extend(granules.map(|g| ((ip, number(&back.uid), g), r.generation)));
+            }
+        }
         let node = self.objects.egress_nodes.entry(name(n)).or_default();
         let returned = |s: &EgressNodeStatus| s.returned.len();
         self.returned += usize::from(returned(&own.status) > returned(&node.status));
@@ -495,6 +515,10 @@ impl World {
         let rest = u64::from(REST);
         for agent in &self.agents {
             for granule in usable(agent) {
+                let lease = agent.leases[&(granule.0, granule.2)];
+                let given = agent.given.contains(&(granule, lease));
+                // Whether or not somebody has read it yet.
+                prop_assert!(!given, "{} uses {:?}, which it has given back", agent.uid, granule);
                 if let Some((user, at)) = self.last.insert(granule, (agent.uid.clone(), self.now)) {
                     prop_assert!(
                         user == agent.uid || at + rest <= self.now,
