@@ -140,7 +140,8 @@ pub fn assign(
     candidates: &BTreeMap<String, Candidate>,
     current: &BTreeMap<IpAddr, String>,
 ) -> Assignment {
-    let mut state = State { candidates, held: BTreeMap::new(), owners: BTreeMap::new() };
+    let assignable = candidates.iter().filter(|(_, c)| c.assignable).collect();
+    let mut state = State { assignable, held: BTreeMap::new(), owners: BTreeMap::new() };
     // First what stays, of all objects: a newcomer must not take its place.
     let mut homeless: Vec<(&Request, Vec<IpAddr>)> = Vec::new();
     for request in requests {
@@ -189,7 +190,8 @@ pub fn assign(
 }
 
 struct State<'a> {
-    candidates: &'a BTreeMap<String, Candidate>,
+    /// Of a large cluster's nodes these are few, and every address looks at all of them.
+    assignable: Vec<(&'a String, &'a Candidate)>,
     /// IPv4 and IPv6 addresses that each node has been given.
     held: BTreeMap<String, [u32; 2]>,
     owners: BTreeMap<IpAddr, String>,
@@ -216,7 +218,7 @@ impl State<'_> {
     }
 
     fn why_not(&self, ip: &IpAddr) -> Unassigned {
-        let assignable: Vec<_> = self.candidates.iter().filter(|(_, c)| c.assignable).collect();
+        let assignable = &self.assignable;
         if assignable.is_empty() {
             Unassigned::NoNode
         } else if !assignable.iter().any(|(_, c)| c.healthy()) {
@@ -249,10 +251,10 @@ impl Matching {
         seen: &mut BTreeSet<String>,
     ) -> bool {
         let mut nodes: Vec<_> = state
-            .candidates
+            .assignable
             .iter()
             .filter(|(node, c)| !siblings.contains(*node) && state.may_hold(node, c, &ip))
-            .map(|(node, _)| node)
+            .map(|(node, _)| *node)
             .collect();
         // Free nodes first, standbys first among them, then the least burdened; the name decides between equals.
         let standbys = request.standbys.get(&ip).map(Vec::as_slice).unwrap_or_default();

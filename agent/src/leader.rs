@@ -315,12 +315,13 @@ fn describe(
             (None, None) => format!("egress IP {ip} of EgressIP {object}: held by no node{came}"),
         });
     }
+    let had: BTreeSet<_> = old.into_iter().flat_map(|a| &a.leases).collect();
     for lease in &new.leases {
-        if old.is_none_or(|a| !a.leases.contains(lease)) {
+        if !had.contains(lease) {
             log.push(format!("egress IP {ip}: node {} leases ports {}", lease.node, ports(&lease.ranges)));
         }
     }
-    let rest = |a: &Allocation| a.resting.iter().map(|r| r.range).collect::<Vec<_>>();
+    let rest = |a: &Allocation| a.resting.iter().map(|r| r.range).collect::<BTreeSet<_>>();
     let (before, after) = (old.map(rest).unwrap_or_default(), rest(new));
     for range in after.iter().filter(|r| !before.contains(r)) {
         let of = old

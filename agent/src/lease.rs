@@ -117,9 +117,17 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     }
     leases.retain(|l| !l.ranges.is_empty());
     let mut free = Free::new(leases.iter().flat_map(|l| &l.ranges).chain(resting.iter().map(|r| &r.range)));
-    let has = |leases: &[Lease], d: &Demander| -> usize {
-        let mine = leases.iter().filter(|l| l.node == d.node && l.node_uid == d.node_uid);
-        mine.flat_map(|l| &l.ranges).map(|r| usize::from(r.count)).sum()
+    // Where each demander's leases are, found once: a search for each would cost the square of their number.
+    let places: BTreeMap<_, usize> =
+        s.demanders.iter().map(|d| (d.node.as_str(), d.node_uid.as_str())).zip(0..).collect();
+    let mut held = vec![Vec::new(); s.demanders.len()];
+    for (position, l) in leases.iter().enumerate() {
+        if let Some(place) = places.get(&(l.node.as_str(), l.node_uid.as_str())) {
+            held[*place].push(position);
+        }
+    }
+    let granules = |leases: &[Lease], held: &[usize]| -> usize {
+        held.iter().flat_map(|l| &leases[*l].ranges).map(|r| usize::from(r.count)).sum()
     };
     let lease = |d: &Demander, ranges| Lease {
         node: d.node.clone(),
@@ -131,10 +139,11 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     };
     let (mut refused, mut short) = (Vec::new(), Vec::new());
     for d in s.demanders {
-        if has(&leases, d) > 0 {
+        let held = &mut held[places[&(d.node.as_str(), d.node_uid.as_str())]];
+        if !held.is_empty() {
             // It may have started anew; the ports are still its own.
-            for l in leases.iter_mut().filter(|l| l.node == d.node && l.node_uid == d.node_uid) {
-                l.boot_id.clone_from(&d.boot_id);
+            for l in held {
+                leases[*l].boot_id.clone_from(&d.boot_id);
             }
             continue;
         }
@@ -142,6 +151,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
             None => refused.push(d.node.clone()),
             Some(range) => {
                 free.take(range);
+                held.push(leases.len());
                 leases.push(lease(d, vec![range]));
             }
         }
@@ -150,7 +160,8 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     let lessees: BTreeSet<_> = leases.iter().map(|l| l.node.as_str()).collect();
     let reserve = s.nodes.saturating_sub(lessees.len()).min(GRANULES / 16);
     for d in s.demanders {
-        let has = has(&leases, d);
+        let held = &mut held[places[&(d.node.as_str(), d.node_uid.as_str())]];
+        let has = granules(&leases, held);
         let wants = usize::from(d.granules).min(GRANULES).saturating_sub(has);
         if has == 0 || wants == 0 {
             continue;
@@ -159,10 +170,10 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
         if gets < wants {
             short.push(d.node.clone());
         }
-        let mine = leases.iter().filter(|l| l.node == d.node && l.node_uid == d.node_uid);
-        let ends: Vec<_> = mine.flat_map(|l| &l.ranges).map(|r| r.first + r.count).collect();
+        let ends: Vec<_> = held.iter().flat_map(|l| &leases[*l].ranges).map(|r| r.first + r.count).collect();
         let ranges = free.several(&ends, gets);
         if !ranges.is_empty() {
+            held.push(leases.len());
             leases.push(lease(d, ranges));
         }
     }
@@ -204,7 +215,8 @@ impl Free {
     fn hole(&self, want: usize) -> Option<GranuleRange> {
         let mut best: Option<(usize, usize)> = None;
         let mut first = 0;
-        while first < GRANULES {
+        while let Some(taken) = self.0.get(first..).and_then(|rest| rest.iter().position(|free| *free)) {
+            first += taken;
             let length = self.from(first);
             if length >= want {
                 best = Some((first, want));

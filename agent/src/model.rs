@@ -361,7 +361,7 @@ pub struct Granted {
 }
 
 /// One node's ports.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Lease {
     /// Node.
     pub node: String,

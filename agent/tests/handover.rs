@@ -565,7 +565,7 @@ impl World {
                     granule,
                     gateway.uid
                 );
-                let passes = self.passes(gateway, &granule, &machine.uid);
+                let passes = Self::passes(gateway, &granule, &machine.uid);
                 if let Some(user) = users.get(&granule).filter(|user| **user != machine.uid) {
                     let alive = self.agents.iter().any(|a| a.uid == gateway.uid);
                     prop_assert!(
@@ -583,7 +583,7 @@ impl World {
     }
 
     /// Whether a gateway's kernel passes what a machine sends with a port of the granule.
-    fn passes(&self, gateway: &Agent, granule: &Granule, sender: &str) -> bool {
+    fn passes(gateway: &Agent, granule: &Granule, sender: &str) -> bool {
         let (ip, uid, number) = granule;
         let image = &gateway.image;
         let node = image.node_addrs.get(&IpAddr::from(tunnel(sender)).into()).copied().unwrap_or(0);
@@ -600,7 +600,7 @@ impl World {
                 let Some(holder) = image.nodes.get(&holder) else { continue };
                 let is_it = |a: &&Agent| Ip::from(IpAddr::from(tunnel(&a.uid))) == holder.tunnel_ip;
                 let gateway = self.agents.iter().find(is_it);
-                let passes = gateway.is_some_and(|g| self.passes(g, &granule, &machine.uid));
+                let passes = gateway.is_some_and(|g| Self::passes(g, &granule, &machine.uid));
                 prop_assert!(passes, "{} uses {:?} and its gateway does not know", machine.uid, granule);
             }
         }

@@ -76,7 +76,7 @@ fn hold(pod: &Pod, protocol: &str, destination: &str, count: u64) -> Held {
     let mut process = pod.spawn("hold", &words);
     process.wait_stdout("held", Duration::from_secs(10));
     let report: Value = eventually_ok("a report", Duration::from_secs(1), || {
-        serde_json::from_str(process.stdout().trim()).map_err(|error| error.clone())
+        serde_json::from_str(process.stdout().trim()).map_err(|error| error.to_string())
     });
     let sources = report["answers"].as_object().expect("answers");
     assert!(sources.keys().all(|source| source == EGRESS), "{report}");

@@ -108,6 +108,7 @@ impl Walk<'_> {
                 }
             }
             (Some("boolean"), Value::Bool(_)) => {}
+            (_, Value::Null) if schema["nullable"] == true => {}
             (expected, _) => {
                 let expected = match expected {
                     Some("object") => "an object",
@@ -207,8 +208,9 @@ pub(super) mod tests {
     use crate::crd::KINDS;
 
     /// What [`Walk`] looks at, and what is only for servers and people.
-    const KEYWORDS: [&str; 15] = [
+    const KEYWORDS: [&str; 16] = [
         "type",
+        "nullable",
         "properties",
         "required",
         "items",

@@ -54,8 +54,8 @@ impl<'a> Tables<'a> {
     /// Whether a node has all that an allocation says of ports.
     pub(super) fn is_current(&self, ip: &IpAddr, a: &Allocation, node: &str) -> bool {
         let newest =
-            a.leases.iter().map(|l| l.generation).chain(a.resting.iter().map(|r| r.generation)).max();
-        self.loaded(node, ip, &a.uid).is_some_and(|generation| Some(generation) >= newest)
+            || a.leases.iter().map(|l| l.generation).chain(a.resting.iter().map(|r| r.generation)).max();
+        self.loaded(node, ip, &a.uid).is_some_and(|generation| Some(generation) >= newest())
     }
 
     /// Since when the standbys of an allocation are waited for, each.

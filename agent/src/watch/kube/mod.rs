@@ -47,8 +47,8 @@ use super::{Event, Problem, Source, Write};
 use crate::agent::random;
 use crate::firewall::check::Spec;
 use crate::objects::{
-    EGRESS_ASSIGNABLE, EgressAllocation, EgressFirewall, EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta,
-    ObjectName, Objects,
+    EGRESS_ASSIGNABLE, EgressAllocation, EgressFirewall, EgressFirewallReport, EgressIpReport,
+    EgressNodeStatus, Meta, ObjectName, Objects,
 };
 
 /// From the first sign of a change to telling of it: long enough to see a burst as one change.
