@@ -47,6 +47,9 @@ pub struct Ports {
     stopped: BTreeMap<IpAddr, u64>,
     /// What the leader has been, or is being, told.
     returned: BTreeMap<IpAddr, Back>,
+    /// All of an allocation that was ever given back. An EgressNode that is removed and made anew says nothing of what was
+    /// given back, and the leader grants it again.
+    never: BTreeMap<IpAddr, Back>,
 }
 
 impl Ports {
@@ -59,7 +62,7 @@ impl Ports {
             generation: r.generation,
             stopped: true,
         };
-        Self {
+        let mut ports = Self {
             demand: status.demand.iter().filter_map(|d| Some((address(&d.egress_ip)?, d.granules))).collect(),
             returned: status
                 .returned
@@ -70,7 +73,9 @@ impl Ports {
                 })
                 .collect(),
             ..Self::default()
-        }
+        };
+        ports.never = ports.returned.clone();
+        ports
     }
 
     /// Takes up what the objects say, and marks in `desired` the ports that must not be taken. `now` is in seconds, of
@@ -91,6 +96,18 @@ impl Ports {
                 !back.ranges.is_empty()
             });
             self.stopping.retain(|ip, back| grants.get(ip).is_some_and(|g| g.uid == back.uid));
+            let named = |ip: &IpAddr| desired.egress_ips.values().any(|e| e.named.contains(ip));
+            self.never.retain(|ip, back| grants.get(ip).map_or_else(|| named(ip), |g| g.uid == back.uid));
+            for (ip, never) in &self.never {
+                let again = never.ranges.iter().filter(|r| grants.get(ip).is_some_and(|g| has(g, r)));
+                for r in again {
+                    let back = self.returned.entry(*ip).or_default();
+                    back.uid.clone_from(&never.uid);
+                    if !back.ranges.contains(r) {
+                        back.ranges.push(*r);
+                    }
+                }
+            }
             for (ip, grant) in grants {
                 let backs = [self.returned.get(ip), self.stopping.get(ip)];
                 for r in &mut grant.ranges {
@@ -141,12 +158,13 @@ impl Ports {
         if self.stopped.remove(ip).is_some()
             && let Some(back) = self.stopping.remove(ip)
         {
-            let all = self.returned.entry(*ip).or_default();
-            // Those of an allocation that is gone are nobody's.
-            if all.uid == back.uid {
-                all.ranges.extend(back.ranges);
-            } else {
-                *all = back;
+            for all in [self.never.entry(*ip).or_default(), self.returned.entry(*ip).or_default()] {
+                // Those of an allocation that is gone are nobody's.
+                if all.uid == back.uid {
+                    all.ranges.extend(back.ranges.clone());
+                } else {
+                    all.clone_from(&back);
+                }
             }
         }
     }
@@ -310,6 +328,11 @@ mod tests {
             assert_eq!(p.returned()[0].ranges, [granules(0, 10, 1)]);
             p.observe(&mut desired(true, &[(20, 5, 4)]), 504);
             assert!(p.returned().is_empty());
+            // The EgressNode was removed and made anew, before a leader had read what was given back.
+            let mut d = desired(true, &[(0, 10, 1), (20, 5, 4)]);
+            p.observe(&mut d, 505);
+            assert_eq!(usable(&d), [20]);
+            assert_eq!(p.returned()[0].ranges, [granules(0, 10, 1)]);
         }
     }
 

@@ -196,6 +196,11 @@ pub struct Datapath {
 }
 
 impl Datapath {
+    /// Whether this process may load programs here, as far as can be told without trying. Changes nothing.
+    pub fn check_host(bpffs: &Path) -> Result<(), Error> {
+        object::check_host(bpffs)
+    }
+
     /// Loads the programs, on the pinned maps if there are any, and replaces the programs of pinned links in
     /// place: packets never pass without a program.
     pub fn open(bpffs: &Path) -> Result<Self, Error> {

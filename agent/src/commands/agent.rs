@@ -43,6 +43,7 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     // The signals first, so that one that comes early is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    Datapath::check_host(&args.bpffs.bpffs)?;
     let mut source = open(&args).await?;
     tokio::select! {
         looked = look(&mut source, &args) => looked?,
