@@ -688,3 +688,19 @@ fn ports_grow_come_back_and_serve_again() {
     let replaced = [Step::Replace(3), Step::Settle, Step::Wait(700), Step::Settle];
     assert!(run(&replaced).unwrap()[2] > 0, "a gone node's ports are free again");
 }
+
+/// A leader that has not read the Nodes removes every EgressNode, and with them what was given back. A node must not use
+/// it again when it is granted again.
+#[test]
+fn what_is_given_back_is_not_used_after_its_egress_node_was_removed() {
+    let steps = [
+        Step::LeaderLook(1, Kind::EgressNodes),
+        Step::Replace(2),
+        Step::GiveBack(1),
+        Step::Lead(1, 99),
+        Step::Pod(1),
+        Step::Lag(1),
+        Step::Settle,
+    ];
+    assert!(run(&steps).unwrap()[1] > 0, "something was given back");
+}

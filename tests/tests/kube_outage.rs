@@ -41,6 +41,7 @@ fn world() -> KubeLab {
     // It is away on purpose.
     kube.lab.tolerate("API server");
     kube.lab.tolerate("cannot write");
+    kube.lab.tolerate("this node's heartbeat: cannot");
     // A server that has just started knows no roles yet, and refuses everything for a moment.
     kube.lab.tolerate("is forbidden");
     kube.lab.tolerate("cannot be read or renewed");
