@@ -36,7 +36,8 @@ impl Recorder {
 
     #[track_caller]
     fn start_with(netns: &Netns, first: &str) -> Self {
-        // Before fragments are put together (-400): each one counts.
+        // Before fragments are put together (-400): each one counts. What a host says to itself came from nobody: the
+        // "unreachable" of a ping to an address that did not resolve comes seconds later.
         let rules = format!(
             "table inet seen
             delete table inet seen
@@ -45,6 +46,7 @@ impl Recorder {
                 set sources6 {{ type ipv6_addr . inet_proto; size 65535; flags dynamic; counter; }}
                 chain in {{
                     type filter hook prerouting priority -450; {first}
+                    iif lo return
                     ip protocol igmp return
                     icmpv6 type {{ 130-137, 143 }} return
                     meta nfproto ipv4 update @sources4 {{ ip saddr . meta l4proto }}
