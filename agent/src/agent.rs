@@ -379,13 +379,10 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         news | self.ports.stop_idle(&desired, self.now(), self.idle)
     }
 
-    async fn write(&mut self, what: &str, write: Write) -> bool {
-        let result = self.source.write(write).await;
-        let done = result.is_ok();
-        if let Err(error) = result {
+    async fn write(&mut self, what: &str, write: Write) {
+        if let Err(error) = self.source.write(write).await {
             self.failures.insert(Problem::new(what, error));
         }
-        done
     }
 
     /// Writes this node's EgressNode, if it has changed.

@@ -45,11 +45,11 @@ pub struct Ports {
     stopping: BTreeMap<IpAddr, Back>,
     /// Of these, what the kernel's maps are without, and since when.
     stopped: BTreeMap<IpAddr, u64>,
-    /// What the leader has been, or is being, told.
-    returned: BTreeMap<IpAddr, Back>,
     /// All of an allocation that was ever given back. An EgressNode that is removed and made anew says nothing of what was
     /// given back, and the leader grants it again.
-    never: BTreeMap<IpAddr, Back>,
+    given: BTreeMap<IpAddr, Back>,
+    /// Of these, what the leader has not taken back yet, as far as the node was last told: it is told, or told again.
+    returned: BTreeMap<IpAddr, Back>,
 }
 
 impl Ports {
@@ -74,7 +74,7 @@ impl Ports {
                 .collect(),
             ..Self::default()
         };
-        ports.never = ports.returned.clone();
+        ports.given = ports.returned.clone();
         ports
     }
 
@@ -90,24 +90,18 @@ impl Ports {
             self.stopping.remove(ip);
         }
         if let Some(grants) = &mut desired.grants {
-            self.returned.retain(|ip, back| {
-                let grant = grants.get(ip).filter(|g| g.uid == back.uid);
-                back.ranges.retain(|r| grant.is_some_and(|g| has(g, r)));
-                !back.ranges.is_empty()
-            });
             self.stopping.retain(|ip, back| grants.get(ip).is_some_and(|g| g.uid == back.uid));
             let named = |ip: &IpAddr| desired.egress_ips.values().any(|e| e.named.contains(ip));
-            self.never.retain(|ip, back| grants.get(ip).map_or_else(|| named(ip), |g| g.uid == back.uid));
-            for (ip, never) in &self.never {
-                let again = never.ranges.iter().filter(|r| grants.get(ip).is_some_and(|g| has(g, r)));
-                for r in again {
-                    let back = self.returned.entry(*ip).or_default();
-                    back.uid.clone_from(&never.uid);
-                    if !back.ranges.contains(r) {
-                        back.ranges.push(*r);
-                    }
-                }
-            }
+            self.given.retain(|ip, back| grants.get(ip).map_or_else(|| named(ip), |g| g.uid == back.uid));
+            self.returned = self
+                .given
+                .iter()
+                .filter_map(|(ip, given)| {
+                    let grant = grants.get(ip)?;
+                    let ranges: Vec<_> = given.ranges.iter().filter(|r| has(grant, r)).copied().collect();
+                    (!ranges.is_empty()).then(|| (*ip, Back { uid: given.uid.clone(), ranges }))
+                })
+                .collect();
             for (ip, grant) in grants {
                 let backs = [self.returned.get(ip), self.stopping.get(ip)];
                 for r in &mut grant.ranges {
@@ -158,7 +152,7 @@ impl Ports {
         if self.stopped.remove(ip).is_some()
             && let Some(back) = self.stopping.remove(ip)
         {
-            for all in [self.never.entry(*ip).or_default(), self.returned.entry(*ip).or_default()] {
+            for all in [self.given.entry(*ip).or_default(), self.returned.entry(*ip).or_default()] {
                 // Those of an allocation that is gone are nobody's.
                 if all.uid == back.uid {
                     all.ranges.extend(back.ranges.clone());
