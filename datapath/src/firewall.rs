@@ -10,9 +10,9 @@ use crate::keys::{
     DenialKey, Flow, FlowKey, LearntKey, NameId, NameRuleKey, NetworkKind, PodId, PolicyId, RESOLVER_ON_NODE,
     Ruleset, RulesetId, Tuple, Winner,
 };
-use crate::limits::{FIREWALL_CLASSES, NAMES_PER_ADDRESS, POD_FLOWS};
+use crate::limits::{NAMES_PER_ADDRESS, POD_FLOWS};
 use crate::packet::{Packet, SCTP, TCP, UDP};
-use crate::rules::{port_number, root_of};
+use crate::rules::class_place;
 use crate::tables::{InsertError, Tables};
 use crate::to_uplink::reply_key;
 
@@ -225,8 +225,9 @@ pub fn judge_address<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> ByAddres
     if id == 0 {
         return ByAddress::only(Winner::NONE);
     }
-    let ports = has_ports(tuple.protocol);
-    if ports && is_dns_port(tuple.destination_port) && t.resolver(&tuple.destination) & RESOLVER_ON_NODE != 0
+    if has_ports(tuple.protocol)
+        && is_dns_port(tuple.destination_port)
+        && t.resolver(&tuple.destination) & RESOLVER_ON_NODE != 0
     {
         return ByAddress::only(Winner::NONE);
     }
@@ -234,41 +235,39 @@ pub fn judge_address<T: Tables>(t: &T, id: RulesetId, tuple: &Tuple) -> ByAddres
     if ruleset.parts & Ruleset::REFUSED != 0 {
         return ByAddress::only(Winner::NOT_READY);
     }
-    let class = match ruleset.parts & Ruleset::PORTS {
-        0 => 0,
-        _ if !ports => 0,
-        _ => t.rule_v4(ruleset.ports, port_number(tuple.protocol, tuple.destination_port)),
+    let [tcp, udp, sctp] = ruleset.ports;
+    let table = match tuple.protocol {
+        TCP => tcp,
+        UDP => udp,
+        SCTP => sctp,
+        _ => 0,
     };
-    if class > FIREWALL_CLASSES as u32 {
+    let Some(place) = class_place(table, tuple.destination_port, |line| t.rule_line(line)) else {
         return ByAddress::only(Winner::NOT_READY);
-    }
-    let class = class as u16;
-    let mut found = Winner::NONE;
+    };
     let destination = &tuple.destination;
     let v4 = destination.is_v4();
-    let root = if v4 { ruleset.roots[0] } else { ruleset.roots[1] };
-    if root != 0 {
-        found = rule(t, root, v4, destination);
-    }
-    if class != 0 {
-        let Some(root) = root_of(ruleset.classes, class, v4, |line| t.rule_line(line)) else {
-            return ByAddress::only(Winner::NOT_READY);
-        };
-        if root != 0 {
-            let rule = rule(t, root, v4, destination);
-            if rule < found {
-                found = rule;
-            }
+    let mut found = rule(t, if v4 { ruleset.roots[0] } else { ruleset.roots[1] }, destination);
+    let mut class = 0;
+    if place != 0 {
+        let says = t.ask_class(place, destination);
+        class = says.class;
+        let rule = if says.root == 0 { says.rule } else { rule(t, says.root, destination) };
+        if rule < found {
+            found = rule;
         }
     }
     ByAddress { rule: found, class, names: u16::from(ruleset.parts & Ruleset::NAMES != 0) }
 }
 
-/// The winner for an address among the rules of a root.
+/// The winner for an address among the rules of a root; 0: there are none.
 #[inline(always)]
-fn rule<T: Tables>(t: &T, root: u32, v4: bool, ip: &Ip) -> u32 {
+fn rule<T: Tables>(t: &T, root: u32, ip: &Ip) -> u32 {
+    if root == 0 {
+        return Winner::NONE;
+    }
     let (high, low) = ip.halves();
-    if v4 { t.rule_v4(root, low as u32) } else { t.rule_v6(root, high, low) }
+    if ip.is_v4() { t.rule_v4(root, low as u32) } else { t.rule_v6(root, high, low) }
 }
 
 /// The second step of [`judge`]: the better of what was found and the best rule for one of the names that the

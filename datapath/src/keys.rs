@@ -543,14 +543,10 @@ pub struct Ruleset {
     pub rules: u32,
     /// [`Ruleset::ADDRESSES`], [`Ruleset::PORTS`], [`Ruleset::NAMES`] and [`Ruleset::REFUSED`].
     pub parts: u32,
-    /// The first line of the directory of its port classes; 0: there are none. See [`crate::rules`].
-    pub classes: u32,
-    /// The roots of its rules without ports, for IPv4 and IPv6; 0: there are none.
+    /// The roots of its rules without ports, for IPv4 and IPv6; 0: there are none. See [`crate::rules`].
     pub roots: [u32; 2],
-    /// The root of its port classes; 0: there are none.
-    pub ports: u32,
-    /// Zero.
-    pub pad: u32,
+    /// The tables of its ports, for TCP, UDP and SCTP; 0: there are none.
+    pub ports: [u32; 3],
 }
 
 impl Ruleset {

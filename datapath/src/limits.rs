@@ -60,13 +60,13 @@ pub const FIREWALL_RULES: usize = 8000;
 pub const RULE_BLOCKS: u32 = 32_768;
 /// Lines of `RULES`, 64 bytes each: 32 MiB, all of it from the start, for it is an array.
 ///
-/// A network or address that a rule is for takes a quarter of a line for IPv4 and nine tenths for IPv6 where there
-/// are many in a port class; where there are one or two, up to 1.6 lines, with what leads there; and a quarter for a port
-/// of its own. 100,000 of the worst are 190,000 lines. The largest object ([`FIREWALL_ENTRIES`], and each port of each
-/// protocol by itself) has up to 176,000, and stands there twice during a change. Full: the object is refused, its version
-/// in force stays.
+/// A network or address that a rule is for takes a quarter of a line where there are many in a port class, and up to two
+/// where there are two of IPv6 that share three words of four; a class of ports takes a quarter of a line or one, and ports
+/// a quarter of a line each for the 256 beside them. 100,000 of the worst are 220,000 lines. The largest object
+/// ([`FIREWALL_ENTRIES`], four in each of [`FIREWALL_CLASSES`], and each port of each protocol by itself) has up to 250,000, and
+/// stands there twice during a change. Full: the object is refused, its version in force stays.
 pub const RULES: u32 = RULE_BLOCKS * crate::rules::BLOCK_LINES;
-/// Networks and addresses by port class that one object may need: it bounds what it takes of `RULES` to about a third,
+/// Networks and addresses by port class that one object may need: it bounds what it takes of `RULES` to less than half,
 /// so that one namespace leaves room for others even while its old version stands beside the new. It is refused whole
 /// beyond.
 pub const FIREWALL_ENTRIES: usize = 131_072;
@@ -76,7 +76,7 @@ pub const FIREWALL_TARGETS: usize = 1 << 18;
 /// Destinations and entries that are gone through while an object's ports are compiled: it bounds how long the agent
 /// is busy with one object, to some 30 ms. It is refused whole beyond.
 pub const FIREWALL_STEPS: usize = 1 << 21;
-/// Port classes of one object: what a directory has places for (see [`crate::rules`]). It is refused whole beyond.
+/// Port classes of one object: each takes up to a line of [`RULES`] besides its rules. It is refused whole beyond.
 pub const FIREWALL_CLASSES: usize = 0x7fff;
 /// Versions of firewalls at once: two of each.
 pub const RULESETS: u32 = 2 * FIREWALLS;

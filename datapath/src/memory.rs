@@ -16,7 +16,7 @@ use crate::keys::{
 };
 use crate::names::{Place, lives_longer, place_of, word};
 use crate::packet::Packet;
-use crate::rules::{BLOCK_LINES, find_v4, find_v6};
+use crate::rules::{BLOCK_LINES, ClassSays, ask_class, find_v4, find_v6};
 use crate::rules_build::{Room, Roots, Span, build};
 use crate::tables::{InsertError, Tables};
 use crate::to_uplink::{Known, known_flow};
@@ -102,8 +102,8 @@ impl Memory {
         ruleset: Ruleset,
         (v4, v6, ports): (&[Span<u32>], &[Span<u128>], &[Span<u32>]),
     ) {
-        let Roots { roots, classes, ports } = build(v4, v6, ports, &mut self.rules).unwrap_or_default();
-        self.rulesets.insert(id, Ruleset { classes, roots, ports, ..ruleset });
+        let Roots { roots, ports } = build(v4, v6, ports, &mut self.rules).unwrap_or_default();
+        self.rulesets.insert(id, Ruleset { roots, ports, ..ruleset });
     }
 }
 
@@ -205,12 +205,17 @@ impl Tables for Memory {
         self.rules.get(line as usize)
     }
 
+    fn ask_class(&self, place: u32, address: &Ip) -> ClassSays {
+        let says = ask_class(place, address.is_v4(), address.halves().1 as u32, |line| self.rule_line(line));
+        ClassSays::from_word(says.to_word())
+    }
+
     fn rule_v4(&self, root: u32, address: u32) -> u32 {
         find_v4(root, address, |line| self.rule_line(line))
     }
 
     fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32 {
-        find_v6(root, high, low, |line| self.rule_line(line))
+        find_v6(root, high, low, |root, word| self.rule_v4(root, word), |line| self.rule_line(line))
     }
 
     fn name_rule(&self, key: &NameRuleKey) -> u32 {

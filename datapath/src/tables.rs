@@ -10,6 +10,7 @@ use crate::keys::{
     Tuple,
 };
 use crate::packet::Packet;
+use crate::rules::ClassSays;
 use crate::to_uplink::Known;
 
 /// Why an entry was not inserted.
@@ -57,8 +58,10 @@ pub trait Tables {
     fn ruleset(&self, id: RulesetId) -> Option<Ruleset>;
     /// A line of `RULES`.
     fn rule_line(&self, line: u32) -> Option<&Line>;
-    /// The winner for an IPv4 address, or the class of a port: [`crate::rules::find_v4`]. A method, so that the kernel programs make a function
-    /// of it.
+    /// What a port class says of an address: [`crate::rules::ask_class`]. A method, so that the kernel programs make a
+    /// function of it.
+    fn ask_class(&self, place: u32, address: &Ip) -> ClassSays;
+    /// The winner for an IPv4 address: [`crate::rules::find_v4`], for the same reason.
     fn rule_v4(&self, root: u32, address: u32) -> u32;
     /// The winner for an IPv6 address: [`crate::rules::find_v6`], for the same reason.
     fn rule_v6(&self, root: u32, high: u64, low: u64) -> u32;

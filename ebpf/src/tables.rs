@@ -16,6 +16,7 @@ use datapath::keys::{
 use datapath::limits::{GRANULES as GRANULE_COUNT, NAMES_PER_ADDRESS};
 use datapath::names::{Place, lives_longer, place_of, word};
 use datapath::packet::Packet;
+use datapath::rules::ClassSays;
 use datapath::tables::{InsertError, Tables};
 use datapath::to_uplink::Known;
 
@@ -80,6 +81,13 @@ extern "C" fn judge_address(id: RulesetId, tuple: *const Tuple) -> u64 {
     datapath::firewall::judge_address(&Maps, id, tuple).to_word()
 }
 
+/// [`datapath::rules::ask_class`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn ask_class(place: u32, v4: u32, address: u32) -> u64 {
+    datapath::rules::ask_class(place, v4 != 0, address, |line| Maps.rule_line(line)).to_word()
+}
+
 /// [`datapath::rules::find_v4`], likewise.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -91,7 +99,7 @@ extern "C" fn rule_v4(root: u32, address: u32) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rule_v6(root: u32, high: u64, low: u64) -> u32 {
-    datapath::rules::find_v6(root, high, low, |line| Maps.rule_line(line))
+    datapath::rules::find_v6(root, high, low, |root, word| rule_v4(root, word), |line| Maps.rule_line(line))
 }
 
 /// [`datapath::firewall::judge_names`], likewise.
@@ -421,6 +429,12 @@ impl Tables for Maps {
     #[inline(always)]
     fn rule_line(&self, line: u32) -> Option<&Line> {
         maps::RULES.get(line)
+    }
+
+    #[inline(always)]
+    fn ask_class(&self, place: u32, address: &Ip) -> ClassSays {
+        let low = address.halves().1 as u32;
+        ClassSays::from_word(ask_class(place, u32::from(address.is_v4()), low))
     }
 
     #[inline(always)]

@@ -110,7 +110,7 @@ impl Maps {
 
     /// The root of its rules for IPv4 without ports (`Ruleset::roots`).
     fn root_of(&self, id: u32) -> Option<u32> {
-        self.word(id, 8)
+        self.word(id, 7)
     }
 
     fn word(&self, id: u32, nth: usize) -> Option<u32> {

@@ -51,7 +51,7 @@ impl Pins {
     /// The line of the highest node of a version's tree for IPv4.
     fn root(&self, id: RulesetId) -> u32 {
         let ruleset = self.rulesets().get(&id, 0).unwrap();
-        ruleset.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word)).nth(8).unwrap() & LINE_MASK
+        ruleset.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word)).nth(7).unwrap() & LINE_MASK
     }
 
     fn open(&self) -> Result<Datapath, String> {

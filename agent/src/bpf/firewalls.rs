@@ -102,11 +102,7 @@ impl Firewalls {
         for (id, mut rules) in found {
             let (mut whole, mut blocks) = (false, Vec::new());
             if let Some(ruleset) = rulesets.get(&id) {
-                let trees = self.trees(&Roots {
-                    roots: ruleset.roots,
-                    classes: ruleset.classes,
-                    ports: ruleset.ports,
-                })?;
+                let trees = self.trees(&Roots { roots: ruleset.roots, ports: ruleset.ports })?;
                 // Whose trees are not there was removed while this was reading, which is a command's fate; an
                 // agent is alone, and must not write where those in force may be.
                 if trees.is_none()
@@ -120,7 +116,7 @@ impl Firewalls {
                     });
                 }
                 whole = trees.is_some();
-                rules.ruleset = Ruleset { roots: [0; 2], classes: 0, ports: 0, ..*ruleset };
+                rules.ruleset = Ruleset { roots: [0; 2], ports: [0; 3], ..*ruleset };
                 ((rules.v4, rules.v6, rules.ports), blocks) = trees.unwrap_or_default();
                 rules = rules.count_blocks();
             }
@@ -193,12 +189,12 @@ impl Firewalls {
         }
         let given = self.blocks.take(rules);
         let full = Error::MapFull { name: RULES, entries: limits::RULES };
-        let Given { roots: Roots { roots, classes, ports }, blocks, lines } = given.ok_or(full)?;
+        let Given { roots: Roots { roots, ports }, blocks, lines } = given.ok_or(full)?;
         let unnamed = Some(Instant::now());
         self.standing.insert(id, Standing { rules: Arc::clone(rules), whole: false, blocks, unnamed });
         put_all(RULES, self.rules.map(), lines.into_iter())?;
         self.name_rules.put_all(rules.name_entries(id))?;
-        self.rulesets.put(id, Ruleset { roots, classes, ports, ..rules.ruleset })?;
+        self.rulesets.put(id, Ruleset { roots, ports, ..rules.ruleset })?;
         if let Some(standing) = self.standing.get_mut(&id) {
             standing.whole = true;
         }

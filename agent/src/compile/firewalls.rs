@@ -23,10 +23,8 @@ const REFUSED: Ruleset = Ruleset {
     firewall: 0,
     rules: 0,
     parts: Ruleset::REFUSED,
-    classes: 0,
     roots: [0; 2],
-    ports: 0,
-    pad: 0,
+    ports: [0; 3],
 };
 
 impl Compiler<'_> {

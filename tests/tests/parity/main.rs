@@ -34,6 +34,7 @@ use datapath::memory::Memory;
 use datapath::names;
 use datapath::packet::{ACK, FIN, ICMP, ICMPV6, Kind, Packet, Part, RST, SCTP, SYN, TCP, UDP};
 use datapath::ports::nth_port;
+use datapath::rules::ClassSays;
 use datapath::tables::{InsertError, Tables};
 use datapath::verdict::{DropReason, FromOutside, FromPod, HostStack, Keep, ReverseSnat, ToUplink, Way};
 use lab::kernel::{
@@ -309,6 +310,9 @@ impl Tables for Replay<'_> {
     }
     fn rule_line(&self, line: u32) -> Option<&Line> {
         self.memory.rule_line(line)
+    }
+    fn ask_class(&self, place: u32, address: &Ip) -> ClassSays {
+        self.memory.ask_class(place, address)
     }
     fn rule_v4(&self, root: u32, address: u32) -> u32 {
         self.memory.rule_v4(root, address)

@@ -1,11 +1,12 @@
 //! What firewalls cost: connections and packets with more and more rules, compiling, and nftables beside.
 
 use std::io::Write as _;
-use std::net::{SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use datapath::addr::Ip;
 use datapath::keys::{Flow, FlowKey, FlowPath, Line, Token};
 use datapath::memory::Memory;
 use datapath::packet::{ACK, SYN};
@@ -14,8 +15,8 @@ use lab::kernel::{Input, Program};
 use lab::packet::tcp;
 use outgate::firewall::compile::compile;
 
-use super::shapes::{FIRST_PORT, Shape, address, compiled, nftables};
-use super::{Bench, Figure, Group, POD, REDIRECT, Rng, SHOT, ends, median, tables, tuple_of};
+use super::shapes::{Shape, compiled, nftables};
+use super::{Bench, Figure, Group, POD, POD6, REDIRECT, Rng, SERVER, SHOT, ends, median, tables, tuple_of};
 
 /// Rules of one firewall, and how many firewalls have so many. The second is what the others are compared with.
 const SIZES: [(u32, u32); 6] = [(0, 0), (1, 1), (100, 1), (1000, 1), (MOST, 1), (MOST, 13)];
@@ -34,7 +35,7 @@ impl Bench {
             let mut times = [const { vec![] }; SIZES.len()];
             for _ in 0..ROUNDS {
                 for (memory, times) in all.iter().zip(&mut times) {
-                    times.push(self.round(memory, rng, runs)?);
+                    times.push(self.round(shape, memory, rng, runs)?);
                 }
             }
             for (which, what) in ["first packet", "later packet"].into_iter().enumerate() {
@@ -66,18 +67,19 @@ impl Bench {
     }
 
     /// Medians of a first packet's and a later packet's time, in nanoseconds, with these firewalls.
-    fn round(&mut self, memory: &Memory, rng: &mut Rng, runs: u32) -> Result<[i128; 2]> {
+    fn round(&mut self, shape: Shape, memory: &Memory, rng: &mut Rng, runs: u32) -> Result<[i128; 2]> {
         let firewall = u32::from(!memory.firewalls.is_empty());
         self.kernel.put_firewalls(memory);
         let mut policy = tables(1);
         policy.pods.values_mut().for_each(|pod| pod.firewall = firewall);
         self.kernel.write_policy(&policy);
         // Flows are taken out one by one below, which does not count them.
-        self.kernel.set_pod_flows(1, 0);
+        for pod in [1, 2] {
+            self.kernel.set_pod_flows(pod, 0);
+        }
         let (mut first, mut later) = (vec![], vec![]);
         for nth in 0..runs {
-            let rule = rng.below(MOST);
-            let to = (address(rule, 0), FIRST_PORT + rule as u16);
+            let to = shape.destination(rng.below(MOST));
             let (new, packet) = self.connection(memory, firewall, 20_000 + (nth % 20_000) as u16, to)?;
             first.push(new);
             later.push(packet);
@@ -92,17 +94,19 @@ impl Bench {
         memory: &Memory,
         firewall: u32,
         port: u16,
-        to: ([u8; 4], u16),
+        to: (Ip, u16),
     ) -> Result<(Duration, Duration)> {
-        let from = (POD, port);
+        // The pod's number and address of the destination's family.
+        let (pod, ip) = if to.0.is_v4() { (1, Ip::v4(POD)) } else { (2, POD6) };
+        let from = (ip, port);
         let mut input = Input { frame: tcp(from, to, SYN).frame(), ifindex: POD_IF, ..Input::default() };
         let (done, out) = self.kernel.timed(Some(Program::FromPod), &input, &mut self.frame);
         ensure!(done == -1, "from_pod gave back {done} for a first packet");
         let (number, tuple) = (0x4000_0000 | u32::from(port), tuple_of(from, to));
-        self.kernel.put_token(number, &Token { pod: 1, policy: 1, firewall, tuple, direct: 0 });
+        self.kernel.put_token(number, &Token { pod, policy: 1, firewall, tuple, direct: 0 });
         (input.ifindex, input.ingress, input.hash) = (UPLINK, POD_IF, number);
         let (done, up) = self.kernel.timed(Some(Program::ToUplink), &input, &mut self.frame);
-        ensure!(done != SHOT, "to_uplink dropped what goes to {to:?}");
+        ensure!(done != SHOT, "to_uplink dropped what goes to {}", IpAddr::from(to.0));
 
         let later = Input {
             frame: tcp(from, to, ACK).payload(&[7; 64]).frame(),
@@ -111,7 +115,13 @@ impl Bench {
         };
         let (done, packet) = self.kernel.timed(Some(Program::FromPod), &later, &mut self.frame);
         ensure!(done == REDIRECT, "from_pod gave back {done} for a later packet");
-        let key = FlowKey { remote_port: to.1, path: FlowPath::Offloaded as u8, ..ends(to.0, port, 0).0 };
+        let key = FlowKey {
+            pod,
+            remote: to.0,
+            remote_port: to.1,
+            path: FlowPath::Offloaded as u8,
+            ..ends(SERVER, port, 0).0
+        };
         let flow: Flow = self.kernel.take_flow(&key).context("no flow was made")?;
         let expected = memory.firewalls.get(&firewall).copied().unwrap_or(0);
         ensure!(flow.ruleset == expected, "the flow was judged by version {}, not {expected}", flow.ruleset);
@@ -148,21 +158,24 @@ pub(crate) fn nft(figures: &mut Vec<Figure>, rng: &mut Rng, packets: u32) -> Res
         ip link set sink up
         ip addr add 192.0.2.202/30 dev sink
         ip neigh add 192.0.2.201 lladdr 02:00:00:00:00:99 dev sink nud permanent
-        ip route add 20.0.0.0/8 via 192.0.2.201 dev sink")?;
-    let socket = UdpSocket::bind("192.0.2.202:0")?;
+        ip route add 20.0.0.0/8 via 192.0.2.201 dev sink
+        ip addr add fd00:2::2/64 dev sink nodad
+        ip neigh add fd00:2::1 lladdr 02:00:00:00:00:99 dev sink nud permanent
+        ip route add fd00:20::/32 via fd00:2::1 dev sink")?;
     for shape in Shape::ALL {
         let mut base = None;
+        let socket = UdpSocket::bind(if shape == Shape::Hosts6 { "[fd00:2::2]:0" } else { "192.0.2.202:0" })?;
         for each in [0, 1, 100, 1000, MOST] {
             load(&nftables(&shape.rules(each, 0)))?;
             let mut times = vec![];
             for _ in 0..packets {
-                let rule = rng.below(MOST);
-                let to = SocketAddrV4::new(address(rule, 0).into(), FIRST_PORT + rule as u16);
+                let (address, port) = shape.destination(rng.below(MOST));
+                let to = SocketAddr::new(address.into(), port);
                 let start = Instant::now();
                 socket.send_to(&[7; 64], to).context("a datagram to the device that drops all")?;
                 times.push(start.elapsed());
             }
-            sh("nft delete table ip bench")?;
+            sh("nft delete table inet bench")?;
             let time = median(&mut times).as_nanos();
             let base = *base.get_or_insert(time);
             figures.push(Figure {
