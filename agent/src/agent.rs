@@ -15,17 +15,16 @@ use tracing::{debug, error, info, warn};
 
 use crate::cni;
 use crate::compile::{Compiled, compile};
-use crate::controller;
 use crate::facts::Facts;
 use crate::firewall::{self, FirewallState, audit};
 use crate::ids::Ids;
 use crate::image::MapImage;
+use crate::leadership::Leadership;
 use crate::metrics;
 use crate::model::{self, Desired};
 use crate::names::resolv_conf::ResolvConf;
 use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
 use crate::ports::{self, Ports, Use};
-use crate::status;
 use crate::watch::{Problem, Source, Write};
 
 /// How often one that does not lead asks to, and failed work is tried again.
@@ -120,13 +119,9 @@ pub struct Agent<S, K> {
     idle: u64,
     /// What its times are counted from.
     start: Instant,
-    /// When the leader's work is to be done again although nothing has changed, in seconds since 1970.
-    plan_at: Option<u64>,
-    leading: bool,
+    leadership: Leadership,
     tunnel_port: Option<u16>,
     retry_at: Option<Instant>,
-    /// Why nobody can be asked to lead.
-    lead_error: Option<Problem>,
     /// Failures of the agent's own work, which is then tried again.
     failures: BTreeSet<Problem>,
     /// What looks wrong, and trying again does not help.
@@ -161,6 +156,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let own = source.objects().egress_nodes.get(&identity.node);
         let ports = own.map(|own| Ports::recover(&own.status)).unwrap_or_default();
         state.borrow_mut().not_ready = Some("nothing is applied yet".to_owned());
+        let leadership = Leadership::new("agent", Rc::clone(&state));
         Self {
             identity,
             source,
@@ -176,11 +172,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             ports,
             idle: ports::IDLE,
             start: Instant::now(),
-            plan_at: None,
-            leading: false,
+            leadership,
             tunnel_port: None,
             retry_at: None,
-            lead_error: None,
             failures: BTreeSet::new(),
             notes: BTreeSet::new(),
             said: Said::default(),
@@ -199,8 +193,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut sweep = interval(SWEEP);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let leads = self.source.lead()?;
-        self.set_leading(leads);
+        self.leadership.begin(&mut self.source)?;
         self.reconcile().await;
         loop {
             let work = tokio::select! {
@@ -216,7 +209,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 }
                 _ = tick.tick() => {
                     self.retire();
-                    let news = [self.lead(), self.kernel.has_news(), self.is_plan_due(), self.look_for_exhaustion()];
+                    let leadership = self.leadership.look(&mut self.source) || self.leadership.is_due();
+                    let news = [leadership, self.kernel.has_news(), self.look_for_exhaustion()];
                     news.contains(&true) || self.retry_at.is_some_and(|at| at <= Instant::now())
                 }
                 _ = sweep.tick() => {
@@ -228,29 +222,6 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                 self.reconcile().await;
             }
         }
-    }
-
-    /// Asks to lead, or whether it still does. Whether there is news. What worked at the start and fails later
-    /// ends no agent: the node goes on with what it has.
-    fn lead(&mut self) -> bool {
-        let (leads, error) = match self.source.lead() {
-            Ok(leads) => (leads, None),
-            Err(error) => (false, Some(Problem::new("leadership", error))),
-        };
-        let news = leads != self.leading || error != self.lead_error;
-        self.lead_error = error;
-        self.set_leading(leads);
-        news
-    }
-
-    fn set_leading(&mut self, leads: bool) {
-        match (self.leading, leads) {
-            (false, true) => info!("this agent leads: it assigns egress IPs and leases their ports"),
-            (true, false) => info!("this agent leads no more"),
-            _ => {}
-        }
-        self.leading = leads;
-        self.state.borrow_mut().leading = leads;
     }
 
     /// Goes the whole way once.
@@ -266,7 +237,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         if self.publish(&desired, &facts).await {
             desired = self.desired();
         }
-        if self.leading && self.plan(&desired).await {
+        if self.leadership.work(&mut self.source, &desired, &mut self.failures).await {
             desired = self.desired();
         }
         let node = &self.identity.node;
@@ -305,11 +276,6 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut desired = model::desired_with(objects, node, &self.runtime.known(objects, node));
         self.ports.observe(&mut desired, now);
         desired
-    }
-
-    /// Whether time has made work for the leader.
-    fn is_plan_due(&self) -> bool {
-        self.leading && self.plan_at.is_some_and(|at| status::seconds_of(SystemTime::now()) >= at)
     }
 
     /// Asks for more ports where a flow has found none. Whether there is news.
@@ -397,13 +363,6 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
         self.write("this node's EgressNode", Write::EgressNode(own)).await;
         true
-    }
-
-    /// Does the leader's work. Whether anything was written.
-    async fn plan(&mut self, desired: &Desired) -> bool {
-        let led = controller::lead(&mut self.source, desired, &mut self.failures).await;
-        self.plan_at = led.again;
-        led.written
     }
 
     async fn apply(&mut self, desired: &Desired, compiled: &Compiled, facts: &Facts) {
@@ -504,7 +463,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(self.runtime.problems())
             .chain(&self.failures)
             .chain(&self.notes)
-            .chain(&self.lead_error)
+            .chain(self.leadership.error())
             .cloned()
             .collect();
         for problem in problems.difference(&self.said.problems) {
@@ -1096,6 +1055,30 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
             w.start(gone.name, kernel);
             w.eventually("a restart", |w| w.get(gone.name).state.borrow().not_ready.is_none()).await;
             assert_eq!(*w.get(gone.name).kernel.history.borrow(), [before], "one image, the same");
+        });
+    }
+
+    #[test]
+    fn who_cannot_ask_to_lead_does_not_start_and_goes_on_if_that_comes_later() {
+        in_a_world(async || {
+            let w = World::usual("unlockable");
+            let (mut agent, state, _facts) = w.make("a", &Memory::default());
+            let lock = w.dir.join(".outgate/leader.lock");
+            let _ = fs::remove_file(&lock);
+            fs::create_dir_all(&lock).unwrap();
+            let error = agent.run().await.unwrap_err();
+            assert!(error.to_string().contains("leader.lock"), "{error}");
+
+            fs::remove_dir(&lock).unwrap();
+            let work = spawn_local(async move { agent.run().await.unwrap() });
+            w.eventually("a leader", |_| state.borrow().leading).await;
+            fs::remove_file(&lock).unwrap();
+            fs::create_dir(&lock).unwrap();
+            w.eventually("none", |_| !state.borrow().leading && state.borrow().problems > 0).await;
+            fs::remove_dir(&lock).unwrap();
+            w.eventually("a leader again", |_| state.borrow().leading && state.borrow().problems == 0).await;
+            work.abort();
+            assert!(work.await.is_err(), "cancelled, and not ended before");
         });
     }
 

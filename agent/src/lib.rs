@@ -15,6 +15,7 @@ pub mod selector;
 pub mod assign;
 pub mod digest;
 pub mod leader;
+pub mod leadership;
 pub mod lease;
 pub mod status;
 
