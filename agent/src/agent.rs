@@ -25,6 +25,7 @@ use crate::model::{self, Desired};
 use crate::names::resolv_conf::ResolvConf;
 use crate::objects::{EgressNode, EgressNodeStatus, EgressUplink, LoadedAllocation, Meta};
 use crate::ports::{self, Ports, Use};
+use crate::told::Told;
 use crate::watch::{Problem, Source, Write};
 
 /// How often one that does not lead asks to, and failed work is tried again.
@@ -126,13 +127,13 @@ pub struct Agent<S, K> {
     failures: BTreeSet<Problem>,
     /// What looks wrong, and trying again does not help.
     notes: BTreeSet<Problem>,
+    told: Told,
     said: Said,
 }
 
 /// What was last said in the log, so that it is said once.
 #[derive(Default)]
 struct Said {
-    problems: BTreeSet<Problem>,
     /// Which EgressIP serves which pod.
     pods: BTreeMap<(String, String), Option<String>>,
     /// Addresses that this node holds.
@@ -177,6 +178,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             retry_at: None,
             failures: BTreeSet::new(),
             notes: BTreeSet::new(),
+            told: Told::default(),
             said: Said::default(),
         }
     }
@@ -262,7 +264,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let objects = self.source.objects();
         let image = self.applied.as_ref().map(|(image, _)| image);
         door.set_not_ready(self.state.borrow().not_ready.clone());
-        door.answer(|a| cni::programmed(a, objects, desired, image, &self.said.problems));
+        door.answer(|a| cni::programmed(a, objects, desired, image, self.told.problems()));
         door.forget(objects);
     }
 
@@ -466,18 +468,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(self.leadership.error())
             .cloned()
             .collect();
-        for problem in problems.difference(&self.said.problems) {
-            if let Some(place) = self.source.place(&problem.about) {
-                warn!("{place}: {problem}");
-            } else {
-                warn!("{problem}");
-            }
-        }
-        for problem in self.said.problems.difference(&problems) {
-            if !problems.iter().any(|p| p.about == problem.about) {
-                info!("{}: mended", problem.about);
-            }
-        }
+        let count = problems.len();
+        self.told.tell(&self.source, problems);
         let pods: BTreeMap<_, _> =
             desired.pods.iter().map(|(name, pod)| (name.clone(), pod.egress_ip.clone())).collect();
         for ((namespace, name), egress_ip) in &pods {
@@ -511,7 +503,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
         let image = &compiled.image;
         let mut state = self.state.borrow_mut();
-        state.problems = problems.len();
+        state.problems = count;
         state.egress_ips_held = held.len();
         state.pods = pods.len();
         state.pods_selected = pods.values().flatten().count();
@@ -519,7 +511,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         state.rules = audit::rules_in_force(image, desired, &self.firewalls);
         state.ports_leased =
             image.leases.values().map(|l| u64::from(l.granules) * u64::from(GRANULE_PORTS)).sum();
-        self.said = Said { problems, pods, held, waiting: self.said.waiting };
+        self.said = Said { pods, held, waiting: self.said.waiting };
     }
 }
 

@@ -6,11 +6,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::leadership::Leadership;
 use crate::metrics;
 use crate::model::{self, Desired};
+use crate::told::Told;
 use crate::watch::{Problem, Source};
 
 /// How often leadership is looked at, and failed work tried again.
@@ -25,7 +26,7 @@ pub struct Controller<S> {
     leadership: Leadership,
     retry_at: Option<Instant>,
     failures: BTreeSet<Problem>,
-    said: BTreeSet<Problem>,
+    told: Told,
 }
 
 impl<S: Source> Controller<S> {
@@ -37,7 +38,7 @@ impl<S: Source> Controller<S> {
             state,
             retry_at: None,
             failures: BTreeSet::new(),
-            said: BTreeSet::new(),
+            told: Told::default(),
         }
     }
 
@@ -89,17 +90,10 @@ impl<S: Source> Controller<S> {
             .chain(self.leadership.error())
             .cloned()
             .collect();
-        for problem in problems.difference(&self.said) {
-            warn!("{problem}");
-        }
-        for problem in self.said.difference(&problems) {
-            if !problems.iter().any(|p| p.about == problem.about) {
-                info!("{}: mended", problem.about);
-            }
-        }
         let mut state = self.state.borrow_mut();
         state.problems = problems.len();
         state.nodes = desired.nodes.values().filter(|n| n.agent.is_some()).count();
-        self.said = problems;
+        drop(state);
+        self.told.tell(&self.source, problems);
     }
 }

@@ -38,6 +38,7 @@ pub mod netlink;
 mod nfnetlink;
 pub mod notrack;
 pub mod ports;
+pub mod told;
 
 pub mod cli;
 pub mod commands;
