@@ -189,6 +189,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         Self { runtime, ..self }
     }
 
+    /// The same agent, whose source's problems the log was told of already.
+    #[must_use]
+    pub fn with_told(self, told: Told) -> Self {
+        Self { told, ..self }
+    }
+
     /// Works until it is cancelled, and leaves everything in the kernel as it is then.
     pub async fn run(&mut self) -> Result<(), S::Error> {
         let mut tick = interval(TICK);
@@ -468,7 +474,6 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .chain(self.leadership.error())
             .cloned()
             .collect();
-        let count = problems.len();
         self.told.tell(&self.source, problems);
         let pods: BTreeMap<_, _> =
             desired.pods.iter().map(|(name, pod)| (name.clone(), pod.egress_ip.clone())).collect();
@@ -503,7 +508,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
         let image = &compiled.image;
         let mut state = self.state.borrow_mut();
-        state.problems = count;
+        state.problems = self.told.problems().len();
         state.egress_ips_held = held.len();
         state.pods = pods.len();
         state.pods_selected = pods.values().flatten().count();

@@ -30,15 +30,15 @@ pub struct Controller<S> {
 }
 
 impl<S: Source> Controller<S> {
-    /// A controller that has done nothing yet, of a source whose objects are known.
-    pub fn new(source: S, state: Rc<RefCell<metrics::State>>) -> Self {
+    /// A controller that has done nothing yet, of a source whose objects are known, and what the log was told of it.
+    pub fn new(source: S, state: Rc<RefCell<metrics::State>>, told: Told) -> Self {
         Self {
             source,
             leadership: Leadership::new("controller", Rc::clone(&state)),
             state,
             retry_at: None,
             failures: BTreeSet::new(),
-            told: Told::default(),
+            told,
         }
     }
 
@@ -90,10 +90,9 @@ impl<S: Source> Controller<S> {
             .chain(self.leadership.error())
             .cloned()
             .collect();
-        let mut state = self.state.borrow_mut();
-        state.problems = problems.len();
-        state.nodes = desired.nodes.values().filter(|n| n.agent.is_some()).count();
-        drop(state);
         self.told.tell(&self.source, problems);
+        let mut state = self.state.borrow_mut();
+        state.problems = self.told.problems().len();
+        state.nodes = desired.nodes.values().filter(|n| n.agent.is_some()).count();
     }
 }

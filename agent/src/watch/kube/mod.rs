@@ -318,12 +318,12 @@ impl KubeSource {
 
     /// Waits until everything is known for the first time, and tells whenever it has something else to say about why it
     /// is not yet. An API server that is away is waited for.
-    pub async fn ready(&mut self, mut tell: impl FnMut(&BTreeSet<Problem>)) -> Result<(), Error> {
+    pub async fn ready(&mut self, mut tell: impl FnMut(&Self)) -> Result<(), Error> {
         let mut told = None;
         while !self.is_known() {
             self.changed().await?;
             if told.as_ref() != Some(&self.problems) {
-                tell(&self.problems);
+                tell(self);
                 told = Some(self.problems.clone());
             }
         }
