@@ -307,10 +307,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             .iter()
             .filter_map(|(id, how)| Some((IpAddr::from(image.egress_ips.get(id)?.ip), *how)))
             .collect();
-        let desired = self.desired();
         let mut news = false;
         for (ip, how) in addresses {
-            if self.ports.used(&desired, &ip, how, exhausted) {
+            if self.ports.used(&ip, how, exhausted) {
                 info!("egress IP {ip}: this node asks for more ports");
                 news = true;
             }
@@ -349,8 +348,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             }
             news |= self.ask_for_more(&used, false);
         }
-        let desired = self.desired();
-        news | self.ports.stop_idle(&desired, self.now(), self.idle)
+        news | self.ports.stop_idle(self.now(), self.idle)
     }
 
     async fn write(&mut self, what: &str, write: Write) {
