@@ -43,8 +43,8 @@ pub trait Kernel {
     /// What the maps held at the start.
     fn recovered(&self) -> &MapImage;
 
-    /// Whether the node has an interface at this moment.
-    fn has_interface(&self, index: IfIndex) -> bool;
+    /// Which of these interfaces the node has not at this moment.
+    fn gone(&self, interfaces: impl Iterator<Item = IfIndex>) -> BTreeSet<IfIndex>;
 
     /// Makes the tunnel's device be there, with this UDP port.
     fn ensure_tunnel(&mut self, port: u16) -> impl Future<Output = Result<(), String>>;
@@ -240,7 +240,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let mut facts = self.facts.borrow_and_update().clone();
         let mut desired = self.desired();
         // Objects and interfaces are told of apart: a new pod must not be found behind what was an earlier one's.
-        facts.forget_gone(|index| self.kernel.has_interface(index));
+        facts.forget(&self.kernel.gone(facts.pod_interfaces.keys().copied()));
         facts.nameservers = self.resolv_conf.nameservers().to_vec();
         if self.publish(&desired, &facts).await {
             desired = self.desired();
@@ -671,8 +671,8 @@ mod tests {
         fn recovered(&self) -> &MapImage {
             &self.image
         }
-        fn has_interface(&self, index: IfIndex) -> bool {
-            !self.gone.borrow().contains(&index)
+        fn gone(&self, interfaces: impl Iterator<Item = IfIndex>) -> BTreeSet<IfIndex> {
+            interfaces.filter(|index| self.gone.borrow().contains(index)).collect()
         }
         async fn ensure_tunnel(&mut self, _: u16) -> Result<(), String> {
             Ok(())

@@ -222,8 +222,8 @@ impl Kernel for NodeKernel {
         self.datapath.recovered()
     }
 
-    fn has_interface(&self, index: IfIndex) -> bool {
-        netlink::has_interface(index)
+    fn gone(&self, interfaces: impl Iterator<Item = IfIndex>) -> BTreeSet<IfIndex> {
+        netlink::gone(interfaces)
     }
 
     async fn ensure_tunnel(&mut self, port: u16) -> Result<(), String> {
