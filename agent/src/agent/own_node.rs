@@ -139,8 +139,53 @@ fn tunnel_address(node: Option<&model::Node>, facts: &Facts, v6: bool) -> Option
 
 #[cfg(test)]
 mod tests {
+    use datapath::keys::GranuleTable;
+    use datapath::limits::GRANULES;
+
     use super::*;
     use crate::facts::Uplink;
+
+    /// What agent a has said of its node, of this boot.
+    fn said(boot: &str) -> Objects {
+        let text = serde_json::json!({
+            "apiVersion": "outgate.dev/v1alpha1", "kind": "EgressNode", "metadata": {"name": "a"},
+            "status": {
+                "nodeUID": "ua", "bootID": boot,
+                "loaded": [
+                    {"egressIP": "192.0.2.1", "uid": "x", "generation": 4},
+                    {"egressIP": "192.0.2.2", "uid": "y", "generation": 5},
+                    {"egressIP": "192.0.2.3", "uid": "z", "generation": 6},
+                ],
+                "firewalls": [{"namespace": "shop", "uid": "f", "generation": 1}],
+            },
+        });
+        let node = serde_json::from_value(text).unwrap();
+        Objects { egress_nodes: BTreeMap::from([("a".to_owned(), node)]), ..Objects::default() }
+    }
+
+    /// A kernel that has the table of the first address, and of the second only its name.
+    fn kernel() -> MapImage {
+        let key = |ip: &str| Ip::from(ip.parse::<IpAddr>().unwrap());
+        let mut image = MapImage::default();
+        image.egress_addrs = [(key("192.0.2.1"), 1), (key("192.0.2.2"), 2)].into();
+        image.granules.insert(1, GranuleTable { node: [0; GRANULES] });
+        image.firewalls.insert(1, 1);
+        image
+    }
+
+    #[test]
+    fn what_was_confirmed_is_only_while_the_very_kernel_has_it() {
+        let of = |node: &str| Identity { node: node.into(), boot_id: "boot".into() };
+        let loaded = |node: &str, boot: &str| still_loaded(&of(node), &said(boot), &kernel());
+        let first = "192.0.2.1".parse().unwrap();
+        assert_eq!(loaded("a", "boot"), BTreeMap::from([(first, ("x".to_owned(), 4))]));
+        assert!(loaded("a", "before").is_empty(), "another kernel's word");
+        assert!(loaded("b", "boot").is_empty());
+        let firewalls = |boot: &str, kernel: &MapImage| still_in_force(&of("a"), &said(boot), kernel);
+        assert_eq!(firewalls("boot", &kernel()).keys().collect::<Vec<_>>(), ["shop"]);
+        assert!(firewalls("before", &kernel()).is_empty());
+        assert!(firewalls("boot", &MapImage::default()).is_empty());
+    }
 
     #[test]
     fn the_tunnel_ends_at_the_internal_address() {
