@@ -48,6 +48,9 @@ const SWEEP: Duration = Duration::from_secs(15);
 /// After a failed apply, try again not before.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Why a node is not ready at first.
+const NOTHING_APPLIED: &str = "nothing is applied yet";
+
 /// An agent at work.
 pub struct Agent<S, K> {
     identity: Identity,
@@ -75,7 +78,7 @@ pub struct Agent<S, K> {
     leadership: Leadership,
     tunnel_port: Option<u16>,
     retry_at: Option<Instant>,
-    /// Why the node is not ready.
+    /// What the node is waiting for before it is ready.
     waiting: Option<&'static str>,
     /// Failures of the agent's own work, which is then tried again.
     failures: BTreeSet<Problem>,
@@ -100,7 +103,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         let firewalls = still_in_force(&identity, source.objects(), kernel.recovered());
         let own = source.objects().egress_nodes.get(&identity.node);
         let ports = own.map(|own| Ports::recover(&own.status)).unwrap_or_default();
-        state.borrow_mut().not_ready = Some("nothing is applied yet".to_owned());
+        state.borrow_mut().not_ready = Some(NOTHING_APPLIED.to_owned());
         let leadership = Leadership::new("agent", Rc::clone(&state));
         Self {
             identity,
@@ -120,7 +123,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             leadership,
             tunnel_port: None,
             retry_at: None,
-            waiting: None,
+            waiting: Some(NOTHING_APPLIED),
             failures: BTreeSet::new(),
             notes: BTreeSet::new(),
             told: Told::default(),
@@ -200,6 +203,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
         let compiled = compile(&desired, &facts, &mut self.ids);
         self.apply(&desired, &compiled, &facts).await;
+        self.look_whether_ready();
         // The holder confirms what its kernel has; other nodes wait for it.
         self.publish(&desired, &facts).await;
         if !self.failures.is_empty() || compiled.waits {
@@ -253,11 +257,11 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
     async fn apply(&mut self, desired: &Desired, compiled: &Compiled, facts: &Facts) {
         let Some(tunnel) = desired.tunnel else {
-            self.wait("the leader has not chosen the nodes' tunnel yet");
+            self.waiting = Some("the leader has not chosen the nodes' tunnel yet");
             return;
         };
         if compiled.image.settings.node == 0 {
-            self.wait("the node has no address for its tunnel yet");
+            self.waiting = Some("the node has no address for its tunnel yet");
             return;
         }
         if facts.tunnel_ifindex == 0 || self.tunnel_port != Some(tunnel.port) {
@@ -271,6 +275,7 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             self.firewalls.clone_from(&compiled.firewalls);
             self.loaded.clone_from(&compiled.loaded);
             self.ports.applied(self.now());
+            self.wait_for_tunnel(facts);
             return;
         }
         match self.kernel.apply(&compiled.image, facts) {
@@ -289,13 +294,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
                     // The port tables are there all the same: other nodes need not wait.
                     self.applied = None;
                     self.failures.insert(Problem::new("this node's interfaces", message));
-                } else if facts.tunnel_ifindex == 0 {
-                    self.wait("the tunnel's device is not there yet");
                 } else {
-                    self.waiting = None;
-                    if self.state.borrow_mut().not_ready.take().is_some() {
-                        info!("ready");
-                    }
+                    self.wait_for_tunnel(facts);
                 }
             }
             Err(error) => {
@@ -306,13 +306,22 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         }
     }
 
-    /// The node is not ready because it waits for something.
-    fn wait(&mut self, why: &'static str) {
-        if self.waiting != Some(why) {
-            debug!("waiting: {why}");
-            self.waiting = Some(why);
+    /// All is applied, and whole once the tunnel's device is there.
+    fn wait_for_tunnel(&mut self, facts: &Facts) {
+        self.waiting = (facts.tunnel_ifindex == 0).then_some("the tunnel's device is not there yet");
+    }
+
+    /// Says whether the node is ready: what is wanted is applied, and what changes will be heard of.
+    fn look_whether_ready(&self) {
+        let stale = || self.source.stale().map(ToString::to_string);
+        let why = self.waiting.map(str::to_owned).or_else(stale);
+        let mut state = self.state.borrow_mut();
+        match (&state.not_ready, &why) {
+            (Some(_), None) => info!("ready"),
+            (before, Some(now)) if before.as_ref() != Some(now) => debug!("not ready: {now}"),
+            _ => {}
         }
-        self.state.borrow_mut().not_ready = Some(why.to_owned());
+        state.not_ready = why;
     }
 
     fn retire(&mut self) {

@@ -92,6 +92,7 @@ impl<S: Source> Controller<S> {
             .collect();
         self.told.tell(&self.source, problems);
         let mut state = self.state.borrow_mut();
+        state.not_ready = self.source.stale().map(ToString::to_string);
         state.problems = self.told.problems().len();
         state.nodes = desired.nodes.values().filter(|n| n.agent.is_some()).count();
     }
