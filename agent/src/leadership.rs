@@ -20,6 +20,9 @@ use crate::watch::{Problem, Source, Write};
 const ROUND: Duration = Duration::from_secs(3);
 /// A write that fails and took longer than this has met a server that is away: the others would wait as long.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Nodes write beside the leader, so a write may find its object changed. So many rounds in a row that come to nothing for
+/// that are no chance any more.
+const CONFLICTS: u32 = 10;
 
 /// A process that may be the leader.
 pub struct Leadership {
@@ -29,6 +32,8 @@ pub struct Leadership {
     leads: bool,
     /// When time alone makes work, in seconds since 1970.
     again: Option<u64>,
+    /// How many rounds in a row have come to nothing but a conflict.
+    conflicts: u32,
     /// Why nobody can be asked to lead.
     error: Option<Problem>,
 }
@@ -37,7 +42,7 @@ impl Leadership {
     /// That of a process which has not asked yet: an `agent` or a `controller`.
     #[must_use]
     pub const fn new(who: &'static str, state: Rc<RefCell<metrics::State>>) -> Self {
-        Self { who, state, leads: false, again: None, error: None }
+        Self { who, state, leads: false, again: None, conflicts: 0, error: None }
     }
 
     /// Asks for the first time. Where that fails, nothing has begun yet: who could not lead should not start.
@@ -110,7 +115,7 @@ impl Leadership {
         for line in plan.log {
             info!("{line}");
         }
-        let mut written = false;
+        let (mut written, mut conflict) = (false, None);
         let round = Instant::now();
         for write in plan.writes {
             if round.elapsed() > ROUND {
@@ -126,7 +131,7 @@ impl Leadership {
                 Ok(()) => written = true,
                 Err(error) if S::is_conflict(&error) => {
                     debug!("{error}");
-                    written = true;
+                    conflict = Some(error);
                     if decides {
                         break;
                     }
@@ -139,6 +144,94 @@ impl Leadership {
                 }
             }
         }
-        written
+        self.conflicts = if conflict.is_some() && !written { self.conflicts + 1 } else { 0 };
+        if let Some(error) = &conflict
+            && self.conflicts > CONFLICTS
+        {
+            failures.insert(Problem::new("the leader's objects", error));
+        }
+        // A conflict has brought what is there instead.
+        written || conflict.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::{env, fs, io, process};
+
+    use super::*;
+    use crate::model;
+    use crate::objects::{EgressFirewallReport, EgressIpReport, Objects};
+    use crate::watch::dir::DirSource;
+
+    /// A directory in which somebody else always writes first.
+    struct Contended(DirSource, bool);
+
+    impl Source for Contended {
+        type Error = io::Error;
+
+        async fn changed(&mut self) -> Result<(), io::Error> {
+            std::future::pending().await
+        }
+        fn objects(&self) -> &Objects {
+            self.0.objects()
+        }
+        fn statuses(&self) -> &BTreeMap<String, EgressIpReport> {
+            self.0.statuses()
+        }
+        fn firewall_statuses(&self) -> &BTreeMap<String, EgressFirewallReport> {
+            self.0.firewall_statuses()
+        }
+        fn unreadable_allocations(&self) -> &BTreeSet<String> {
+            self.0.unreadable_allocations()
+        }
+        fn place(&self, object: &str) -> Option<&str> {
+            self.0.place(object)
+        }
+        fn complete(&self) -> bool {
+            self.0.complete()
+        }
+        fn problems(&self) -> &BTreeSet<Problem> {
+            self.0.problems()
+        }
+        fn lead(&mut self) -> Result<bool, io::Error> {
+            Ok(true)
+        }
+        fn is_conflict(error: &io::Error) -> bool {
+            error.kind() == io::ErrorKind::ResourceBusy
+        }
+        async fn write(&mut self, _: Write) -> Result<(), io::Error> {
+            if self.1 { Err(io::ErrorKind::ResourceBusy.into()) } else { Ok(()) }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_conflict_is_planned_for_again_and_told_of_when_it_lasts() {
+        let dir = env::temp_dir().join(format!("outgate-leadership-{}", process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let node = "apiVersion: v1\nkind: Node\nmetadata: {name: a, uid: ua}\n";
+        fs::write(dir.join("node.yaml"), node).unwrap();
+        let mut source = Contended(DirSource::open(&dir).unwrap(), true);
+        let mut leadership = Leadership::new("agent", Rc::default());
+        let desired = model::desired(source.objects(), "");
+        let mut failures = BTreeSet::new();
+        assert!(!leadership.work(&mut source, &desired, &mut failures).await, "it does not lead");
+        assert!(leadership.look(&mut source) && !leadership.look(&mut source));
+        for lasting in [true, false] {
+            for _ in 0..CONFLICTS {
+                assert!(leadership.work(&mut source, &desired, &mut failures).await);
+                assert_eq!(failures, BTreeSet::new());
+            }
+            // One that works in between: they are counted anew.
+            source.1 = lasting;
+            assert!(leadership.work(&mut source, &desired, &mut failures).await);
+            assert_eq!(!failures.is_empty(), lasting, "{failures:?}");
+            source.1 = false;
+            failures.clear();
+            assert!(leadership.work(&mut source, &desired, &mut failures).await);
+            source.1 = true;
+        }
+        fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -40,7 +40,7 @@ use self::follow::{Change, Message, Outlet, Scope, follow};
 use self::heartbeat::Judge;
 use self::kinds::{Key, Kind, read};
 use self::set::{Set, Step};
-use self::trouble::Trouble;
+use self::trouble::{SERVER, Trouble};
 use self::view::View;
 use self::write::{Done, Outcome, Writer};
 use super::{Event, Problem, Source, Write};
@@ -103,6 +103,8 @@ pub enum Role {
 struct Note {
     about: &'static str,
     problem: Option<Problem>,
+    /// Whether that is because the server is away, which watches say as well.
+    away: bool,
 }
 
 /// A task that ends with its owner.
@@ -201,7 +203,7 @@ pub struct KubeSource {
     stale: Option<Problem>,
     notes: mpsc::UnboundedReceiver<Note>,
     /// Problems of background tasks.
-    noted: BTreeMap<&'static str, Problem>,
+    noted: BTreeMap<&'static str, (Problem, bool)>,
     /// When to tell of what has changed.
     due: Option<Instant>,
     writer: Writer,
@@ -497,9 +499,13 @@ impl KubeSource {
         // A server that is away comes back; a right that is missing does not come by itself.
         let refused = self.watches.iter().find_map(Watch::stale).cloned();
         // A firewall that was not got is one that is known to have changed.
-        let unread = || self.noted.get(firewalls::NOTE).cloned();
+        let unread = || self.noted.get(firewalls::NOTE).filter(|(_, away)| !away).map(|(p, _)| p.clone());
         self.stale = refused.or_else(unread);
         one_of_each_server(&mut problems);
+        // One that is away is one problem, whatever else wants something of it.
+        let away = problems.iter().any(|p| p.about.starts_with(SERVER));
+        let noted = self.noted.values().filter(|(_, because)| !(away && *because));
+        problems.extend(noted.map(|(problem, _)| problem.clone()));
         for ((kind, key), error) in &self.view.bad {
             let name = ObjectName { kind: name_of(*kind), namespace: key.0.clone(), name: key.1.clone() };
             problems.insert(Problem::new(
@@ -509,7 +515,6 @@ impl KubeSource {
                 ),
             ));
         }
-        problems.extend(self.noted.values().cloned());
         self.problems = problems;
         if let Role::Agent { node } = &self.role {
             let node = node.clone();
@@ -579,7 +584,10 @@ impl KubeSource {
 
     fn note(&mut self, note: Note) -> bool {
         match note.problem {
-            Some(problem) => self.noted.insert(note.about, problem.clone()) != Some(problem),
+            Some(problem) => {
+                let noted = (problem, note.away);
+                self.noted.insert(note.about, noted.clone()) != Some(noted)
+            }
             None => self.noted.remove(note.about).is_some(),
         }
     }
@@ -726,7 +734,7 @@ fn own_namespaces<'a>(objects: &'a Objects, node: &str) -> BTreeSet<&'a str> {
 /// A server that cannot be reached is one problem, however many watches there are: that which has it longest.
 fn one_of_each_server(problems: &mut BTreeSet<Problem>) {
     let mut seen = BTreeSet::new();
-    problems.retain(|p| !p.about.starts_with("API server") || seen.insert(p.about.clone()));
+    problems.retain(|p| !p.about.starts_with(SERVER) || seen.insert(p.about.clone()));
 }
 
 fn name_of(kind: Kind) -> &'static str {
