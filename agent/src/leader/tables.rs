@@ -162,12 +162,12 @@ mod tests {
 
     #[test]
     fn a_nodes_word_counts_for_its_own_object_and_for_the_very_allocation() {
-        let earlier = Node { uid: "another".into(), ..node(UID, 7) };
-        let gone = Node { exists: false, ..node(UID, 7) };
-        let silent = Node { agent: None, ..node(UID, 7) };
+        let earlier = Node { uid: "another".into(), ..node(UID, 3) };
+        let gone = Node { exists: false, ..node(UID, 3) };
+        let silent = Node { agent: None, ..node(UID, 3) };
         let d = desired([
             ("a", node(UID, 7)),
-            ("anew", node("before", 7)),
+            ("anew", node("before", 3)),
             ("earlier", earlier),
             ("gone", gone),
             ("silent", silent),
