@@ -118,8 +118,9 @@ fn a_right_that_is_taken_away_shows_and_what_was_known_stays_in_force() {
         let said = agent.log().contains("may not watch egressips");
         if said && !agent.get("/readyz").success() { Ok(()) } else { Err(agent.log()) }
     });
-    kube.api.patch(&path::egress_ip("prod"), &json!({"spec": {"egressIPs": [SECOND]}}));
     kube.wait_source(&pod, FIRST);
+    // The agent does not hear of it yet.
+    kube.api.patch(&path::egress_ip("prod"), &json!({"spec": {"egressIPs": [SECOND]}}));
     kube.api.patch(&place, &json!({"rules": whole["rules"]}));
     kube.agents[0].wait_ready();
     kube.wait_source(&pod, SECOND);
