@@ -313,8 +313,8 @@ impl<S: Source, K: Kernel> Agent<S, K> {
 
     /// Says whether the node is ready: what is wanted is applied, and what changes will be heard of.
     fn look_whether_ready(&self) {
-        let stale = || self.source.stale().map(ToString::to_string);
-        let why = self.waiting.map(str::to_owned).or_else(stale);
+        let grows_old = || self.source.stale().map(ToString::to_string);
+        let why = self.waiting.map(str::to_owned).or_else(grows_old);
         let mut state = self.state.borrow_mut();
         match (&state.not_ready, &why) {
             (Some(_), None) => info!("ready"),

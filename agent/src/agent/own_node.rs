@@ -166,11 +166,12 @@ mod tests {
     /// A kernel that has the table of the first address, and of the second only its name.
     fn kernel() -> MapImage {
         let key = |ip: &str| Ip::from(ip.parse::<IpAddr>().unwrap());
-        let mut image = MapImage::default();
-        image.egress_addrs = [(key("192.0.2.1"), 1), (key("192.0.2.2"), 2)].into();
-        image.granules.insert(1, GranuleTable { node: [0; GRANULES] });
-        image.firewalls.insert(1, 1);
-        image
+        MapImage {
+            egress_addrs: [(key("192.0.2.1"), 1), (key("192.0.2.2"), 2)].into(),
+            granules: [(1, GranuleTable { node: [0; GRANULES] })].into(),
+            firewalls: [(1, 1)].into(),
+            ..MapImage::default()
+        }
     }
 
     #[test]

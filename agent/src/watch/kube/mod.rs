@@ -162,7 +162,13 @@ impl Watch {
                 let since = self.refused.take().map_or_else(Instant::now, |refused| refused.since);
                 self.refused = Some(Refused { since, problem, lasts: since.elapsed() >= PASSING });
             }
-            _ => {}
+            Change::Begin
+            | Change::Page(_)
+            | Change::End(_)
+            | Change::Put(_)
+            | Change::Gone(..)
+            | Change::Alive
+            | Change::Failed(..) => {}
         }
     }
 
