@@ -54,9 +54,7 @@ impl Facts {
     }
 
     /// Forgets pod interfaces that are not there any more, and what leads to them.
-    pub fn forget_gone(&mut self, is_there: impl Fn(IfIndex) -> bool) {
-        let gone: BTreeSet<_> =
-            self.pod_interfaces.keys().copied().filter(|index| !is_there(*index)).collect();
+    pub fn forget(&mut self, gone: &BTreeSet<IfIndex>) {
         self.pod_interfaces.retain(|index, _| !gone.contains(index));
         self.host_routes.retain(|_, index| !gone.contains(index));
         self.bridge_ports.retain(|_, index| !gone.contains(index));

@@ -15,6 +15,7 @@ pub mod selector;
 pub mod assign;
 pub mod digest;
 pub mod leader;
+pub mod leadership;
 pub mod lease;
 pub mod status;
 
@@ -37,6 +38,7 @@ pub mod netlink;
 mod nfnetlink;
 pub mod notrack;
 pub mod ports;
+pub mod told;
 
 pub mod cli;
 pub mod commands;

@@ -59,6 +59,14 @@ pub struct State {
     pub rules: BTreeMap<RulesetId, Arc<Vec<Rule>>>,
 }
 
+impl State {
+    /// That of a process which has done nothing yet, and is not ready.
+    #[must_use]
+    pub fn starting() -> Self {
+        Self { not_ready: Some("it has just started".to_owned()), ..Self::default() }
+    }
+}
+
 /// What the kernel has counted.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Counters {

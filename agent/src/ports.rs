@@ -37,6 +37,8 @@ struct Back {
 /// What a node asks for and gives back.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Ports {
+    /// What is granted, as the objects were last seen.
+    granted: BTreeMap<IpAddr, Grant>,
     /// Granules of each address that its pods need, in all; 0: whatever comes first.
     demand: BTreeMap<IpAddr, u16>,
     /// Since when no pod has needed an address that there are ports of.
@@ -117,15 +119,16 @@ impl Ports {
             self.idle.retain(|ip, _| desired.grants.as_ref().is_some_and(|g| g.contains_key(ip)));
         }
         self.stopped.retain(|ip, _| self.stopping.contains_key(ip));
+        self.granted = desired.grants.clone().unwrap_or_default();
     }
 
     /// Stops what has been idle for `patience` seconds. Whether there is such: then the maps have to be made anew.
-    pub fn stop_idle(&mut self, desired: &Desired, now: u64, patience: u64) -> bool {
+    pub fn stop_idle(&mut self, now: u64, patience: u64) -> bool {
         let due: Vec<_> =
             self.idle.iter().filter(|(_, since)| now >= **since + patience).map(|(ip, _)| *ip).collect();
         for ip in &due {
             self.idle.remove(ip);
-            if let Some(grant) = desired.grant(ip) {
+            if let Some(grant) = self.granted.get(ip) {
                 let ranges = grant.ranges.iter().filter(|r| !r.stopped).copied().collect();
                 self.stopping.insert(*ip, Back { uid: grant.uid.clone(), ranges });
             }
@@ -165,8 +168,10 @@ impl Ports {
 
     /// Asks for more of an address, if enough of it is in use or `exhausted`: a search has found no port. Nothing more is
     /// asked for while not all is granted that was.
-    pub fn used(&mut self, desired: &Desired, ip: &IpAddr, how: Use, exhausted: bool) -> bool {
-        let (Some(demand), Some(grant)) = (self.demand.get_mut(ip), desired.grant(ip)) else { return false };
+    pub fn used(&mut self, ip: &IpAddr, how: Use, exhausted: bool) -> bool {
+        let (Some(demand), Some(grant)) = (self.demand.get_mut(ip), self.granted.get(ip)) else {
+            return false;
+        };
         let ranges = grant.ranges.iter().filter(|r| !r.stopped);
         let granules: u32 = ranges.map(|r| u32::from(r.range.count)).sum();
         let half = granules * u32::from(GRANULE_PORTS) / 2;
@@ -264,25 +269,25 @@ mod tests {
         let mut d = desired(true, &[(0, 10, 1)]);
         p.observe(&mut d, 0);
         assert_eq!(p.demand(), [PortDemand { egress_ip: "192.0.2.1".into(), granules: 0 }]);
-        let at = |p: &mut Ports, d: &Desired, busiest, exhausted| {
-            p.used(d, &ip(), Use { flows: 9999, busiest }, exhausted).then(|| p.demand()[0].granules)
+        let at = |p: &mut Ports, busiest, exhausted| {
+            p.used(&ip(), Use { flows: 9999, busiest }, exhausted).then(|| p.demand()[0].granules)
         };
-        assert_eq!(at(&mut p, &d, 319, false), None);
-        assert_eq!(at(&mut p, &d, 320, false), Some(20));
-        assert_eq!(at(&mut p, &d, 640, true), None, "not granted yet");
+        assert_eq!(at(&mut p, 319, false), None);
+        assert_eq!(at(&mut p, 320, false), Some(20));
+        assert_eq!(at(&mut p, 640, true), None, "not granted yet");
         let mut d = desired(true, &[(0, 10, 1), (50, 10, 2)]);
         p.observe(&mut d, 1);
-        assert_eq!(at(&mut p, &d, 0, true), Some(40));
+        assert_eq!(at(&mut p, 0, true), Some(40));
         // After a restart it asks for the same.
         let status = EgressNodeStatus { demand: p.demand(), ..EgressNodeStatus::default() };
         assert_eq!(Ports::recover(&status).demand(), p.demand());
         let mut all = desired(true, &[(0, 1008, 1)]);
         p.observe(&mut all, 2);
-        assert_eq!(at(&mut p, &all, 64_512, true), Some(1008));
-        assert_eq!(at(&mut p, &all, 64_512, true), None, "there are no more");
+        assert_eq!(at(&mut p, 64_512, true), Some(1008));
+        assert_eq!(at(&mut p, 64_512, true), None, "there are no more");
         let mut none = desired(true, &[]);
         p.observe(&mut none, 3);
-        assert_eq!(at(&mut p, &none, 0, true), None, "the first share is on its way");
+        assert_eq!(at(&mut p, 0, true), None, "the first share is on its way");
     }
 
     #[test]
@@ -291,8 +296,8 @@ mod tests {
         let mut d = desired(false, &[(0, 10, 1), (20, 5, 2)]);
         p.observe(&mut d, 100);
         assert!(p.demand().is_empty());
-        assert!(!p.stop_idle(&d, 100 + IDLE - 1, IDLE));
-        assert!(p.stop_idle(&d, 100 + IDLE, IDLE));
+        assert!(!p.stop_idle(100 + IDLE - 1, IDLE));
+        assert!(p.stop_idle(100 + IDLE, IDLE));
         p.observe(&mut d, 500);
         assert_eq!(usable(&d), [] as [u16; 0]);
         assert!(p.draining(900).is_empty(), "the kernel has them still");
@@ -335,7 +340,7 @@ mod tests {
         let mut p = Ports::default();
         let mut d = desired(false, &[(0, 10, 1)]);
         p.observe(&mut d, 0);
-        assert!(p.stop_idle(&d, IDLE, IDLE));
+        assert!(p.stop_idle(IDLE, IDLE));
         p.observe(&mut d, IDLE);
         p.applied(IDLE);
         let mut d = desired(true, &[(0, 10, 1)]);
@@ -346,6 +351,6 @@ mod tests {
         // Idle again: the time counts anew.
         let mut d = desired(false, &[(0, 10, 1)]);
         p.observe(&mut d, IDLE + 2);
-        assert!(!p.stop_idle(&d, 2 * IDLE, IDLE));
+        assert!(!p.stop_idle(2 * IDLE, IDLE));
     }
 }

@@ -502,13 +502,11 @@ impl World {
         for ip in agent.ports.draining(self.now) {
             agent.ports.drained(&ip);
         }
-        let desired = self.desired(n);
-        self.agents[n].ports.stop_idle(&desired, self.now, IDLE);
+        agent.ports.stop_idle(self.now, IDLE);
     }
 
     fn busy(&mut self, n: usize, address: usize) {
-        let desired = self.desired(n);
-        self.agents[n].ports.used(&desired, &egress(address), Use::default(), true);
+        self.agents[n].ports.used(&egress(address), Use::default(), true);
     }
 
     fn check(&mut self) -> Result<(), TestCaseError> {

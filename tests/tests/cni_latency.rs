@@ -10,11 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use lab::servers::ECHO;
-use lab::{Cni, Lab, LabSpec, Pod, PodSpec};
+use lab::scene::{EGRESS, Scene};
+use lab::{Cni, Lab, Pod, PodSpec};
 use serde_json::{Value, json};
-
-const EGRESS: &str = "172.18.0.101";
 
 fn how_many() -> usize {
     env::var("OUTGATE_LAB_PODS").ok().and_then(|text| text.parse().ok()).unwrap_or(100)
@@ -56,15 +54,9 @@ fn measure(
     hands: usize,
     kind: impl Fn(&Lab, PodSpec) -> PodSpec + Sync,
 ) -> Vec<Sample> {
-    let lab = Lab::with(&LabSpec::default().nodes(2).cni(cni));
-    lab.describe_cluster(&["node-b"]);
-    lab.objects.egress_ip("prod", &[EGRESS], &[("env", "prod")], &[]);
-    let _agents = lab.start_agents();
-    assert_eq!(lab.wait_owner(EGRESS), "node-b");
-    let _echo = lab.echo(&lab.web.netns);
-    let server = format!("{}:{ECHO}", lab.web.address);
-    let warm = lab.run_pod("node-a", &PodSpec::new("prod", "warm"));
-    lab.wait_source(&warm.netns, &server, EGRESS);
+    let scene = Scene::new(cni);
+    let (lab, server) = (&scene.lab, scene.server.as_str());
+    let _warm = scene.warm("node-a");
     let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..hands {
@@ -74,8 +66,8 @@ fn measure(
                     if number >= how_many() {
                         break;
                     }
-                    let spec = PodSpec::new("prod", &format!("p{number}")).early(&["bulk", "knock", &server]);
-                    let mut pod = lab.run_pod("node-a", &kind(&lab, spec));
+                    let spec = PodSpec::new("prod", &format!("p{number}")).early(&["bulk", "knock", server]);
+                    let mut pod = lab.run_pod("node-a", &kind(lab, spec));
                     let sample = sample(&mut pod);
                     done.lock().expect("no thread failed").push((pod, sample));
                 }

@@ -5,18 +5,9 @@ use std::thread;
 use std::time::Duration;
 
 use lab::hostile::Outside;
-use lab::servers::ECHO;
+use lab::scene::{EGRESS, Scene};
 use lab::{Agent, Cni, Lab, LabSpec, Output, Pod, PodSpec, eventually_ok};
 use serde_json::{Value, json};
-
-const EGRESS: &str = "172.18.0.101";
-
-fn two_nodes(cni: Cni) -> Lab {
-    let lab = Lab::with(&LabSpec::default().nodes(2).cni(cni));
-    lab.describe_cluster(&["node-b"]);
-    lab.objects.egress_ip("prod", &[EGRESS], &[("env", "prod")], &[]);
-    lab
-}
 
 /// A pod of node-a behind Outgate's plugin, whose object never says its address.
 fn spec(lab: &Lab, namespace: &str, name: &str) -> PodSpec {
@@ -46,24 +37,20 @@ fn first_datagram(pod: &Pod, server: &str) -> String {
 }
 
 fn first_packets_after_add(cni: Cni) {
-    let lab = two_nodes(cni);
-    let _agents = lab.start_agents();
-    assert_eq!(lab.wait_owner(EGRESS), "node-b");
-    let _echo = lab.echo(&lab.web.netns);
-    let server = format!("{}:{ECHO}", lab.web.address);
-    let warm = lab.run_pod("node-a", &PodSpec::new("prod", "warm"));
-    lab.wait_source(&warm.netns, &server, EGRESS);
+    let scene = Scene::new(cni);
+    let (lab, server) = (&scene.lab, scene.server.as_str());
+    let warm = scene.warm("node-a");
     let node = lab.node("node-a").address.clone();
-    let outside = Outside::watch(&lab);
+    let outside = Outside::watch(lab);
     for number in 0..5 {
-        let pod = lab.run_pod("node-a", &spec(&lab, "prod", &format!("p{number}")));
-        assert_eq!(first_datagram(&pod, &server), EGRESS);
-        let other = lab.run_pod("node-a", &spec(&lab, "dev", &format!("p{number}")));
-        assert_eq!(first_datagram(&other, &server), node);
+        let pod = lab.run_pod("node-a", &spec(lab, "prod", &format!("p{number}")));
+        assert_eq!(first_datagram(&pod, server), EGRESS);
+        let other = lab.run_pod("node-a", &spec(lab, "dev", &format!("p{number}")));
+        assert_eq!(first_datagram(&other, server), node);
         assert!(pod.call_outgate("CHECK").success(), "{}", pod.call_outgate("CHECK").explain());
     }
     outside.expect_at_most(&[EGRESS, &node]);
-    let _ = warm.netns.tcp(&server, 1, 1);
+    let _ = warm.netns.tcp(server, 1, 1);
 }
 
 #[test]
@@ -79,10 +66,9 @@ fn a_bridge_pods_first_packet_after_add_leaves_by_its_egress_ip() {
 /// Whether it was never there or is away, without an agent no pod starts, and every pod ends.
 #[test]
 fn without_an_agent_pods_do_not_start_but_end() {
-    let lab = two_nodes(Cni::Ptp);
-    let _echo = lab.echo(&lab.web.netns);
-    let server = format!("{}:{ECHO}", lab.web.address);
-    let outside = Outside::watch(&lab);
+    let mut scene = Scene::laid_out(Cni::Ptp);
+    let (lab, server) = (&scene.lab, scene.server.as_str());
+    let outside = Outside::watch(lab);
     let refused = |pod: &mut Pod| {
         let (code, message) = refusal(&pod.connect().expect_err("there is no agent"));
         assert_eq!(code, 11, "to be tried again: {message}");
@@ -93,23 +79,23 @@ fn without_an_agent_pods_do_not_start_but_end() {
         assert!(message.contains(lab.cni_socket("node-a").to_str().expect("UTF-8")), "{message}");
     };
     // Not yet installed: nothing on the node would hold what leaves it.
-    let mut first = lab.prepare_pod("node-a", &spec(&lab, "prod", "first"));
+    let mut first = lab.prepare_pod("node-a", &spec(lab, "prod", "first"));
     refused(&mut first);
     let (code, _) = refusal(&first.call_outgate("STATUS"));
     assert_eq!(code, 50);
     assert!(first.call_outgate("VERSION").expect_success().contains("1.1.0"));
 
-    let mut agents = lab.start_agents();
+    scene.agents = lab.start_agents();
     assert_eq!(lab.wait_owner(EGRESS), "node-b");
     if let Err(output) = first.connect() {
         panic!("{}", output.explain());
     }
     let _ = first.call_outgate("STATUS").expect_success();
-    lab.wait_source(&first.netns, &server, EGRESS);
+    lab.wait_source(&first.netns, server, EGRESS);
 
     // Killed: the socket is left behind.
-    Agent::kill(agents.remove(0));
-    let mut second = lab.prepare_pod("node-a", &spec(&lab, "prod", "second"));
+    Agent::kill(scene.agents.remove(0));
+    let mut second = lab.prepare_pod("node-a", &spec(lab, "prod", "second"));
     refused(&mut second);
     let (code, _) = refusal(&first.call_outgate("CHECK"));
     assert_eq!(code, 11);
@@ -120,7 +106,7 @@ fn without_an_agent_pods_do_not_start_but_end() {
     if let Err(output) = second.connect() {
         panic!("{}", output.explain());
     }
-    assert_eq!(first_datagram(&second, &server), EGRESS);
+    assert_eq!(first_datagram(&second, server), EGRESS);
     agent.stop();
     assert!(!lab.cni_socket("node-a").exists(), "its own socket goes with it");
     outside.expect_at_most(&[EGRESS]);
@@ -150,16 +136,12 @@ fn the_program_installs_itself_as_a_plugin() {
 
 #[test]
 fn a_pod_that_the_api_does_not_know_yet_is_waited_for() {
-    let lab = two_nodes(Cni::Bridge);
+    let scene = Scene::new(Cni::Bridge);
+    let (lab, server) = (&scene.lab, scene.server.as_str());
     lab.tolerate("there is no Namespace odd");
-    let _agents = lab.start_agents();
-    assert_eq!(lab.wait_owner(EGRESS), "node-b");
-    let _echo = lab.echo(&lab.web.netns);
-    let server = format!("{}:{ECHO}", lab.web.address);
-    let warm = lab.run_pod("node-a", &PodSpec::new("prod", "warm"));
-    lab.wait_source(&warm.netns, &server, EGRESS);
-    let outside = Outside::watch(&lab);
-    let mut vain = lab.prepare_pod("node-a", &hasty(&lab, "prod", "vain").unannounced());
+    let _warm = scene.warm("node-a");
+    let outside = Outside::watch(lab);
+    let mut vain = lab.prepare_pod("node-a", &hasty(lab, "prod", "vain").unannounced());
     let (code, message) = refusal(&vain.connect().expect_err("nobody knows it"));
     assert_eq!(code, 11);
     assert!(
@@ -167,52 +149,49 @@ fn a_pod_that_the_api_does_not_know_yet_is_waited_for() {
         "{message}"
     );
     // Its namespace's labels are not known, so neither is whether it is selected.
-    let mut odd = lab.prepare_pod("node-a", &hasty(&lab, "odd", "pod"));
+    let mut odd = lab.prepare_pod("node-a", &hasty(lab, "odd", "pod"));
     let (_, message) = refusal(&odd.connect().expect_err("nobody knows its namespace"));
     assert!(message.contains("no Namespace odd"), "{message}");
 
-    let mut late = lab.prepare_pod("node-a", &spec(&lab, "prod", "late").unannounced());
+    let mut late = lab.prepare_pod("node-a", &spec(lab, "prod", "late").unannounced());
     let veths = |lab: &Lab| {
         lab.node("node-a").netns.exec(&["ip", "-o", "link", "show", "master", "cni0"]).lines().count()
     };
-    let before = veths(&lab);
+    let before = veths(lab);
     let early = late.announcer();
     thread::scope(|scope| {
         let late = &mut late;
         let connecting = scope.spawn(move || late.connect().map_err(|output| output.explain()));
         eventually_ok("its network", Duration::from_secs(10), || {
-            if veths(&lab) > before { Ok(()) } else { Err("no interface".to_owned()) }
+            if veths(lab) > before { Ok(()) } else { Err("no interface".to_owned()) }
         });
         assert!(!connecting.is_finished(), "it waits");
         early();
         connecting.join().expect("it does not panic").expect("the plugin lets it start");
     });
-    assert_eq!(first_datagram(&late, &server), EGRESS);
+    assert_eq!(first_datagram(&late, server), EGRESS);
     outside.expect_at_most(&[EGRESS]);
 }
 
 /// The object's status is still of the sandbox before, and stays so until the new one's containers run.
 #[test]
 fn a_pods_new_sandbox_counts_at_once() {
-    let lab = two_nodes(Cni::Ptp);
+    let scene = Scene::new(Cni::Ptp);
+    let (lab, server) = (&scene.lab, scene.server.as_str());
     // So it is, from when its network is made until Outgate's plugin asks.
     lab.tolerate("held: its interface is gone");
-    let _agents = lab.start_agents();
-    assert_eq!(lab.wait_owner(EGRESS), "node-b");
-    let _echo = lab.echo(&lab.web.netns);
-    let server = format!("{}:{ECHO}", lab.web.address);
-    let outside = Outside::watch(&lab);
-    for spec in [spec(&lab, "prod", "any"), spec(&lab, "prod", "same").ip("10.244.1.77")] {
+    let outside = Outside::watch(lab);
+    for spec in [spec(lab, "prod", "any"), spec(lab, "prod", "same").ip("10.244.1.77")] {
         let mut pod = lab.run_pod("node-a", &spec);
         pod.announce();
-        lab.wait_source(&pod.netns, &server, EGRESS);
+        lab.wait_source(&pod.netns, server, EGRESS);
         let before = pod.ip.clone();
         pod.new_sandbox();
         if let Err(output) = pod.connect() {
             panic!("{}", output.explain());
         }
         assert_eq!(pod.ip == before, before == "10.244.1.77");
-        assert_eq!(first_datagram(&pod, &server), EGRESS);
+        assert_eq!(first_datagram(&pod, server), EGRESS);
     }
     outside.expect_at_most(&[EGRESS]);
 }

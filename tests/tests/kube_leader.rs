@@ -65,7 +65,6 @@ fn one_leads_and_the_other_takes_over() {
     kube.controllers.push(kube.api.start_controller(&kube.lab, &node));
     let sleeper = &kube.controllers[0];
     kube.lab.tolerate("Lease");
-    kube.lab.tolerate("has changed meanwhile");
     sleeper.pause();
     kube.api.apply(&egress_ip("late", &["172.18.0.104"], &[("team", "late")], &[]));
     let third = kube.pod("node-a", "dev", "third");

@@ -5,11 +5,17 @@ use std::time::Duration;
 use lab::eventually_ok;
 use lab::kube::KubeLab;
 use lab::kube::install::NAMESPACE;
+use lab::kube::request::path;
 use lab::objects::egress_ip;
 use serde_json::{Value, json};
 
 const FIRST: &str = "172.18.0.101";
-const LIMIT: Duration = Duration::from_secs(30);
+const SECOND: &str = "172.18.0.102";
+const LIMIT: Duration = Duration::from_mins(1);
+
+fn role(account: &str) -> String {
+    format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{account}")
+}
 
 /// A ClusterRole with one verb on one resource taken away.
 fn without(role: &Value, resource: &str, verb: &str) -> Value {
@@ -52,9 +58,9 @@ fn whoever_lacks_a_right_says_which() {
         ("outgate-controller", "nodes", "list"),
         ("outgate-controller", "egressallocations", "create"),
     ] {
-        let place = format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{account}");
-        let role = kube.api.get(&place);
-        kube.api.patch(&place, &without(&role, resource, verb));
+        let place = role(account);
+        let whole = kube.api.get(&place);
+        kube.api.patch(&place, &without(&whole, resource, verb));
         let controller = kube.api.start_controller(&kube.lab, "node-a");
         let agent = kube.api.start_agent(&kube.lab, "node-a");
         let mut process = if account == "outgate-agent" { agent } else { controller };
@@ -67,13 +73,13 @@ fn whoever_lacks_a_right_says_which() {
             });
             if said { Ok(()) } else { Err(log) }
         });
-        // Whoever can list knows all there is, though not for long.
-        if verb == "list" {
+        // Whoever can list and not watch knows all there is, though not for long.
+        if ["list", "watch"].contains(&verb) {
             let ready = process.get("/readyz");
             assert!(!ready.success(), "{} is ready without {verb} on {resource}", process.node);
         }
         // Given it, it goes on by itself.
-        kube.api.patch(&place, &json!({"rules": role["rules"]}));
+        kube.api.patch(&place, &json!({"rules": whole["rules"]}));
         process.wait_ready();
         kube.api.wait(
             "a node that is reported",
@@ -89,6 +95,70 @@ fn whoever_lacks_a_right_says_which() {
             });
         kube.api.delete(&format!("/apis/outgate.dev/v1alpha1/egressallocations/{name}"));
     }
+}
+
+/// What is known stays in force and grows old: whoever looks whether the agent is ready is told.
+#[test]
+fn a_right_that_is_taken_away_shows_and_what_was_known_stays_in_force() {
+    let mut kube = KubeLab::new(1, &["node-a"]);
+    kube.lab.tolerate("orbidden");
+    kube.lab.tolerate("API server");
+    kube.lab.tolerate("cannot be read or renewed");
+    kube.api.apply(&egress_ip("prod", &[FIRST], &[("env", "prod")], &[]));
+    let pod = kube.pod("node-a", "prod", "web");
+    kube.wait_source(&pod, FIRST);
+    let place = role("outgate-agent");
+    let whole = kube.api.get(&place);
+    kube.api.patch(&place, &without(&whole, "egressips", "watch"));
+    // A watch that is under way goes on: who may have it is asked when it begins.
+    kube.api.kill();
+    kube.api.start();
+    eventually_ok("an agent that is not ready", LIMIT, || {
+        let agent = kube.agent("node-a");
+        let said = agent.log().contains("may not watch egressips");
+        if said && !agent.get("/readyz").success() { Ok(()) } else { Err(agent.log()) }
+    });
+    kube.wait_source(&pod, FIRST);
+    // The agent does not hear of it yet.
+    kube.api.patch(&path::egress_ip("prod"), &json!({"spec": {"egressIPs": [SECOND]}}));
+    kube.api.patch(&place, &json!({"rules": whole["rules"]}));
+    kube.agents[0].wait_ready();
+    kube.wait_source(&pod, SECOND);
+}
+
+/// Before the leader takes a node's ports away it looks whether the node is there.
+#[test]
+fn who_may_not_look_for_a_node_takes_no_ports_from_it() {
+    let mut kube = KubeLab::new(2, &["node-a"]);
+    kube.lab.tolerate("may not get nodes");
+    kube.api.apply(&egress_ip("prod", &[FIRST], &[("env", "prod")], &[]));
+    let pod = kube.pod("node-b", "prod", "web");
+    kube.wait_source(&pod, FIRST);
+    let place = role("outgate-controller");
+    let whole = kube.api.get(&place);
+    kube.api.patch(&place, &without(&whole, "nodes", "get"));
+    eventually_ok("a right that is gone", LIMIT, || {
+        let user = "outgate-controller-node-a";
+        let answer = kube.api.kubectl_as(user, &["auth", "can-i", "get", "nodes"], "");
+        if answer.stdout.trim() == "no" { Ok(()) } else { Err(answer.explain()) }
+    });
+    kube.take_agent("node-b").kill();
+    kube.api.delete("/api/v1/nodes/node-b");
+    eventually_ok("the controller says what it lacks", LIMIT, || {
+        let log = kube.controllers[0].log();
+        let words = ["WARN", "may not get nodes", "the verb get"];
+        let said = log.lines().any(|line| words.iter().all(|word| line.contains(word)));
+        if said { Ok(()) } else { Err(log) }
+    });
+    let spec = || kube.api.list(&path::outgate("egressallocations"))[0]["spec"].clone();
+    let leases = |spec: &Value| spec["leases"].to_string().contains("\"node-b\"");
+    assert!(leases(&spec()), "{}", spec());
+    kube.api.patch(&place, &json!({"rules": whole["rules"]}));
+    eventually_ok("ports that rest", LIMIT, || {
+        let spec = spec();
+        let rest = spec["resting"].as_array().is_some_and(|resting| !resting.is_empty());
+        if rest && !leases(&spec) { Ok(()) } else { Err(spec.to_string()) }
+    });
 }
 
 #[test]

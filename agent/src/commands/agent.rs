@@ -13,6 +13,7 @@ use datapath::keys::{EgressId, IfIndex, PodId};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
+use super::known::wait_for;
 use crate::agent::{Agent, Identity, Kernel, random};
 use crate::announce::Announcer;
 use crate::bpf::{self, Datapath};
@@ -28,6 +29,7 @@ use crate::names::resolv_conf::ResolvConf;
 use crate::netlink;
 use crate::notrack::Notrack;
 use crate::ports::Use;
+use crate::told::Told;
 use crate::watch::Problem;
 use crate::watch::dir::DirSource;
 use crate::watch::kube::{KubeSource, Role};
@@ -45,8 +47,10 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     Datapath::check_host(&args.bpffs.bpffs)?;
     let mut source = open(&args).await?;
+    let state = Rc::new(RefCell::new(metrics::State::starting()));
+    let mut told = Told::default();
     tokio::select! {
-        looked = look(&mut source, &args) => looked?,
+        looked = look(&mut source, &args, &state, &mut told) => looked?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
@@ -60,7 +64,6 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let selection =
         netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
     let facts = netlink::watch(selection).await?;
-    let state = Rc::new(RefCell::new(metrics::State::default()));
     if let Some(address) = args.metrics {
         serve_metrics(address, &bpf::pin_dir(&args.bpffs.bpffs), &state).await?;
     }
@@ -116,12 +119,13 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
                 .await
                 .map_err(anyhow::Error::from),
             Opened::Kube(mut source) => {
-                wait_for(&mut source, &state).await?;
+                wait_for(&mut source, &state, &mut told).await?;
                 if !args.adopt.adopt {
                     source.refuse_ovn()?;
                 }
                 Agent::new(identity, *source, kernel, facts, resolv_conf, state)
                     .with_runtime(runtime)
+                    .with_told(told)
                     .run()
                     .await
                     .map_err(anyhow::Error::from)
@@ -177,44 +181,18 @@ async fn open(args: &AgentArgs) -> anyhow::Result<Opened> {
 }
 
 /// Looks whether the cluster is another's, where nothing of outgate is in the kernel yet: nothing may come to be then.
-async fn look(source: &mut Opened, args: &AgentArgs) -> anyhow::Result<()> {
+async fn look(
+    source: &mut Opened,
+    args: &AgentArgs,
+    state: &Rc<RefCell<metrics::State>>,
+    told: &mut Told,
+) -> anyhow::Result<()> {
     let Opened::Kube(source) = source else { return Ok(()) };
     if args.adopt.adopt || bpf::pin_dir(&args.bpffs.bpffs).exists() {
         return Ok(());
     }
-    let mut told = BTreeSet::new();
-    source
-        .ready(|problems| {
-            for problem in problems.difference(&told) {
-                warn!("{problem}");
-            }
-            told.clone_from(problems);
-        })
-        .await?;
+    wait_for(source, state, told).await?;
     Ok(source.refuse_ovn()?)
-}
-
-/// Waits for the objects. Until they are known, what is in the kernel stays as it is: half of them would let out the
-/// pods that the other half selects.
-async fn wait_for(source: &mut KubeSource, state: &Rc<RefCell<metrics::State>>) -> anyhow::Result<()> {
-    let waiting = "waiting for the API server's objects";
-    state.borrow_mut().not_ready = Some(waiting.to_owned());
-    let mut told = BTreeSet::new();
-    source
-        .ready(|problems| {
-            for problem in problems.difference(&told) {
-                warn!("{problem}");
-            }
-            let all: Vec<_> = problems.iter().map(ToString::to_string).collect();
-            state.borrow_mut().not_ready = Some(if all.is_empty() {
-                waiting.to_owned()
-            } else {
-                format!("{waiting}: {}", all.join("; "))
-            });
-            told.clone_from(problems);
-        })
-        .await?;
-    Ok(())
 }
 
 fn boot_id() -> anyhow::Result<String> {
@@ -244,8 +222,8 @@ impl Kernel for NodeKernel {
         self.datapath.recovered()
     }
 
-    fn has_interface(&self, index: IfIndex) -> bool {
-        netlink::has_interface(index)
+    fn gone(&self, interfaces: impl Iterator<Item = IfIndex>) -> BTreeSet<IfIndex> {
+        netlink::gone(interfaces)
     }
 
     async fn ensure_tunnel(&mut self, port: u16) -> Result<(), String> {

@@ -1,16 +1,17 @@
 //! `outgate controller`.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use tracing::info;
 
 use super::WrongUsage;
+use super::known::wait_for;
 use crate::cli::{ControllerArgs, SourceArg};
 use crate::controller::Controller;
 use crate::metrics::{self, Counters};
+use crate::told::Told;
 use crate::watch::kube::{KubeSource, Role};
 
 pub(super) fn run(args: ControllerArgs) -> anyhow::Result<()> {
@@ -30,9 +31,7 @@ async fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let s = &args.source;
     let mut source = KubeSource::open(Role::Controller, s.kubeconfig.as_deref(), &s.namespace).await?;
-    let state = Rc::new(RefCell::new(metrics::State::default()));
-    let waiting = "waiting for the API server's objects";
-    state.borrow_mut().not_ready = Some(waiting.to_owned());
+    let state = Rc::new(RefCell::new(metrics::State::starting()));
     if let Some(address) = args.metrics {
         let listener = metrics::listen(address).await.map_err(anyhow::Error::msg)?;
         tokio::task::spawn_local(metrics::serve(
@@ -42,18 +41,9 @@ async fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         ));
     }
     info!("outgate {} controller, objects from {}", env!("CARGO_PKG_VERSION"), source.describe());
-    let mut told = BTreeSet::new();
-    let ready = source.ready(|problems| {
-        for problem in problems.difference(&told) {
-            warn!("{problem}");
-        }
-        let all: Vec<_> = problems.iter().map(ToString::to_string).collect();
-        state.borrow_mut().not_ready =
-            Some(if all.is_empty() { waiting.to_owned() } else { format!("{waiting}: {}", all.join("; ")) });
-        told.clone_from(problems);
-    });
+    let mut told = Told::default();
     let ready = tokio::select! {
-        ready = ready => Some(ready),
+        ready = wait_for(&mut source, &state, &mut told) => Some(ready),
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
     };
@@ -68,7 +58,7 @@ async fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         source.resign().await;
         return Err(error.into());
     }
-    let mut controller = Controller::new(source, state);
+    let mut controller = Controller::new(source, state, told);
     let ended = tokio::select! {
         ended = controller.run() => ended,
         _ = terminate.recv() => Ok(()),

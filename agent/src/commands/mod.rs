@@ -7,6 +7,7 @@ mod controller;
 mod convert;
 mod crds;
 mod flows;
+mod known;
 mod monitor;
 mod status;
 mod trace;

@@ -19,6 +19,8 @@ use crate::model::Node;
 use crate::objects::{LabelSelector, Meta};
 use crate::selector::Selector;
 
+/// Why a spec that has not been read has no rules.
+const UNREAD: &str = "its rules have not been read yet";
 /// How many mistakes are told; the others are counted.
 const MISTAKES: usize = 10;
 
@@ -63,11 +65,13 @@ impl Spec {
     /// The spec of an object that is there and has not been read yet: refused, like one with mistakes.
     #[must_use]
     pub fn unread() -> Self {
-        Self {
-            rules: Err("its rules have not been read yet".to_owned()),
-            selectors: Arc::default(),
-            content: identity(&["unread"]),
-        }
+        Self { rules: Err(UNREAD.to_owned()), selectors: Arc::default(), content: identity(&["unread"]) }
+    }
+
+    /// Whether that is all there is to say of it: no mistake of anybody's.
+    #[must_use]
+    pub fn is_unread(&self) -> bool {
+        self.rules.as_ref().is_err_and(|why| why == UNREAD)
     }
 
     /// How many rules it has; 0 if it is refused.

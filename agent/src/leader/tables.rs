@@ -130,3 +130,69 @@ impl<'a> Standbys<'a> {
         standbys
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Node, NodeAgent};
+
+    const UID: &str = "allocation";
+
+    fn ip() -> IpAddr {
+        "192.0.2.1".parse().unwrap()
+    }
+
+    /// A node whose agent says this of the address's allocation, as that of a Node object of its own UID.
+    fn node(uid: &str, generation: u64) -> Node {
+        let loaded = BTreeMap::from([(ip(), (uid.to_owned(), generation))]);
+        let agent = NodeAgent { node_uid: "machine".into(), loaded, ..NodeAgent::default() };
+        Node { exists: true, uid: "machine".into(), agent: Some(agent), ..Node::default() }
+    }
+
+    fn desired<const N: usize>(nodes: [(&str, Node); N]) -> Desired {
+        let nodes = nodes.map(|(name, node)| (name.to_owned(), node)).into();
+        Desired { nodes, ..Desired::default() }
+    }
+
+    /// What everybody has, those of these names for certain.
+    fn by_all(desired: &Desired, must: &[&str]) -> Option<u64> {
+        let must: Vec<_> = must.iter().map(|name| (*name).to_owned()).collect();
+        Tables::new(desired).by_all(&ip(), UID, must.iter())
+    }
+
+    #[test]
+    fn a_nodes_word_counts_for_its_own_object_and_for_the_very_allocation() {
+        let earlier = Node { uid: "another".into(), ..node(UID, 3) };
+        let gone = Node { exists: false, ..node(UID, 3) };
+        let silent = Node { agent: None, ..node(UID, 3) };
+        let d = desired([
+            ("a", node(UID, 7)),
+            ("anew", node("before", 3)),
+            ("earlier", earlier),
+            ("gone", gone),
+            ("silent", silent),
+        ]);
+        let tables = Tables::new(&d);
+        assert_eq!(tables.loaded("a", &ip(), UID), Some(7));
+        assert_eq!(tables.loaded("a", &"192.0.2.2".parse().unwrap(), UID), None);
+        for name in ["anew", "earlier", "gone", "silent", "nobody"] {
+            assert_eq!(tables.loaded(name, &ip(), UID), None, "{name}");
+            assert_eq!(by_all(&d, &["a", name]), None, "{name} must have it");
+        }
+        assert_eq!(by_all(&d, &["a"]), Some(7), "what the others say is of nothing that there is");
+    }
+
+    #[test]
+    fn everybody_has_what_the_slowest_has() {
+        let d = desired([("a", node(UID, 9)), ("b", node(UID, 8)), ("steers", node(UID, 3))]);
+        assert_eq!(by_all(&d, &["a", "b"]), Some(3), "it need not have any, but has, and steers by it");
+        let d = desired([("a", node(UID, 9)), ("b", node(UID, 8)), ("other", node("before", 3))]);
+        assert_eq!(by_all(&d, &["a", "b"]), Some(8));
+        assert_eq!(by_all(&d, &["a"]), Some(8), "whoever has any counts");
+        let none = Node { agent: Some(NodeAgent::default()), ..node(UID, 0) };
+        let d = desired([("a", node(UID, 9)), ("b", none)]);
+        assert_eq!(by_all(&d, &["a", "b"]), None, "the standby has nothing yet");
+        assert_eq!(by_all(&d, &["a"]), Some(9));
+        assert_eq!(by_all(&Desired::default(), &[]), Some(u64::MAX), "nobody steers by it");
+    }
+}

@@ -186,13 +186,20 @@ pub async fn remove_tunnel() -> Result<bool, Error> {
     Ok(true)
 }
 
-/// Whether this network namespace has an interface at this moment. If the kernel cannot be asked, it has.
+/// Which of these interfaces this network namespace has not at this moment. If the kernel cannot be asked, it has all.
 #[must_use]
-pub fn has_interface(index: IfIndex) -> bool {
+pub fn gone(interfaces: impl IntoIterator<Item = IfIndex>) -> BTreeSet<IfIndex> {
+    use rustix::io::Errno;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-    let name = socket.and_then(|socket| netdevice::index_to_name_inlined(socket, index));
-    !matches!(name, Err(rustix::io::Errno::NODEV | rustix::io::Errno::NXIO))
+    // One look-up each, under RCU; a dump of all interfaces would take RTNL (`netdev_get_name`, net/core/dev.c).
+    let Ok(socket) = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None) else {
+        return BTreeSet::new();
+    };
+    let is_gone = |index: &IfIndex| {
+        let name = netdevice::index_to_name_inlined(&socket, *index);
+        matches!(name, Err(Errno::NODEV | Errno::NXIO))
+    };
+    interfaces.into_iter().filter(is_gone).collect()
 }
 
 async fn delete(handle: &Handle, index: IfIndex) -> Result<(), Error> {
@@ -468,7 +475,15 @@ fn matches(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{gone, matches};
+
+    #[test]
+    fn interfaces_that_are_gone_are_told_from_those_that_are_there() {
+        // Every network namespace has its loopback, and as its first.
+        assert!(gone([1]).is_empty());
+        let never = 0x7fff_ffff;
+        assert_eq!(gone([1, never, never - 1]), [never - 1, never].into());
+    }
 
     #[test]
     fn patterns() {

@@ -110,6 +110,11 @@ pub trait Source {
     /// What is wrong with the source itself.
     fn problems(&self) -> &BTreeSet<Problem>;
 
+    /// Why what is known is out of date, or soon will be, and not only because the source is away for a while.
+    fn stale(&self) -> Option<&Problem> {
+        None
+    }
+
     /// Whether this process leads; asks for it if nobody does.
     fn lead(&mut self) -> Result<bool, Self::Error>;
 

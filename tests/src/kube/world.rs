@@ -47,10 +47,6 @@ impl KubeLab {
     #[must_use]
     pub fn installed(nodes: usize, assignable: &[&str]) -> Self {
         let lab = Lab::with(&LabSpec::default().nodes(nodes));
-        // Nodes write their statuses while the leader plans: it plans again, as it should.
-        lab.tolerate("has changed meanwhile");
-        // An agent hears of an EgressFirewall before it has read its rules, and denies what they could be about.
-        lab.tolerate("its rules have not been read yet");
         let api = lab.kube_api();
         api.describe_cluster(&lab, assignable);
         api.install();

@@ -41,7 +41,7 @@ pub(super) async fn stand(
             Problem::new("leadership", text)
         });
         // Nobody listens any more: the stop comes.
-        let _ = notes.send(Note { about: "leadership", problem });
+        let _ = notes.send(Note { about: "leadership", problem, away: false });
     };
     while !*stop.borrow() {
         let built = LeaseManagerBuilder::new(client.clone(), LEASE)

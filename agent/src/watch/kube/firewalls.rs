@@ -15,6 +15,8 @@ use super::trouble::{self, Trouble};
 use super::{Note, Task};
 use crate::watch::Problem;
 
+/// What its problems are noted as.
+pub(super) const NOTE: &str = "EgressFirewalls";
 /// The first wait after a failure, and the longest.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(400), Duration::from_secs(10));
 
@@ -130,7 +132,8 @@ async fn fetch(
             Problem::new(&what, trouble::request(t, &what, "get", Kind::EgressFirewall, &connection))
         });
         // Nobody listens any more: the task ends with who started it.
-        let _ = notes.send(Note { about: "EgressFirewalls", problem });
+        let away = answer.as_ref().err().is_some_and(Trouble::is_away);
+        let _ = notes.send(Note { about: NOTE, problem, away });
         // None is not gone: a server that starts knows of none. The watch tells, and ends this task.
         if let Ok(Some(object)) = answer {
             let _ = got.send((key, object));

@@ -95,7 +95,8 @@ pub(super) async fn renew(
                     Problem::new("this node's heartbeat", text)
                 });
                 let failed = problem.is_some();
-                if notes.send(Note { about: "heartbeat", problem }).is_err() {
+                let away = trouble.as_ref().is_some_and(Trouble::is_away);
+                if notes.send(Note { about: "heartbeat", problem, away }).is_err() {
                     return;
                 }
                 Some(if failed { jitter(RENEW / 4) } else { RENEW })

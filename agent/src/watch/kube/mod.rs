@@ -40,7 +40,7 @@ use self::follow::{Change, Message, Outlet, Scope, follow};
 use self::heartbeat::Judge;
 use self::kinds::{Key, Kind, read};
 use self::set::{Set, Step};
-use self::trouble::Trouble;
+use self::trouble::{SERVER, Trouble};
 use self::view::View;
 use self::write::{Done, Outcome, Writer};
 use super::{Event, Problem, Source, Write};
@@ -55,6 +55,8 @@ use crate::objects::{
 const DEBOUNCE: Duration = Duration::from_millis(15);
 /// The namespace of OpenShift's DNS, where there is one.
 const OPENSHIFT_DNS: &str = "openshift-dns";
+/// A server that has just started knows no roles, and refuses for some seconds what it will grant.
+const PASSING: Duration = Duration::from_secs(10);
 /// Messages of watches that wait to be read.
 const QUEUE: usize = 1024;
 
@@ -101,6 +103,8 @@ pub enum Role {
 struct Note {
     about: &'static str,
     problem: Option<Problem>,
+    /// Whether that is because the server is away, which watches say as well.
+    away: bool,
 }
 
 /// A task that ends with its owner.
@@ -127,8 +131,56 @@ struct Watch {
     run: u64,
     /// None: it is not needed now.
     task: Option<Task>,
+    /// Whether it has followed changes, and has not been refused them since.
+    follows: bool,
+    /// Since when it is refused what it needs, as last heard.
+    refused: Option<Refused>,
     /// What is wrong with it, and since when.
     trouble: Option<(Trouble, String)>,
+}
+
+/// A right that is missing.
+struct Refused {
+    since: Instant,
+    problem: Problem,
+    /// Whether it has been for so long that it is no passing trouble.
+    lasts: bool,
+}
+
+impl Watch {
+    /// Takes up whether changes come: a list alone is soon out of date.
+    fn hear(&mut self, change: &Change, connection: &Connection) {
+        match change {
+            // What is said before a list has ended is said by the list.
+            Change::Alive | Change::Put(_) | Change::Gone(..) if self.set.complete() => {
+                self.follows = true;
+                self.refused = None;
+            }
+            Change::Failed(trouble @ Trouble::Forbidden(..), since) => {
+                self.follows = false;
+                let problem = trouble.problem(self.scope.kind, since, connection);
+                let since = self.refused.take().map_or_else(Instant::now, |refused| refused.since);
+                self.refused = Some(Refused { since, problem, lasts: since.elapsed() >= PASSING });
+            }
+            Change::Begin
+            | Change::Page(_)
+            | Change::End(_)
+            | Change::Put(_)
+            | Change::Gone(..)
+            | Change::Alive
+            | Change::Failed(..) => {}
+        }
+    }
+
+    /// Why what is known of it will be out of date, and for long.
+    fn stale(&self) -> Option<&Problem> {
+        self.refused.as_ref().filter(|refused| self.required && refused.lasts).map(|refused| &refused.problem)
+    }
+
+    /// Whether something that is needed is missing.
+    fn lacks(&self, to_follow: bool) -> bool {
+        self.required && self.task.is_some() && !(self.set.complete() && (self.follows || !to_follow))
+    }
 }
 
 /// The election, on a controller.
@@ -153,9 +205,11 @@ pub struct KubeSource {
     view: View,
     judge: Judge,
     problems: BTreeSet<Problem>,
+    /// Which of them keeps changes from coming.
+    stale: Option<Problem>,
     notes: mpsc::UnboundedReceiver<Note>,
     /// Problems of background tasks.
-    noted: BTreeMap<&'static str, Problem>,
+    noted: BTreeMap<&'static str, (Problem, bool)>,
     /// When to tell of what has changed.
     due: Option<Instant>,
     writer: Writer,
@@ -243,6 +297,7 @@ impl KubeSource {
             messages,
             judge: Judge::default(),
             problems: BTreeSet::new(),
+            stale: None,
             notes: note_queue,
             noted: BTreeMap::new(),
             due: None,
@@ -282,6 +337,8 @@ impl KubeSource {
             set: Set::default(),
             run: 0,
             task: Some(task),
+            follows: false,
+            refused: None,
             trouble: None,
         });
     }
@@ -309,6 +366,8 @@ impl KubeSource {
         let watch = &mut self.watches[index];
         watch.run += 1;
         watch.task = None;
+        watch.follows = false;
+        watch.refused = None;
         watch.trouble = None;
         let kind = watch.scope.kind;
         for key in watch.set.clear() {
@@ -316,27 +375,28 @@ impl KubeSource {
         }
     }
 
-    /// Waits until everything is known for the first time, and tells whenever it has something else to say about why it
+    /// Waits until everything is known for the first time and changes would come, and tells whenever it has something else to say about why it
     /// is not yet. An API server that is away is waited for.
-    pub async fn ready(&mut self, mut tell: impl FnMut(&BTreeSet<Problem>)) -> Result<(), Error> {
+    pub async fn ready(&mut self, mut tell: impl FnMut(&Self)) -> Result<(), Error> {
         let mut told = None;
         while !self.is_known() {
             self.changed().await?;
             if told.as_ref() != Some(&self.problems) {
-                tell(&self.problems);
+                tell(self);
                 told = Some(self.problems.clone());
             }
         }
         Ok(())
     }
 
-    /// Whether every object is known, good or bad.
+    /// Whether every object is known, good or bad, and will be: a command looks once.
     fn is_known(&self) -> bool {
         let firewalls = match &self.role {
             Role::Agent { node } => self.firewalls.is_complete(&own_namespaces(&self.view.objects, node)),
             Role::Controller | Role::Command => true,
         };
-        firewalls && self.watches.iter().all(|w| !w.required || w.task.is_none() || w.set.complete())
+        let to_follow = self.role != Role::Command;
+        firewalls && !self.watches.iter().any(|w| w.lacks(to_follow))
     }
 
     /// Refuses a cluster that OVN-Kubernetes serves.
@@ -371,6 +431,9 @@ impl KubeSource {
         let heard = !matches!(message.change, Change::Begin | Change::Page(_) | Change::Failed(..));
         let mut changed = trouble != watch.trouble;
         watch.trouble = trouble;
+        let before = (watch.follows, watch.stale().is_some());
+        watch.hear(&message.change, &self.connection);
+        changed |= (watch.follows, watch.stale().is_some()) != before;
         let steps = match message.change {
             Change::Begin => {
                 watch.set.begin();
@@ -439,7 +502,16 @@ impl KubeSource {
                 Some(trouble.problem(w.scope.kind, since, &self.connection))
             })
             .collect();
+        // A server that is away comes back; a right that is missing does not come by itself.
+        let refused = self.watches.iter().find_map(Watch::stale).cloned();
+        // A firewall that was not got is one that is known to have changed.
+        let unread = || self.noted.get(firewalls::NOTE).filter(|(_, away)| !away).map(|(p, _)| p.clone());
+        self.stale = refused.or_else(unread);
         one_of_each_server(&mut problems);
+        // One that is away is one problem, whatever else wants something of it.
+        let away = problems.iter().any(|p| p.about.starts_with(SERVER));
+        let noted = self.noted.values().filter(|(_, because)| !(away && *because));
+        problems.extend(noted.map(|(problem, _)| problem.clone()));
         for ((kind, key), error) in &self.view.bad {
             let name = ObjectName { kind: name_of(*kind), namespace: key.0.clone(), name: key.1.clone() };
             problems.insert(Problem::new(
@@ -449,7 +521,6 @@ impl KubeSource {
                 ),
             ));
         }
-        problems.extend(self.noted.values().cloned());
         self.problems = problems;
         if let Role::Agent { node } = &self.role {
             let node = node.clone();
@@ -519,7 +590,10 @@ impl KubeSource {
 
     fn note(&mut self, note: Note) -> bool {
         match note.problem {
-            Some(problem) => self.noted.insert(note.about, problem.clone()) != Some(problem),
+            Some(problem) => {
+                let noted = (problem, note.away);
+                self.noted.insert(note.about, noted.clone()) != Some(noted)
+            }
             None => self.noted.remove(note.about).is_some(),
         }
     }
@@ -666,7 +740,7 @@ fn own_namespaces<'a>(objects: &'a Objects, node: &str) -> BTreeSet<&'a str> {
 /// A server that cannot be reached is one problem, however many watches there are: that which has it longest.
 fn one_of_each_server(problems: &mut BTreeSet<Problem>) {
     let mut seen = BTreeSet::new();
-    problems.retain(|p| !p.about.starts_with("API server") || seen.insert(p.about.clone()));
+    problems.retain(|p| !p.about.starts_with(SERVER) || seen.insert(p.about.clone()));
 }
 
 fn name_of(kind: Kind) -> &'static str {
@@ -743,6 +817,10 @@ impl Source for KubeSource {
 
     fn problems(&self) -> &BTreeSet<Problem> {
         &self.problems
+    }
+
+    fn stale(&self) -> Option<&Problem> {
+        self.stale.as_ref()
     }
 
     fn lead(&mut self) -> Result<bool, Error> {

@@ -31,19 +31,22 @@ pub(super) async fn publish(
 ) {
     let api = Scope::all(Kind::EgressNode).api(client);
     let mut patience = PATIENCE.0;
+    let mut before = None;
     while said.changed().await.is_ok() {
         loop {
             let Some(status) = said.borrow_and_update().clone() else { break };
             let trouble = write(&api, &node, &status).await.err();
-            let problem = trouble.as_ref().map(|t| {
+            let problem = trouble::lasting(trouble.as_ref(), before.as_ref()).map(|t| {
                 let what = format!("the status of EgressNode {node}");
                 let text = trouble::request(t, &what, "patch", Kind::EgressNode, &connection);
                 Problem::new("this node's EgressNode", text)
             });
-            if notes.send(Note { about: "EgressNode", problem }).is_err() {
+            let away = trouble.as_ref().is_some_and(Trouble::is_away);
+            if notes.send(Note { about: "EgressNode", problem, away }).is_err() {
                 return;
             }
-            if trouble.is_none() {
+            before = trouble;
+            if before.is_none() {
                 patience = PATIENCE.0;
                 break;
             }

@@ -6,6 +6,9 @@ use super::client::{Connection, chain};
 use super::kinds::Kind;
 use crate::watch::Problem;
 
+/// How the name of what is wrong begins, where that is the server itself.
+pub(super) const SERVER: &str = "API server";
+
 /// Why a request has failed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Trouble {
@@ -51,6 +54,11 @@ impl Trouble {
         }
     }
 
+    /// Whether there is no server to ask.
+    pub(super) fn is_away(&self) -> bool {
+        matches!(self, Self::Unreachable(_))
+    }
+
     /// Whether a list must come before the next watch.
     pub(super) fn is_expired(&self) -> bool {
         *self == Self::Expired
@@ -62,11 +70,11 @@ impl Trouble {
         let server = &connection.server;
         match self {
             Self::Unreachable(cause) => Problem::new(
-                format_args!("API server {server}"),
+                format_args!("{SERVER} {server}"),
                 format_args!("cannot be reached since {since}: {cause}; what was known stays in force"),
             ),
             Self::Unauthorized => Problem::new(
-                format_args!("API server {server}"),
+                format_args!("{SERVER} {server}"),
                 format_args!(
                     "does not accept the credentials of {} since {since}; are they of this cluster and still valid? What was known stays in force",
                     connection.user
@@ -103,6 +111,12 @@ fn words(status: &Status) -> String {
     }
 }
 
+/// What there is to tell of a write that is tried again: not that somebody else wrote the object first, unless that
+/// happens twice in a row.
+pub(super) fn lasting<'t>(now: Option<&'t Trouble>, before: Option<&Trouble>) -> Option<&'t Trouble> {
+    now.filter(|trouble| **trouble != Trouble::Conflict || before == now)
+}
+
 /// A request that did not work, in words: what was to be done to what.
 pub(super) fn request(
     trouble: &Trouble,
@@ -135,6 +149,16 @@ mod tests {
     fn api(code: u16, reason: &str, message: &str) -> kube::Error {
         let status = Status { code, reason: reason.into(), message: message.into(), ..Status::default() };
         kube::Error::Api(status.boxed())
+    }
+
+    #[test]
+    fn a_conflict_is_told_of_when_it_lasts_and_all_else_at_once() {
+        let (conflict, other) = (Some(&Trouble::Conflict), Some(&Trouble::Unauthorized));
+        assert_eq!(lasting(conflict, None), None);
+        assert_eq!(lasting(conflict, other), None);
+        assert_eq!(lasting(conflict, conflict), conflict);
+        assert_eq!(lasting(other, None), other);
+        assert_eq!(lasting(None, conflict), None);
     }
 
     #[test]
