@@ -1,5 +1,6 @@
 //! Makes the trees that [`crate::rules`] describes, and reads them back: for the agent, for tests and for oracles.
 
+use std::boxed::Box;
 use std::collections::BTreeMap;
 use std::vec::Vec;
 
@@ -103,9 +104,10 @@ pub fn build(
             Some(rules) => rules,
             None => ClassRules::Trees([writer.root_v4(v4)?, writer.root_v6(v6)?]),
         };
-        match rules {
-            ClassRules::Trees(roots) if class == 0 => found.roots = roots,
-            rules => records.push(ClassRecord { class, rules }),
+        if let (0, ClassRules::Trees(roots)) = (class, rules) {
+            found.roots = roots;
+        } else {
+            records.push(ClassRecord { class, rules });
         }
     }
     let places = writer.records(&records)?;
@@ -145,7 +147,7 @@ enum Page {
     /// All have one, or none (0).
     Same(u32),
     /// The class of each.
-    Each([u32; PAGE_PORTS]),
+    Each(Box<[u32; PAGE_PORTS]>),
 }
 
 /// A protocol's pages; `None`: no port of it has a class.
@@ -167,8 +169,8 @@ fn pages(ports: &[Span<u32>], protocol: u8) -> Option<Vec<Page>> {
         if span.last - first >= PAGE_PORTS as u32 - 1 {
             return Page::Same(span.winner);
         }
-        let mut classes = [0; PAGE_PORTS];
-        for (n, place) in (first..).zip(&mut classes) {
+        let mut classes = Box::new([0; PAGE_PORTS]);
+        for (n, place) in (first..).zip(classes.iter_mut()) {
             *place = class(n).winner;
         }
         Page::Each(classes)
@@ -498,7 +500,9 @@ fn read_v6<E>(
     if root >> LEVELS_SHIFT == LEAF_V6_LEVELS {
         let mut of_leaf = Vec::new();
         let is_whole = read_leaf(class, &line(root & LINE_MASK)?, end(first, nth), 0, &mut of_leaf);
-        of_leaf.into_iter().for_each(|span| join(span, spans));
+        for span in of_leaf {
+            join(span, spans);
+        }
         return Ok(is_whole);
     }
     let mut words = Vec::new();

@@ -248,7 +248,7 @@ fn each_class_has_its_own_rules() {
             }
             let record = ClassRecord::find(place, |line| t.rule_line(line)).expect("a record");
             assert_eq!(u32::from(record.class), span.winner);
-            if t.random() % u32::from(highest / 100 + 1) != 0 {
+            if !t.random().is_multiple_of(u32::from(highest / 100 + 1)) {
                 continue;
             }
             match record.rules {
