@@ -77,7 +77,13 @@ fn spans<A: Number>(t: &Memory, class: u16, count: usize) -> Vec<Span<A>> {
         lasts.dedup();
     }
     lasts.sort_unstable();
-    lasts.into_iter().map(|last| Span { class, last, winner: t.random() % LINK }).collect()
+    let mut before = Winner::NONE;
+    let spans = lasts.into_iter().map(|last| {
+        let none = before != Winner::NONE && t.random().is_multiple_of(3);
+        before = if none { Winner::NONE } else { t.random() % LINK };
+        Span { class, last, winner: before }
+    });
+    spans.collect()
 }
 
 /// Compares a table at the edges of all its spans and elsewhere.
