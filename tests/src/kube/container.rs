@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::KubeApi;
 use super::install::NAMESPACE;
 use crate::agent::outgate;
+use crate::cgroup;
 use crate::command::{Output, Process, run};
 use crate::lab::{Lab, helper_path, utf8};
 
@@ -57,9 +58,31 @@ impl KubeApi {
         match path {
             // Where each node has a directory of its own: all of a lab have one file system.
             "/sys/fs/bpf" => lab.bpffs(node).parent().expect("a directory of the lab").to_path_buf(),
-            "/sys/fs/cgroup" => path.into(),
+            // Where this machine has version 2, if it has both.
+            "/sys/fs/cgroup" => cgroup::mounted().expect("a cgroup2 file system is mounted"),
             _ => self.dir.join("host").join(node).join(path.trim_start_matches('/')),
         }
+    }
+
+    /// Runs the first init container of a DaemonSet's template on a node, to its end.
+    #[track_caller]
+    #[must_use]
+    pub fn run_init_container(&self, lab: &Lab, node: &str, set: &Value) -> Output {
+        let template = &set["spec"]["template"];
+        let container = &template["spec"]["initContainers"][0];
+        let container =
+            self.container(lab, (node, &format!("outgate-agent-{node}")), template, container, &[]);
+        container.run(lab)
+    }
+
+    /// Starts the container of a DaemonSet's template on a node, whatever it is.
+    #[track_caller]
+    #[must_use]
+    pub fn start_container(&self, lab: &Lab, node: &str, set: &Value) -> Process {
+        let template = &set["spec"]["template"];
+        let container = &template["spec"]["containers"][0];
+        let pod = format!("outgate-agent-{node}");
+        self.container(lab, (node, &pod), template, container, &[]).spawn(lab, &pod)
     }
 
     /// What a pod's container of a template runs on a node, with further arguments.
@@ -72,6 +95,11 @@ impl KubeApi {
         container: &Value,
         options: &[&str],
     ) -> Container {
+        // Every node has these.
+        for path in ["/run", "/etc"] {
+            let path = self.host_path(lab, node, path);
+            fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
         let program = outgate();
         let root = self.dir.join("root").join(pod);
         fs::create_dir_all(&root).unwrap_or_else(|error| panic!("{}: {error}", root.display()));
