@@ -21,6 +21,7 @@ use serde_json::json;
 
 const FIRST: &str = "172.18.0.101";
 const SECOND: &str = "172.18.0.102";
+const LATE: &str = "172.18.0.103";
 const PROD: &[(&str, &str)] = &[("env", "prod")];
 /// How long the API server is away unless asked otherwise.
 const OUTAGE: Duration = Duration::from_secs(10);
@@ -111,9 +112,16 @@ fn traffic_goes_on_without_the_api_server() {
     kube.wait_source(&pods[0], FIRST);
     reach::expect(&pods[0].netns, rules);
 
+    // When the leader decides for the first time, the egress node's sign of life is as old as the outage.
+    kube.agent("node-b").pause();
     kube.api.start();
     let back = Instant::now();
     let owners = kube.api.record_allocations();
+    kube.api.apply(&egress_ip("late", &[LATE], &[("env", "late")], &[]));
+    assert_eq!(kube.wait_owner("late", LATE), "node-b");
+    println!("the leader has decided {:?} after the server is back", back.elapsed());
+    assert_eq!(heartbeat(&kube, "node-b").as_deref(), Some(&*last), "node-b is still");
+    kube.agent("node-b").resume();
     agent.wait_ready();
     kube.agents.push(agent);
     eventually_ok("node-b gives a sign of life again", KEEPALIVE, || match heartbeat(&kube, "node-b") {
@@ -125,8 +133,8 @@ fn traffic_goes_on_without_the_api_server() {
     if outage > OUTAGE {
         sleep(DEADLINE.saturating_sub(back.elapsed()));
     }
-    let held = BTreeSet::from([(FIRST.to_owned(), "node-b".to_owned())]);
-    assert_eq!(owners.owners(), held, "of all the time since the server is back");
+    let held = [FIRST, LATE].map(|address| (address.to_owned(), "node-b".to_owned()));
+    assert_eq!(owners.owners(), BTreeSet::from(held), "of all the time since the server is back");
     old.finish().expect_lossless_from(FIRST);
     new.finish().expect_lossless_from(FIRST);
 
