@@ -332,6 +332,20 @@ pub struct CleanupArgs {
     /// When done, stay until told to end: a DaemonSet starts a pod that ends again and again
     #[arg(long, env = "OUTGATE_STAY")]
     pub stay: bool,
+    /// Where the agent has served the chained CNI plugin: the socket and, if it is empty, a directory of the name outgate
+    /// are removed
+    #[arg(long, env = "OUTGATE_CNI_SOCKET", value_name = "PATH", default_value = crate::cni::door::SOCKET)]
+    pub cni_socket: PathBuf,
+    /// Remove the plugin outgate-cni from DIR too, where `outgate cni --install` has put it, unless it is still needed;
+    /// may be given several times
+    #[arg(long, env = "OUTGATE_CNI_BIN", value_name = "DIR", value_delimiter = ',')]
+    pub cni_bin: Vec<PathBuf>,
+    /// The node's CNI configuration: what names outgate-cni there needs it
+    #[arg(long, env = "OUTGATE_CNI_CONF", value_name = "DIR", default_value = crate::cni::removal::CONFIGURATION)]
+    pub cni_conf: PathBuf,
+    /// libcni's cache of results on this node: sandboxes that were made with outgate-cni may need it to end
+    #[arg(long, env = "OUTGATE_CNI_RESULTS", value_name = "DIR", default_value = crate::cni::cache::RESULTS)]
+    pub cni_results: PathBuf,
     #[command(flatten)]
     #[expect(missing_docs, reason = "its help is the options'")]
     pub bpffs: BpffsArg,

@@ -112,6 +112,19 @@ fn probes_and_port_are_where_the_program_serves() {
     }
 }
 
+/// `tests/tests/kube_uninstall.rs` shows that the DaemonSet's are enough.
+#[test]
+fn the_unit_for_systemd_has_the_daemonsets_capabilities() {
+    let text = fs::read_to_string(deploy().join("base/agent.yaml")).unwrap();
+    let container = documents(&text)[0].pointer("/spec/template/spec/containers/0").unwrap().clone();
+    let added = texts(&container["securityContext"]["capabilities"]["add"]);
+    let unit = fs::read_to_string(deploy().join("outgate-agent.service")).unwrap();
+    let line = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
+    let bounding: BTreeSet<_> =
+        line.split(' ').map(|name| name.trim_start_matches("CAP_").to_owned()).collect();
+    assert_eq!(bounding, added.into_iter().collect());
+}
+
 #[test]
 fn the_image_is_this_version() {
     let image = concat!("localhost/outgate:", env!("CARGO_PKG_VERSION"));

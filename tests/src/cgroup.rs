@@ -36,15 +36,20 @@ impl Cgroup {
     }
 }
 
-/// Where a lab's cgroup is, by the lab's short name.
-fn place(id: &str) -> Option<PathBuf> {
+/// Where this machine has the hierarchy.
+pub(crate) fn mounted() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     let mut cgroup2 = mounts.lines().filter_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let at = fields.next()?;
         (fields.next()? == "cgroup2").then_some(at)
     });
-    Some(PathBuf::from(cgroup2.next()?).join(format!("{id}-pods")))
+    cgroup2.next().map(PathBuf::from)
+}
+
+/// Where a lab's cgroup is, by the lab's short name.
+fn place(id: &str) -> Option<PathBuf> {
+    Some(mounted()?.join(format!("{id}-pods")))
 }
 
 /// Removes a lab's cgroup, if it made one. Its processes have ended.

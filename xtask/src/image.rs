@@ -50,6 +50,7 @@ pub(crate) fn run() -> Result<()> {
     )?;
     let size = |path: &Path| -> Result<u64> { Ok(fs::metadata(path)?.len().div_ceil(1 << 10)) };
     step.done(&format!("{tag}, {} KiB with a program of {} KiB", size(&archive)?, size(&inside)?));
+    try_out(&storage, &archive)?;
     let archive = machine::shown(&archive);
     for (with, command) in [
         ("containerd, K3s", format!("ctr -n k8s.io images import {archive}")),
@@ -63,8 +64,9 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// The agent for this machine's kind, optimised, with the C library inside. It looks up no names by it (the API server is
-/// given by address, and firewalls' names are asked for by the agent itself), which a static glibc could not do alone.
+/// The agent for this machine's kind, optimised, with the C library inside. Firewalls' names are asked for by the agent
+/// itself; an API server that is given by name is looked up by the C library, which has what `/etc/hosts` and DNS take
+/// within since glibc 2.34, also without an nsswitch.conf.
 fn static_program() -> Result<PathBuf> {
     let version = process::capture(Command::new("rustc").arg("-vV"))?;
     let target =
@@ -87,7 +89,30 @@ fn static_program() -> Result<PathBuf> {
 fn check(program: &Path) -> Result<()> {
     let bytes = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
     ensure!(!asks_for_a_loader(&bytes)?, "{} is not static", program.display());
-    let said = process::capture(Command::new(program).arg("version").env_clear())?;
+    says_its_version(Command::new(program).arg("version").env_clear())
+}
+
+/// That a container of the image starts: what users load, with nothing of this machine around it.
+fn try_out(storage: &Storage, archive: &Path) -> Result<()> {
+    const CONTAINER: &str = "try-out";
+    const SHOWN: &str = "outgate version, in a container of the image";
+    let step = ui::Step::begin("try", SHOWN);
+    let image = format!("oci-archive:{}", archive.display());
+    process::capture(storage.buildah("from").args(["--quiet", "--name", CONTAINER]).arg(image))?;
+    says_its_version(storage.buildah("run").args([
+        "--isolation",
+        "chroot",
+        CONTAINER,
+        "--",
+        "/outgate",
+        "version",
+    ]))?;
+    step.done(SHOWN);
+    Ok(())
+}
+
+fn says_its_version(command: &mut Command) -> Result<()> {
+    let said = process::capture(command)?;
     ensure!(said.trim() == concat!("outgate ", env!("CARGO_PKG_VERSION")), "`outgate version` says {said:?}");
     Ok(())
 }

@@ -8,6 +8,7 @@ pub mod door;
 pub mod known;
 pub mod plugin;
 mod programmed;
+pub mod removal;
 
 pub use attachment::Attachment;
 pub use cache::Cache;

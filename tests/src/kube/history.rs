@@ -53,6 +53,28 @@ impl History {
         check(&events)
     }
 
+    /// Every address with every node that owned it at any time; none where nobody did, or its allocation was deleted.
+    /// Waits until there is something to tell.
+    #[track_caller]
+    #[must_use]
+    pub fn owners(&self) -> BTreeSet<(String, String)> {
+        let told =
+            eventually(Duration::from_secs(10), || self.allocations.stdout().contains('\n').then_some(()));
+        assert!(told.is_some(), "no allocation was ever there");
+        let text = self.allocations.stdout();
+        // The last line may be under way.
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let events = whole.lines().map(|line| serde_json::from_str(line).expect("an event a line"));
+        events
+            .map(|event: Value| {
+                let spec = &event["object"]["spec"];
+                let owner =
+                    if event["type"] == "DELETED" { String::new() } else { self::text(&spec["owner"]) };
+                (self::text(&spec["egressIP"]), owner)
+            })
+            .collect()
+    }
+
     /// How many events there are, of allocations and of nodes.
     #[must_use]
     pub fn len(&self) -> (usize, usize) {

@@ -1,18 +1,16 @@
 //! Outgate installed in the lab's cluster: the manifests by kubectl, their pods' processes on the lab's nodes.
 //!
 //! No kubelet runs the DaemonSet's and the Deployment's pods. Their objects are made from the manifests' templates,
-//! and what their containers would run is started in the nodes' namespaces: the same words and environment, with the
-//! rights of the same accounts, by tokens that are bound to these pods as a kubelet asks for them. Only where
-//! things are on the machine differs.
+//! and what their containers would run is started in the nodes' namespaces ([`super::container`]), with the rights of the
+//! same accounts, by tokens that are bound to these pods as a kubelet asks for them.
 
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
 
 use serde_json::{Value, json};
 
 use super::request::path;
 use super::{KubeApi, write};
-use crate::agent::{Agent, outgate};
+use crate::agent::Agent;
 use crate::lab::{Lab, utf8};
 
 /// The namespace that the manifests make.
@@ -20,15 +18,6 @@ pub const NAMESPACE: &str = "outgate-system";
 
 /// A running controller; what can be asked of an agent can be asked of it.
 pub type Controller = Agent;
-
-/// How a pod's program is started.
-#[derive(Debug, Clone)]
-pub(crate) struct Start {
-    node: String,
-    words: Vec<String>,
-    environment: Vec<(String, String)>,
-    metrics: String,
-}
 
 /// The directory of the manifests.
 #[must_use]
@@ -59,11 +48,7 @@ impl KubeApi {
     #[must_use]
     pub fn start_agent_with(&self, lab: &Lab, node: &str, options: &[&str]) -> Agent {
         let set = self.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/outgate-agent"));
-        let bpffs = lab.bpffs(node);
-        let results = self.dir.join("cni-results").join(node);
-        std::fs::create_dir_all(&results).expect("the lab's directory can be written");
-        let places = [("OUTGATE_BPFFS", utf8(&bpffs)), ("OUTGATE_CNI_RESULTS", utf8(&results))];
-        self.start_pod(lab, node, &format!("outgate-agent-{node}"), &set, &places, options)
+        self.start_pod(lab, node, &format!("outgate-agent-{node}"), &set, options)
     }
 
     /// Starts all nodes' agents and waits until they are ready.
@@ -80,20 +65,12 @@ impl KubeApi {
     #[must_use]
     pub fn start_controller(&self, lab: &Lab, node: &str) -> Controller {
         let set = self.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments/outgate-controller"));
-        self.start_pod(lab, node, &format!("outgate-controller-{node}"), &set, &[], &[])
+        self.start_pod(lab, node, &format!("outgate-controller-{node}"), &set, &[])
     }
 
     /// Makes a pod of a template, if it is not there yet, and starts its container's program on its node.
     #[track_caller]
-    fn start_pod(
-        &self,
-        lab: &Lab,
-        node: &str,
-        name: &str,
-        set: &Value,
-        places: &[(&str, &str)],
-        options: &[&str],
-    ) -> Agent {
+    fn start_pod(&self, lab: &Lab, node: &str, name: &str, set: &Value, options: &[&str]) -> Agent {
         let template = &set["spec"]["template"];
         let container = &template["spec"]["containers"][0];
         let pod = path::pod(NAMESPACE, name);
@@ -110,51 +87,18 @@ impl KubeApi {
         }
         let account = template["spec"]["serviceAccountName"].as_str().expect("a ServiceAccount");
         self.write_token(account, name);
-
-        let mut environment: Vec<(String, String)> = Vec::new();
-        for variable in container["env"].as_array().into_iter().flatten() {
-            let variable_name = variable["name"].as_str().expect("a name").to_owned();
-            let value = match variable["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
-                None => variable["value"].as_str().expect("a value"),
-                Some("spec.nodeName") => node,
-                Some("metadata.namespace") => NAMESPACE,
-                Some("metadata.name") => name,
-                Some("status.hostIP" | "status.podIP") => &lab.node(node).address,
-                Some(other) => panic!("the lab does not know the field {other}"),
-            };
-            environment.push((variable_name, value.to_owned()));
-        }
-        let kubeconfig = self.kubeconfig(name);
-        for (name, value) in
-            places.iter().chain(&[("OUTGATE_KUBECONFIG", utf8(&kubeconfig)), ("NO_COLOR", "1")])
-        {
-            environment.retain(|(known, _)| known != name);
-            environment.push(((*name).to_owned(), (*value).to_owned()));
-        }
-        let metrics = environment.iter().find(|(name, _)| name == "OUTGATE_METRICS");
-        let metrics = metrics.expect("OUTGATE_METRICS, which the probes ask").1.clone();
-
-        let arguments = container["args"].as_array().expect("args").iter();
-        let arguments = arguments.map(|word| word.as_str().expect("a word")).chain(options.iter().copied());
-        let words = arguments.map(str::to_owned).collect();
-        let start = Start { node: node.to_owned(), words, environment, metrics };
-        self.starts.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), start);
+        let container = self.container(lab, (node, name), template, container, options);
+        self.remember(name, &container);
         self.start_again(lab, name)
     }
 
     /// Starts a pod's program as it was started before.
     #[track_caller]
     pub(crate) fn start_again(&self, lab: &Lab, name: &str) -> Agent {
-        let start = self.starts.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
-        let start = start.unwrap_or_else(|| panic!("{name} was never started"));
-        let program = outgate();
-        let words: Vec<_> =
-            [utf8(&program)].into_iter().chain(start.words.iter().map(String::as_str)).collect();
-        let environment: Vec<_> =
-            start.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        let netns = &lab.node(&start.node).netns;
-        let process = netns.spawn(name, &words, &environment);
-        Agent::new(&start.node, netns, process, &start.metrics)
+        let container = self.recall(name);
+        let metrics = container.variable("OUTGATE_METRICS").expect("OUTGATE_METRICS, which the probes ask");
+        let process = container.spawn(lab, name);
+        Agent::new(&container.node, &lab.node(&container.node).netns, process, metrics)
     }
 
     /// Writes a kubeconfig, named after a pod, that reads a ServiceAccount's token from a file, as pods have it:

@@ -14,6 +14,7 @@
 //! has as much as belongs together.
 
 pub mod cluster;
+pub mod container;
 pub mod history;
 pub mod install;
 pub mod kubectl;
@@ -29,7 +30,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use self::install::Start;
+use self::container::Container;
 use crate::command::{Process, eventually, run};
 use crate::lab::{Host, Lab, utf8};
 
@@ -54,7 +55,7 @@ pub struct KubeApi {
     server: Option<Process>,
     etcd: Option<Process>,
     /// How the processes of Outgate's pods were started, by the pods' names.
-    starts: Mutex<BTreeMap<String, Start>>,
+    starts: Mutex<BTreeMap<String, Container>>,
 }
 
 impl Lab {
