@@ -579,7 +579,7 @@ pub fn still_loaded(
     own.status
         .loaded
         .iter()
-        .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.clone(), l.generation))))
+        .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.to_string(), l.generation))))
         .filter(|(ip, _)| {
             let id = kernel.egress_addrs.get(&Ip::from(*ip));
             id.is_some_and(|id| kernel.granules.contains_key(id))
@@ -654,8 +654,8 @@ pub fn egress_node(
             loaded: loaded
                 .iter()
                 .map(|(ip, (uid, generation))| LoadedAllocation {
-                    egress_ip: ip.to_string(),
-                    uid: uid.clone(),
+                    egress_ip: ip.to_string().into(),
+                    uid: uid.into(),
                     generation: *generation,
                 })
                 .collect(),

@@ -21,6 +21,7 @@ use crate::objects::{
     Objects, PortLease, RestingPorts, Tunnel,
 };
 use crate::status::{self, Outcomes, Ports, Shadow};
+use crate::text::Text;
 use crate::watch::Write;
 
 /// What the leader knows besides what the objects ask for.
@@ -273,8 +274,8 @@ fn returned(desired: &Desired) -> BTreeMap<(IpAddr, &str), Vec<Returned>> {
         let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid);
         for (ip, (uid, ranges)) in agent.into_iter().flat_map(|a| &a.returned) {
             let of = |r: &crate::model::Granted| Returned {
-                node: name.clone(),
-                node_uid: node.uid.clone(),
+                node: name.into(),
+                node_uid: (&node.uid).into(),
                 generation: r.generation,
                 range: r.range,
             };
@@ -357,8 +358,8 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
             node_uid: l.node_uid.clone(),
             boot_id: l.boot_id.clone(),
             since: match l.since {
-                0 => String::new(),
-                since => status::rfc3339(UNIX_EPOCH + Duration::from_secs(since)),
+                0 => Text::default(),
+                since => status::rfc3339(UNIX_EPOCH + Duration::from_secs(since)).into(),
             },
             generation: l.generation,
             ranges: l.ranges.iter().map(|r| Granules { first: r.first, count: r.count }).collect(),
@@ -396,6 +397,7 @@ mod tests {
     use super::*;
     use crate::model::{desired, tests::objects};
     use crate::objects::{LoadedAllocation, PortDemand, ShadowedPods};
+    use crate::text::Labels;
 
     const CLUSTER: &str = "kind: Node
 metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
@@ -583,7 +585,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         assert_eq!(writes, [false, true], "the allocation, and whom to send by");
         let a = w.objects.egress_allocations["192.0.2.100"].clone();
         assert_eq!(a.spec.leases.iter().map(|l| l.generation).collect::<Vec<_>>(), [1, 2]);
-        w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
+        w.objects.nodes.get_mut("a").unwrap().metadata.labels = Labels::default();
         let p = w.step();
         let moved = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!((moved.spec.owner.as_str(), &moved.spec.leases), ("", &a.spec.leases), "b holds another");
@@ -612,7 +614,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         let m = &w.objects.egress_allocations["192.0.2.100"].metadata;
         let loaded = LoadedAllocation {
             egress_ip: "192.0.2.100".into(),
-            uid: m.uid.clone(),
+            uid: (&m.uid).into(),
             generation: m.generation,
         };
         w.objects.egress_nodes.get_mut(node).unwrap().status.loaded = vec![loaded];
@@ -656,7 +658,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         w.step();
         confirm(&mut w, "a");
         w.step();
-        w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
+        w.objects.nodes.get_mut("a").unwrap().metadata.labels = Labels::default();
         w.step();
         let allocation = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!(allocation.spec.owner, "b");
@@ -738,7 +740,7 @@ status: {nodeUID: uc, tunnelAddress: 192.0.2.7, uplinks: [{name: eth0, up: true,
         w.step();
         assert_eq!(standbys(&w), ["b", "c"]);
         // The owner is not ready any more: the first that is.
-        w.objects.nodes.get_mut("b").unwrap().metadata.labels.clear();
+        w.objects.nodes.get_mut("b").unwrap().metadata.labels = Labels::default();
         let not =
             crate::objects::Condition { kind: "Ready".into(), status: "False".into(), ..Default::default() };
         w.objects.nodes.get_mut("a").unwrap().status.conditions = vec![not];

@@ -3,6 +3,7 @@
 
 pub mod crd;
 pub mod objects;
+pub mod text;
 pub mod watch;
 
 pub mod cni;
@@ -14,6 +15,7 @@ pub mod selector;
 
 pub mod assign;
 pub mod digest;
+pub mod keep;
 pub mod leader;
 pub mod lease;
 pub mod status;

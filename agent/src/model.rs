@@ -22,6 +22,7 @@ use crate::objects::{
 };
 use crate::selector::{Match, Selector};
 use crate::status;
+use crate::text::{Labels, Text};
 use crate::watch::Problem;
 
 /// UDP port of the tunnel unless the EgressConfig says otherwise: near VXLAN's own 4789, which the CNI may use,
@@ -248,7 +249,7 @@ pub struct Node {
     /// UID of the Node object.
     pub uid: String,
     /// Its labels.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Whether it is labelled to own egress IPs.
     pub assignable: bool,
     /// Whether it is ready.
@@ -301,7 +302,7 @@ pub struct NodeAgent {
     /// Egress IPs that it needs ports of, and how many granules of each it wants in all; 0: whatever comes first.
     pub demand: BTreeMap<IpAddr, u16>,
     /// Allocations whose whole port table its kernel has: address to UID and generation.
-    pub loaded: BTreeMap<IpAddr, (String, u64)>,
+    pub loaded: BTreeMap<IpAddr, (Text, u64)>,
     /// Ports that it gives back, with the UID of the allocation.
     pub returned: BTreeMap<IpAddr, (String, Vec<Granted>)>,
     /// What has come of firewalls, by namespace.
@@ -364,11 +365,11 @@ pub struct Granted {
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Lease {
     /// Node.
-    pub node: String,
+    pub node: Text,
     /// Its UID: a node made anew under an old name has no right to the old one's ports.
-    pub node_uid: String,
+    pub node_uid: Text,
     /// Its boot id when it last asked.
-    pub boot_id: String,
+    pub boot_id: Text,
     /// Since when it is as it is, in seconds since 1970; 0: not known.
     pub since: u64,
     /// Generation of the allocation that first had this lease as it is.

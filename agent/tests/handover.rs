@@ -252,9 +252,11 @@ impl World {
             Step::Lead(l, writes) => drop(self.lead(l, writes)),
             Step::Label(n) => {
                 let labels = &mut self.objects.nodes.get_mut(&name(n)).unwrap().metadata.labels;
-                if labels.remove(EGRESS_ASSIGNABLE).is_none() {
-                    labels.insert(EGRESS_ASSIGNABLE.into(), String::new());
-                }
+                *labels = if labels.contains_key(EGRESS_ASSIGNABLE) {
+                    labels.without(EGRESS_ASSIGNABLE)
+                } else {
+                    labels.with(EGRESS_ASSIGNABLE, "")
+                };
             }
             Step::Ready(n) => {
                 let conditions = &mut self.objects.nodes.get_mut(&name(n)).unwrap().status.conditions;

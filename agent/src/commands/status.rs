@@ -250,7 +250,7 @@ fn address(desired: &Desired, reported: &EgressIpStatus, ip: IpAddr) -> Address 
         leases: allocation
             .iter()
             .flat_map(|a| &a.leases)
-            .map(|l| Lease { node: l.node.clone(), ports: leader::ports(&l.ranges) })
+            .map(|l| Lease { node: l.node.to_string(), ports: leader::ports(&l.ranges) })
             .collect(),
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Alloc
     let around = known.around;
     let mut leases: BTreeMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = BTreeMap::new();
     let is_of = |lease: &Lease| {
-        around.objects.nodes.get(&lease.node).is_some_and(|n| n.metadata.uid == lease.node_uid)
+        around.objects.nodes.get(lease.node.as_str()).is_some_and(|n| n.metadata.uid == lease.node_uid)
     };
     let mut lessees = BTreeSet::new();
     for (ip, a) in allocations {

@@ -44,12 +44,14 @@ pub(super) struct Scope {
     pub(super) fields: Option<String>,
     /// Only their metadata.
     pub(super) metadata: bool,
+    /// The node of the agent that watches: of much it needs a part only.
+    pub(super) own: Option<String>,
 }
 
 impl Scope {
     /// All of a kind.
     pub(super) fn all(kind: Kind) -> Self {
-        Self { kind, namespace: None, labels: None, fields: None, metadata: false }
+        Self { kind, namespace: None, labels: None, fields: None, metadata: false, own: None }
     }
 
     /// In one namespace.
@@ -70,6 +72,11 @@ impl Scope {
     /// Metadata only.
     pub(super) fn metadata(self) -> Self {
         Self { metadata: true, ..self }
+    }
+
+    /// For whom it is read.
+    pub(super) fn read_for(self, own: Option<&str>) -> Self {
+        Self { own: own.map(str::to_owned), ..self }
     }
 
     pub(super) fn api(&self, client: Client) -> Api<DynamicObject> {
@@ -219,8 +226,8 @@ impl Follower {
                         continue 'list;
                     }
                 };
-                let kind = self.scope.kind;
-                let seen = page.items.into_iter().map(|o| read(kind, o)).collect();
+                let Scope { kind, own, .. } = &self.scope;
+                let seen = page.items.into_iter().map(|o| read(*kind, o, own.as_deref())).collect();
                 self.outlet.say(Change::Page(seen)).await?;
                 params.continue_token = page.metadata.continue_.filter(|t| !t.is_empty());
                 if params.continue_token.is_none() {
@@ -278,7 +285,7 @@ impl Follower {
                 Ok(Some(Ok(event))) => match event {
                     WatchEvent::Added(o) | WatchEvent::Modified(o) => {
                         advance(from, o.metadata.resource_version.as_deref());
-                        Change::Put(Box::new(read(self.scope.kind, o)))
+                        Change::Put(Box::new(read(self.scope.kind, o, self.scope.own.as_deref())))
                     }
                     WatchEvent::Deleted(o) => {
                         advance(from, o.metadata.resource_version.as_deref());

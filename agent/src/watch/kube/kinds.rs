@@ -6,6 +6,7 @@ use kube::core::GroupVersionKind;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::keep;
 use crate::objects::{
     Cluster, EGRESS_CAPACITY, EgressAllocation, EgressConfig, EgressFirewall, EgressFirewallReport, EgressIp,
     EgressIpReport, EgressNode, Meta, Namespace, Node, OVN_API, Pod, Service, Tunnel,
@@ -72,8 +73,8 @@ pub(super) enum Object {
     EgressFirewall(EgressFirewall, Option<EgressFirewallReport>),
     EgressConfig(Box<EgressConfig>),
     EgressNode(Box<EgressNode>),
-    /// An allocation, and the metadata that a replacement must leave alone.
-    EgressAllocation(EgressAllocation, Box<ObjectMeta>),
+    /// An allocation, and for who writes them the metadata that a replacement must leave alone.
+    EgressAllocation(EgressAllocation, Option<Box<ObjectMeta>>),
     /// When a heartbeat was last renewed, as text.
     Heartbeat(String),
     Leader(Leader),
@@ -146,8 +147,8 @@ fn runs_ovn(meta: &ObjectMeta) -> bool {
     keys.into_iter().any(|k| k == "k8s.ovn.org/l3-gateway-config" || k.starts_with("k8s.ovn.org/node-"))
 }
 
-/// Reads an object of a kind.
-pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
+/// Reads an object of a kind; for the agent of a node, `own`, only what it needs.
+pub(super) fn read(kind: Kind, object: DynamicObject, own: Option<&str>) -> Seen {
     let DynamicObject { mut metadata, data, .. } = object;
     let key = (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default());
     let uid = metadata.uid.clone().unwrap_or_default();
@@ -156,16 +157,32 @@ pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
     let ovn = kind == Kind::Node && runs_ovn(&metadata);
     // Who wrote which field is larger than many an object, and of annotations one counts.
     metadata.managed_fields = None;
-    let original = (kind == Kind::EgressAllocation).then(|| Box::new(metadata.clone()));
+    let original = (kind == Kind::EgressAllocation && own.is_none()).then(|| Box::new(metadata.clone()));
     if let Some(annotations) = &mut metadata.annotations {
         annotations.retain(|key, _| key == EGRESS_CAPACITY);
     }
     let spec = (kind == Kind::EgressIp).then(|| data.get("spec").cloned()).flatten();
-    let object = parse(kind, &metadata, data, ovn, original).map_err(|message| {
+    let mut object = parse(kind, &metadata, data, ovn, original).map_err(|message| {
         let rest = (kind == Kind::EgressIp).then(|| Box::new(rest(&metadata, spec)));
         Bad { message, rest }
     });
+    if let (Ok(object), Some(own)) = (&mut object, own) {
+        cut(object, key.1 == own);
+    }
     Seen { key, uid, generation, version, object }
+}
+
+/// Takes from an object what no agent needs. `is_own`: it has the name of the agent's own node.
+fn cut(object: &mut Object, is_own: bool) {
+    match object {
+        Object::EgressNode(node) if !is_own => keep::of_another_node(node),
+        Object::EgressAllocation(allocation, _) => keep::of_an_allocation(allocation),
+        Object::Namespace(namespace) => keep::of_a_namespace(namespace),
+        // The leader's business.
+        Object::EgressIp(_, report) => *report = None,
+        Object::EgressFirewall(_, report) => *report = None,
+        _ => {}
+    }
 }
 
 /// What can be read of an EgressIP without its addresses, or else without its spec.
@@ -225,7 +242,7 @@ fn parse(
         }
         Kind::EgressConfig => Object::EgressConfig(of(value)?),
         Kind::EgressNode => Object::EgressNode(of(value)?),
-        Kind::EgressAllocation => Object::EgressAllocation(of(value)?, original.unwrap_or_default()),
+        Kind::EgressAllocation => Object::EgressAllocation(of(value)?, original),
         Kind::Heartbeat => {
             let renewed = value.pointer("/spec/renewTime").and_then(Value::as_str);
             Object::Heartbeat(renewed.unwrap_or_default().to_owned())
@@ -259,7 +276,7 @@ mod tests {
     use serde_json::json;
 
     fn seen(kind: Kind, value: Value) -> Seen {
-        read(kind, serde_json::from_value(value).unwrap())
+        read(kind, serde_json::from_value(value).unwrap(), None)
     }
 
     #[test]

@@ -274,6 +274,7 @@ impl KubeSource {
     }
 
     fn start(&mut self, scope: Scope, required: bool) {
+        let scope = scope.read_for(self.view.own());
         let outlet = Outlet { watch: self.watches.len(), run: 0, sender: self.sender.clone() };
         let task = Task::spawn(follow(self.connection.client.clone(), scope.clone(), outlet));
         self.watches.push(Watch {
@@ -512,7 +513,7 @@ impl KubeSource {
 
     /// Takes up a firewall that was got.
     fn got(&mut self, (_, object): Got) -> bool {
-        let seen = read(Kind::EgressFirewall, object);
+        let seen = read(Kind::EgressFirewall, object, self.view.own());
         self.firewalls.got(&seen);
         self.view.put(Kind::EgressFirewall, seen)
     }
@@ -556,7 +557,7 @@ impl KubeSource {
     /// Takes up an object that a request has brought.
     fn absorb(&mut self, kind: Kind, object: DynamicObject) {
         if let Some(index) = self.watch_of(kind)
-            && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object))
+            && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object, self.view.own()))
         {
             self.view.put(kind, *seen);
         }

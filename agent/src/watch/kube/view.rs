@@ -6,7 +6,9 @@ use kube::api::ObjectMeta;
 
 use super::kinds::{Bad, Key, Kind, Leader, Object, Seen};
 use crate::digest;
-use crate::objects::{EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta, Objects};
+use crate::objects::{
+    EgressFirewallReport, EgressIpReport, EgressNodeSpec, EgressNodeStatus, Meta, Objects,
+};
 
 /// The objects, and what is read of them besides.
 #[derive(Debug, Default)]
@@ -46,6 +48,11 @@ impl View {
     /// The view of an agent on a node, or of one who watches all Nodes.
     pub(super) fn new(own: Option<&str>) -> Self {
         Self { own: own.map(str::to_owned), ..Self::default() }
+    }
+
+    /// The node, if this is the view of its agent.
+    pub(super) fn own(&self) -> Option<&str> {
+        self.own.as_deref()
     }
 
     /// Takes up an object; whether that changes anything.
@@ -109,12 +116,16 @@ impl View {
                 let mut changed = false;
                 if self.own.is_some() && !is_own {
                     changed = set(&mut o.nodes, &key.1, digest::node(&key.1, &node.spec));
+                    // The Node has it.
+                    node.spec = EgressNodeSpec::default();
                 }
                 replace(&mut o.egress_nodes, key.1, *node, |n| &mut n.metadata) | changed
             }
             Object::EgressAllocation(a, original) => {
                 self.unreadable.remove(&key.1);
-                self.originals.insert(key.1.clone(), *original);
+                if let Some(original) = original {
+                    self.originals.insert(key.1.clone(), *original);
+                }
                 replace(&mut o.egress_allocations, key.1, a, |a| &mut a.metadata)
             }
             Object::Heartbeat(renewed) => self.heartbeats.insert(key.1, renewed.clone()) != Some(renewed),
@@ -261,7 +272,8 @@ mod tests {
     use serde_json::{Value, json};
 
     fn put(view: &mut View, kind: Kind, value: Value) -> bool {
-        view.put(kind, read(kind, serde_json::from_value(value).unwrap()))
+        let seen = read(kind, serde_json::from_value(value).unwrap(), view.own());
+        view.put(kind, seen)
     }
 
     fn node(uid: &str) -> Value {
