@@ -9,6 +9,7 @@ mod firewalls;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
 
 use datapath::addr::Ip;
 use datapath::keys::{
@@ -319,7 +320,7 @@ impl Compiler<'_> {
             }
         }
         if gateway || used {
-            self.out.image.granules.insert(id, table);
+            self.out.image.granules.insert(id, Arc::new(table));
         }
         id
     }

@@ -5,6 +5,7 @@
 //! address does not let them out by the node's: they have no egress IP in force, and `unassigned` decides.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 
 use datapath::addr::Ip;
@@ -1138,7 +1139,7 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
     let ip = addresses::address(&o.spec.egress_ip)
         .map_err(|error| format!("spec.egressIP: {:?} {error}; ignored", o.spec.egress_ip))?;
     let mut used = [false; GRANULES];
-    let mut take = |first: u16, count: u16, whose: &str| {
+    let mut take = |first: u16, count: u16, whose: &dyn fmt::Display| {
         let granules = used
             .get_mut(usize::from(first)..usize::from(first) + usize::from(count))
             .filter(|_| count > 0)
@@ -1149,18 +1150,24 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
         granules.fill(true);
         Ok(GranuleRange { first, count })
     };
-    let mut leases = Vec::new();
+    let mut leases = Vec::with_capacity(o.spec.leases.len());
+    // Many are of one moment.
+    let unknown = Text::default();
+    let mut since = (&unknown, 0);
     for lease in &o.spec.leases {
-        let mut ranges = Vec::new();
+        if *since.0 != lease.since {
+            since = (&lease.since, status::seconds(&lease.since).unwrap_or(0));
+        }
+        let mut ranges = Vec::with_capacity(lease.ranges.len());
         for range in &lease.ranges {
-            ranges.push(take(range.first, range.count, &format!("node {}", lease.node))?);
+            ranges.push(take(range.first, range.count, &format_args!("node {}", lease.node))?);
         }
         ranges.sort_unstable();
         leases.push(Lease {
             node: lease.node.clone(),
             node_uid: lease.node_uid.clone(),
             boot_id: lease.boot_id.clone(),
-            since: status::seconds(&lease.since).unwrap_or(0),
+            since: since.1,
             generation: lease.generation,
             ranges,
         });
@@ -1168,7 +1175,7 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
     let mut resting = Vec::new();
     for r in &o.spec.resting {
         resting.push(Resting {
-            range: take(r.first, r.count, "resting")?,
+            range: take(r.first, r.count, &"resting")?,
             generation: r.generation,
             until: status::seconds(&r.until)
                 .ok_or_else(|| format!("spec.resting: {:?} is not a time; ignored", r.until))?,

@@ -88,7 +88,7 @@ impl Scope {
     }
 
     /// Objects to a page of a list: some kinds' are large.
-    fn page(&self) -> u32 {
+    pub(super) fn page(&self) -> u32 {
         if self.kind == Kind::EgressFirewall && !self.metadata {
             50
         } else if self.kind == Kind::Node {

@@ -17,7 +17,8 @@ pub(super) type Key = (String, String);
 
 /// A kind of object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(super) enum Kind {
+#[expect(missing_docs, reason = "they are called what they are")]
+pub enum Kind {
     Node,
     Namespace,
     Pod,
@@ -181,7 +182,14 @@ fn cut(object: &mut Object, is_own: bool) {
         // The leader's business.
         Object::EgressIp(_, report) => *report = None,
         Object::EgressFirewall(_, report) => *report = None,
-        _ => {}
+        Object::Node(..)
+        | Object::Pod(_)
+        | Object::Service(_)
+        | Object::EgressConfig(_)
+        | Object::EgressNode(_)
+        | Object::Heartbeat(_)
+        | Object::Leader(_)
+        | Object::Cluster(_) => {}
     }
 }
 
