@@ -304,6 +304,25 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_keeps_no_statuses_and_of_allocations_nothing_to_write_them_by() {
+        let ip = json!({"metadata": {"name": "e"}, "status": {"items": [{"node": "a", "egressIP": "192.0.2.1"}]}});
+        let allocation = json!({"metadata": {"name": "192.0.2.1", "uid": "u"},
+            "spec": {"egressIP": "192.0.2.1", "leases": [{"node": "b", "nodeUID": "n", "bootID": "x", "since": "y"}]}});
+        let read = |kind, value: &Value, own| read(kind, serde_json::from_value(value.clone()).unwrap(), own).object;
+        assert!(matches!(read(Kind::EgressIp, &ip, Some("a")), Ok(Object::EgressIp(_, None))));
+        assert!(matches!(read(Kind::EgressIp, &ip, None), Ok(Object::EgressIp(_, Some(_)))));
+        let Ok(Object::EgressAllocation(kept, None)) = read(Kind::EgressAllocation, &allocation, Some("a")) else {
+            panic!()
+        };
+        assert_eq!((kept.metadata.uid.as_str(), kept.spec.leases[0].node_uid.as_str()), ("u", "n"));
+        assert!(kept.spec.leases[0].boot_id.is_empty());
+        let Ok(Object::EgressAllocation(whole, Some(_))) = read(Kind::EgressAllocation, &allocation, None) else {
+            panic!()
+        };
+        assert_eq!(whole.spec.leases[0].boot_id, "x");
+    }
+
+    #[test]
     fn a_label_of_an_egress_node_does_not_make_it_ovn_kubernetes_own() {
         let s = seen(
             Kind::Node,

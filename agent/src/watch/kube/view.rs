@@ -297,6 +297,30 @@ mod tests {
     }
 
     #[test]
+    fn what_an_agent_does_not_keep_of_another_node_is_no_news() {
+        let mut view = View::new(Some("a"));
+        put(&mut view, Kind::EgressNode, node("u"));
+        let kept = &view.objects.egress_nodes["b"];
+        assert_eq!((&kept.spec, view.objects.nodes["b"].metadata.uid.as_str()), (&EgressNodeSpec::default(), "u"));
+        let mut other = node("u");
+        other["spec"]["ranges"] = json!([{"egressIP": "192.0.2.1"}]);
+        assert!(!put(&mut view, Kind::EgressNode, other.clone()), "ports granted to it");
+        other["status"] = json!({"nodeUID": "u", "addresses": ["10.0.0.2"]});
+        assert!(put(&mut view, Kind::EgressNode, other.clone()), "its agent");
+        other["status"]["demand"] = json!([{"egressIP": "192.0.2.1"}]);
+        other["status"]["firewalls"] = json!([{"namespace": "shop"}]);
+        assert!(!put(&mut view, Kind::EgressNode, other.clone()), "what only the leader reads");
+        other["spec"]["labels"]["x"] = json!("z");
+        assert!(put(&mut view, Kind::EgressNode, other.clone()));
+        assert_eq!(view.objects.nodes["b"].metadata.labels["x"], "z");
+        let mut own = other;
+        own["metadata"]["name"] = json!("a");
+        put(&mut view, Kind::EgressNode, own);
+        let own = &view.objects.egress_nodes["a"];
+        assert_eq!((own.spec.ranges.len(), own.status.demand.len()), (1, 1), "its own it keeps whole");
+    }
+
+    #[test]
     fn what_an_agent_says_of_its_node_stays_said() {
         let mut view = View::new(Some("b"));
         view.say(EgressNodeStatus { boot_id: "new".into(), ..EgressNodeStatus::default() });

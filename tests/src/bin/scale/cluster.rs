@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, UNIX_EPOCH};
 
 use datapath::keys::IfIndex;
-use outgate::addresses::{address, object_name};
+use outgate::addresses::address;
 use outgate::digest;
 use outgate::facts::{Facts, PodInterface, Uplink};
 use outgate::leader::{Plan, Surroundings, plan};
