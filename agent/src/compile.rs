@@ -326,7 +326,7 @@ impl Compiler<'_> {
     }
 
     fn allocation(&self, ip: &IpAddr) -> Option<&model::Allocation> {
-        self.desired.allocations.get(ip)
+        self.desired.allocations.get(ip).map(|a| &**a)
     }
 
     /// The id of the node that a lease is for; 0 if that very node is not there any more, or not known yet.

@@ -7,7 +7,9 @@ use std::mem::take;
 
 use ipnet::IpNet;
 
+use crate::model::{self, Checked};
 use crate::objects::{EgressAllocation, EgressNode, EgressNodeStatus, EgressUplink, Meta, Namespace};
+use crate::text::Text;
 
 /// Keeps of another node's EgressNode what the Node object says (the spec without the ports granted), where its tunnel
 /// ends, its addresses, the networks of its uplinks (no egress IP may stand for one), and, for who knows allocations, whose
@@ -51,14 +53,16 @@ fn networks(uplinks: &[EgressUplink]) -> Vec<String> {
     networks.filter(|n| seen.insert(*n)).map(|n| n.to_string()).collect()
 }
 
-/// Keeps of an allocation all but what its leases say of time and of boots.
-pub fn of_an_allocation(allocation: &mut EgressAllocation) {
+/// Keeps of an allocation all but what its leases say of time and of boots: as the model has it, so that it is not held
+/// twice. One that makes no sense is kept as an object, for the model to say why.
+pub fn of_an_allocation(allocation: &mut EgressAllocation) -> Option<Checked> {
     allocation.api_version = String::new();
     allocation.kind = String::new();
     for lease in &mut allocation.spec.leases {
-        lease.boot_id = Default::default();
-        lease.since = Default::default();
+        lease.boot_id = Text::default();
+        lease.since = Text::default();
     }
+    model::allocation(allocation).ok()
 }
 
 /// Keeps of a namespace its labels.
@@ -76,12 +80,12 @@ mod tests {
     use super::*;
     use crate::agent::{Identity, egress_node};
     use crate::compile::compile;
+    use crate::digest;
     use crate::facts::{Facts, Uplink};
     use crate::ids::Ids;
     use crate::model::{desired, tests::objects};
     use crate::objects::{EgressNodeSpec, Objects};
     use crate::ports::Ports;
-    use crate::digest;
 
     const NODES: usize = 4;
     /// What every cluster here has; addresses of EgressIPs are of the networks that nodes may have.
@@ -113,7 +117,8 @@ spec:
     }
 
     fn networks() -> impl Strategy<Value = Vec<String>> {
-        let pool = &["192.0.2.3/24", "192.0.2.9/25", "192.0.2.1/32", "2001:db8::2/64", "10.1.0.0/24", "bad", ""];
+        let pool =
+            &["192.0.2.3/24", "192.0.2.9/25", "192.0.2.1/32", "2001:db8::2/64", "10.1.0.0/24", "bad", ""];
         prop::collection::vec(one_of(pool), 0..4)
     }
 
@@ -235,7 +240,12 @@ spec: {{egressIP: 192.0.2.200, owner: n{owner}, standbys: [n2], leases: [{}], re
             o.egress_nodes.insert(name, node);
         }
         if cut {
-            o.egress_allocations.values_mut().for_each(of_an_allocation);
+            for (name, mut allocation) in take(&mut o.egress_allocations) {
+                match of_an_allocation(&mut allocation) {
+                    Some(checked) => drop(o.checked_allocations.insert(name, checked)),
+                    None => drop(o.egress_allocations.insert(name, allocation)),
+                }
+            }
             o.namespaces.values_mut().for_each(of_a_namespace);
         }
         o

@@ -6,6 +6,7 @@ mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use datapath::keys::GranuleRange;
@@ -201,7 +202,7 @@ fn allocations(
     known: &Known<'_>,
     random: &mut dyn FnMut() -> u64,
     plan: &mut Plan,
-) -> (BTreeMap<IpAddr, Allocation>, BTreeMap<IpAddr, Ports>) {
+) -> (BTreeMap<IpAddr, Arc<Allocation>>, BTreeMap<IpAddr, Ports>) {
     let Known { desired, around, tables, assignment, .. } = *known;
     let demands = lease::demands(desired);
     let cluster_nodes = desired.nodes.values().filter(|n| n.exists).count();
@@ -220,7 +221,7 @@ fn allocations(
             continue;
         }
         let old = desired.allocations.get(&ip);
-        let before = old.unwrap_or(&nothing);
+        let before = old.map_or(&nothing, |a| &**a);
         let owner = assignment.owners.get(&ip).cloned();
         let standbys = standbys.of(&ip, e, before, owner.as_ref());
         let nobody = BTreeSet::new();
@@ -244,9 +245,9 @@ fn allocations(
             leases: outcome.leases,
             resting: outcome.resting,
         };
-        if old != Some(&new) {
+        if old.is_none_or(|old| **old != new) {
             new.generation += 1;
-            describe(&e.name, ip, old, &new, known, &mut plan.log);
+            describe(&e.name, ip, old.map(|a| &**a), &new, known, &mut plan.log);
             plan.writes.push(Write::Allocation(object(ip, &new)));
         }
         // What only time changes: ports that have rested, and standbys that are waited for no more.
@@ -254,7 +255,9 @@ fn allocations(
         plan.again = times.filter(|t| *t > now).chain(plan.again).min();
         let used = lease::leased(&new);
         ports.insert(ip, Ports { leased: used, refused: outcome.refused, short: outcome.short });
-        allocations.insert(ip, new);
+        if old.is_none_or(|old| **old != new) {
+            allocations.insert(ip, Arc::new(new));
+        }
     }
     if around.complete {
         let named: BTreeSet<_> = desired.egress_ips.values().flat_map(|e| &e.named).collect();

@@ -293,7 +293,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn demander(n: usize) -> Demander {
-        Demander { node: format!("n{n:04}").into(), node_uid: format!("u{n}").into(), boot_id: "b".into(), granules: 0 }
+        Demander {
+            node: format!("n{n:04}").into(),
+            node_uid: format!("u{n}").into(),
+            boot_id: "b".into(),
+            granules: 0,
+        }
     }
 
     fn demanders(n: usize) -> BTreeSet<Demander> {

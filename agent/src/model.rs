@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use datapath::addr::Ip;
 use datapath::keys::{GranuleRange, Offload, Unassigned};
@@ -51,7 +52,7 @@ pub struct Desired {
     /// nodes' agents say. Only nodes that are known.
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
-    pub allocations: BTreeMap<IpAddr, Allocation>,
+    pub allocations: BTreeMap<IpAddr, Arc<Allocation>>,
     /// EgressIPs that select this node's pods which older ones serve.
     pub shadowed: Vec<ShadowedPods>,
     /// What the leader has granted to this node, by address; none: it has not told this very node anything.
@@ -329,6 +330,9 @@ pub struct Allocation {
     pub resting: Vec<Resting>,
 }
 
+/// An allocation that makes sense, and its address. Shared: a node of an egress address has thousands of its leases.
+pub type Checked = (IpAddr, Arc<Allocation>);
+
 /// Ports taken back.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Resting {
@@ -460,6 +464,7 @@ pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
                 None
             }
         })
+        .chain(objects.checked_allocations.values().cloned())
         .collect();
     let grants = grants(objects, node);
     let tunnel = objects.cluster.map(|c| c.tunnel);
@@ -1135,7 +1140,8 @@ pub(crate) fn has_network(pod: &objects::Pod) -> bool {
     !pod.spec.host_network && !matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
 }
 
-fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
+/// Checks an allocation; or why it is ignored.
+pub fn allocation(o: &EgressAllocation) -> Result<Checked, String> {
     let ip = addresses::address(&o.spec.egress_ip)
         .map_err(|error| format!("spec.egressIP: {:?} {error}; ignored", o.spec.egress_ip))?;
     let mut used = [false; GRANULES];
@@ -1181,17 +1187,15 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
                 .ok_or_else(|| format!("spec.resting: {:?} is not a time; ignored", r.until))?,
         });
     }
-    Ok((
-        ip,
-        Allocation {
-            uid: o.metadata.uid.clone(),
-            generation: o.metadata.generation,
-            owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
-            standbys: o.spec.standbys.clone(),
-            leases,
-            resting,
-        },
-    ))
+    let allocation = Allocation {
+        uid: o.metadata.uid.clone(),
+        generation: o.metadata.generation,
+        owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
+        standbys: o.spec.standbys.clone(),
+        leases,
+        resting,
+    };
+    Ok((ip, Arc::new(allocation)))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::crd::{self, Address, Network};
 use crate::firewall::check::Spec as FirewallSpec;
+use crate::model::Checked;
 use crate::text::{Labels, Text};
 
 /// The label key that lets a node own egress IPs; its value is ignored.
@@ -871,6 +872,8 @@ pub struct Objects {
     pub egress_nodes: BTreeMap<String, EgressNode>,
     /// `EgressAllocation` objects, by name.
     pub egress_allocations: BTreeMap<String, EgressAllocation>,
+    /// Those that were checked as they were read, and are not kept as objects: as the model has them, by name.
+    pub checked_allocations: BTreeMap<String, Checked>,
     /// What the leader has chosen for all; none until it has.
     pub cluster: Option<Cluster>,
 }

@@ -487,7 +487,10 @@ impl World {
         for (_, node) in kept.egress_nodes.iter_mut().filter(|(other, _)| **other != name(n)) {
             keep::of_another_node(node);
         }
-        kept.egress_allocations.values_mut().for_each(keep::of_an_allocation);
+        for (name, allocation) in &mut std::mem::take(&mut kept.egress_allocations) {
+            let checked = keep::of_an_allocation(allocation).expect("it makes sense");
+            kept.checked_allocations.insert(name.clone(), checked);
+        }
         kept.namespaces.values_mut().for_each(keep::of_a_namespace);
         let [whole, part] = [&agent.view, &kept].map(|objects| {
             let compiled = compile(&model::desired(objects, &name(n)), facts, &mut agent.ids.clone());

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::{Known, Plan};
 use crate::addresses;
@@ -16,7 +17,11 @@ use crate::objects::{EgressNodeSpec, GrantedGranules, GrantedPorts};
 use crate::watch::Write;
 
 /// Writes the spec of every node's EgressNode, and removes those of nodes that are gone and lease nothing any more.
-pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Allocation>, plan: &mut Plan) {
+pub(super) fn node_specs(
+    known: &Known<'_>,
+    allocations: &BTreeMap<IpAddr, Arc<Allocation>>,
+    plan: &mut Plan,
+) {
     let around = known.around;
     let mut leases: BTreeMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = BTreeMap::new();
     let is_of = |lease: &Lease| {
@@ -58,7 +63,7 @@ pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Alloc
 
 fn ranges(
     known: &Known<'_>,
-    allocations: &BTreeMap<IpAddr, Allocation>,
+    allocations: &BTreeMap<IpAddr, Arc<Allocation>>,
     name: &str,
     uid: &str,
     leases: &BTreeMap<IpAddr, Vec<&Lease>>,

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::keep;
+use crate::model::Checked;
 use crate::objects::{
     Cluster, EGRESS_CAPACITY, EgressAllocation, EgressConfig, EgressFirewall, EgressFirewallReport, EgressIp,
     EgressIpReport, EgressNode, Meta, Namespace, Node, OVN_API, Pod, Service, Tunnel,
@@ -76,6 +77,8 @@ pub(super) enum Object {
     EgressNode(Box<EgressNode>),
     /// An allocation, and for who writes them the metadata that a replacement must leave alone.
     EgressAllocation(EgressAllocation, Option<Box<ObjectMeta>>),
+    /// An allocation that makes sense, where it is only read.
+    Checked(Checked),
     /// When a heartbeat was last renewed, as text.
     Heartbeat(String),
     Leader(Leader),
@@ -177,7 +180,11 @@ pub(super) fn read(kind: Kind, object: DynamicObject, own: Option<&str>) -> Seen
 fn cut(object: &mut Object, is_own: bool) {
     match object {
         Object::EgressNode(node) if !is_own => keep::of_another_node(node),
-        Object::EgressAllocation(allocation, _) => keep::of_an_allocation(allocation),
+        Object::EgressAllocation(allocation, _) => {
+            if let Some(checked) = keep::of_an_allocation(allocation) {
+                *object = Object::Checked(checked);
+            }
+        }
         Object::Namespace(namespace) => keep::of_a_namespace(namespace),
         // The leader's business.
         Object::EgressIp(_, report) => *report = None,
@@ -187,6 +194,7 @@ fn cut(object: &mut Object, is_own: bool) {
         | Object::Service(_)
         | Object::EgressConfig(_)
         | Object::EgressNode(_)
+        | Object::Checked(_)
         | Object::Heartbeat(_)
         | Object::Leader(_)
         | Object::Cluster(_) => {}
@@ -305,18 +313,27 @@ mod tests {
 
     #[test]
     fn an_agent_keeps_no_statuses_and_of_allocations_nothing_to_write_them_by() {
-        let ip = json!({"metadata": {"name": "e"}, "status": {"items": [{"node": "a", "egressIP": "192.0.2.1"}]}});
+        let ip =
+            json!({"metadata": {"name": "e"}, "status": {"items": [{"node": "a", "egressIP": "192.0.2.1"}]}});
         let allocation = json!({"metadata": {"name": "192.0.2.1", "uid": "u"},
             "spec": {"egressIP": "192.0.2.1", "leases": [{"node": "b", "nodeUID": "n", "bootID": "x", "since": "y"}]}});
-        let read = |kind, value: &Value, own| read(kind, serde_json::from_value(value.clone()).unwrap(), own).object;
+        let read =
+            |kind, value: &Value, own| read(kind, serde_json::from_value(value.clone()).unwrap(), own).object;
         assert!(matches!(read(Kind::EgressIp, &ip, Some("a")), Ok(Object::EgressIp(_, None))));
         assert!(matches!(read(Kind::EgressIp, &ip, None), Ok(Object::EgressIp(_, Some(_)))));
-        let Ok(Object::EgressAllocation(kept, None)) = read(Kind::EgressAllocation, &allocation, Some("a")) else {
+        let Ok(Object::Checked((ip, kept))) = read(Kind::EgressAllocation, &allocation, Some("a")) else {
             panic!()
         };
-        assert_eq!((kept.metadata.uid.as_str(), kept.spec.leases[0].node_uid.as_str()), ("u", "n"));
-        assert!(kept.spec.leases[0].boot_id.is_empty());
-        let Ok(Object::EgressAllocation(whole, Some(_))) = read(Kind::EgressAllocation, &allocation, None) else {
+        assert_eq!((ip.to_string().as_str(), kept.uid.as_str()), ("192.0.2.1", "u"));
+        assert_eq!((kept.leases[0].node_uid.as_str(), kept.leases[0].boot_id.as_str()), ("n", ""));
+        let mut bad = allocation.clone();
+        bad["spec"]["egressIP"] = json!("x");
+        let Ok(Object::EgressAllocation(kept, None)) = read(Kind::EgressAllocation, &bad, Some("a")) else {
+            panic!()
+        };
+        assert_eq!(kept.spec.egress_ip, "x", "the model says what is wrong with it");
+        let Ok(Object::EgressAllocation(whole, Some(_))) = read(Kind::EgressAllocation, &allocation, None)
+        else {
             panic!()
         };
         assert_eq!(whole.spec.leases[0].boot_id, "x");

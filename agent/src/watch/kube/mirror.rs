@@ -3,9 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use kube::api::{DynamicObject, ObjectList};
-
-use super::follow::Scope;
+use super::follow::{Page, Scope};
 use super::kinds::{Kind, read};
 use super::set::{Set, Step};
 use super::view::View;
@@ -36,13 +34,16 @@ impl Mirror {
     /// # Errors
     /// A page is no list.
     pub fn list(&mut self, kind: Kind, pages: &[String]) -> Result<(), serde_json::Error> {
+        let scope = Scope::all(kind).read_for(self.view.own());
         let set = self.sets.entry(kind).or_default();
         set.begin();
         for page in pages {
-            // A client has the text of a page while it reads it.
-            let page = page.clone();
-            let list: ObjectList<DynamicObject> = serde_json::from_str(&page)?;
-            set.page(list.items.into_iter().map(|o| read(kind, o, self.view.own())).collect());
+            // A client has the text of a page while it takes it apart.
+            let text = page.clone();
+            let page: Page = serde_json::from_str(&text)?;
+            drop(text);
+            let (_, seen) = page.read(&scope)?;
+            set.page(seen);
         }
         for step in set.end(None) {
             match step {

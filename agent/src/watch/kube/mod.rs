@@ -39,14 +39,14 @@ use self::client::Connection;
 use self::firewalls::{Firewalls, Got};
 use self::follow::{Change, Message, Outlet, Scope, follow};
 use self::heartbeat::Judge;
+pub use self::kinds::Kind;
 use self::kinds::{Key, read};
+pub use self::mirror::Mirror;
 use self::set::{Set, Step};
 use self::trouble::Trouble;
 use self::view::View;
 use self::write::{Done, Outcome, Writer};
 use super::{Event, Problem, Source, Write};
-pub use self::mirror::Mirror;
-pub use self::kinds::Kind;
 use crate::agent::random;
 use crate::firewall::check::Spec;
 use crate::objects::{
@@ -484,9 +484,13 @@ impl KubeSource {
         self.settle_firewalls(node);
         // Who uses which ports of an address concerns who holds it or may; all others have their own in their EgressNode.
         if let Some(index) = self.watch_of(Kind::EgressAllocation) {
-            let mut allocations = self.view.objects.egress_allocations.values();
-            let named =
-                allocations.any(|a| a.spec.owner == node || a.spec.standbys.iter().any(|s| s == node));
+            let o = &self.view.objects;
+            let whole = o.egress_allocations.values().map(|a| (a.spec.owner.as_str(), &a.spec.standbys));
+            let checked = o.checked_allocations.values();
+            let checked = checked.map(|(_, a)| (a.owner.as_deref().unwrap_or_default(), &a.standbys));
+            let named = whole
+                .chain(checked)
+                .any(|(owner, standbys)| owner == node || standbys.iter().any(|s| s == node));
             let watch = &self.watches[index];
             match (&watch.task, assignable || named) {
                 (None, true) => self.run(index),
@@ -560,7 +564,8 @@ impl KubeSource {
     /// Takes up an object that a request has brought.
     fn absorb(&mut self, kind: Kind, object: DynamicObject) {
         if let Some(index) = self.watch_of(kind)
-            && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object, self.view.own()))
+            && let Some(Step::Put(seen)) =
+                self.watches[index].set.written(read(kind, object, self.view.own()))
         {
             self.view.put(kind, *seen);
         }

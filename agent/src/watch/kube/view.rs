@@ -6,9 +6,7 @@ use kube::api::ObjectMeta;
 
 use super::kinds::{Bad, Key, Kind, Leader, Object, Seen};
 use crate::digest;
-use crate::objects::{
-    EgressFirewallReport, EgressIpReport, EgressNodeSpec, EgressNodeStatus, Meta, Objects,
-};
+use crate::objects::{EgressFirewallReport, EgressIpReport, EgressNodeSpec, EgressNodeStatus, Meta, Objects};
 
 /// The objects, and what is read of them besides.
 #[derive(Debug, Default)]
@@ -73,7 +71,10 @@ impl View {
                     self.partial.insert(key.1.clone());
                     self.objects.egress_ips.insert(key.1.clone(), *rest);
                 }
-                if kind == Kind::EgressAllocation && !self.objects.egress_allocations.contains_key(&key.1) {
+                if kind == Kind::EgressAllocation
+                    && !self.objects.egress_allocations.contains_key(&key.1)
+                    && !self.objects.checked_allocations.contains_key(&key.1)
+                {
                     self.unreadable.insert(key.1.clone());
                 }
                 self.bad.insert((kind, key), message.clone()) != Some(message)
@@ -126,7 +127,13 @@ impl View {
                 if let Some(original) = original {
                     self.originals.insert(key.1.clone(), *original);
                 }
-                replace(&mut o.egress_allocations, key.1, a, |a| &mut a.metadata)
+                let checked = o.checked_allocations.remove(&key.1).is_some();
+                replace(&mut o.egress_allocations, key.1, a, |a| &mut a.metadata) | checked
+            }
+            Object::Checked(checked) => {
+                self.unreadable.remove(&key.1);
+                let other = o.egress_allocations.remove(&key.1).is_some();
+                set(&mut o.checked_allocations, &key.1, Some(checked)) | other
             }
             Object::Heartbeat(renewed) => self.heartbeats.insert(key.1, renewed.clone()) != Some(renewed),
             Object::Leader(leader) => self.leader.replace(leader.clone()) != Some(leader),
@@ -169,7 +176,7 @@ impl View {
             Kind::EgressAllocation => {
                 self.originals.remove(&key.1);
                 self.unreadable.remove(&key.1);
-                o.egress_allocations.remove(&key.1).is_some()
+                o.checked_allocations.remove(&key.1).is_some() | o.egress_allocations.remove(&key.1).is_some()
             }
             Kind::Heartbeat => self.heartbeats.remove(&key.1).is_some(),
             Kind::Leader => self.leader.take().is_some(),
@@ -301,7 +308,10 @@ mod tests {
         let mut view = View::new(Some("a"));
         put(&mut view, Kind::EgressNode, node("u"));
         let kept = &view.objects.egress_nodes["b"];
-        assert_eq!((&kept.spec, view.objects.nodes["b"].metadata.uid.as_str()), (&EgressNodeSpec::default(), "u"));
+        assert_eq!(
+            (&kept.spec, view.objects.nodes["b"].metadata.uid.as_str()),
+            (&EgressNodeSpec::default(), "u")
+        );
         let mut other = node("u");
         other["spec"]["ranges"] = json!([{"egressIP": "192.0.2.1"}]);
         assert!(!put(&mut view, Kind::EgressNode, other.clone()), "ports granted to it");

@@ -206,24 +206,39 @@ fn agent(who: &str, cluster: &Cluster, n: usize) {
     let o = &cluster.objects;
     event("a pod comes", Kind::Pod, &|round| wire::pod(n, PODS_PER_NODE + round, 0), true);
     event("an EgressIP comes", Kind::EgressIp, &|round| wire::new_egress_ip(EGRESS_IPS + round), true);
-    event("another node's label changes", Kind::EgressNode, &|round| {
-        let mut node = wire::egress_node(o, NODES - 1 - round);
-        node["spec"]["labels"]["a"] = json!("b");
-        node
-    }, true);
-    event("another node's demand changes", Kind::EgressNode, &|round| {
-        let mut node = wire::egress_node(o, NODES - 11 - round);
-        node["status"]["demand"] = json!([]);
-        node
-    }, false);
+    event(
+        "another node's label changes",
+        Kind::EgressNode,
+        &|round| {
+            let mut node = wire::egress_node(o, NODES - 1 - round);
+            node["spec"]["labels"]["a"] = json!("b");
+            node
+        },
+        true,
+    );
+    event(
+        "another node's demand changes",
+        Kind::EgressNode,
+        &|round| {
+            let mut node = wire::egress_node(o, NODES - 11 - round);
+            node["status"]["demand"] = json!([]);
+            node
+        },
+        false,
+    );
     if n < GATEWAYS {
-        event("an allocation changes", Kind::EgressAllocation, &|round| {
-            let name = o.egress_allocations.keys().nth(round).expect("an allocation");
-            let mut allocation = wire::allocation(o, name);
-            allocation["metadata"]["generation"] = json!(1_000);
-            allocation["spec"]["leases"].as_array_mut().expect("leases").pop();
-            allocation
-        }, true);
+        event(
+            "an allocation changes",
+            Kind::EgressAllocation,
+            &|round| {
+                let name = o.egress_allocations.keys().nth(round).expect("an allocation");
+                let mut allocation = wire::allocation(o, name);
+                allocation["metadata"]["generation"] = json!(1_000);
+                allocation["spec"]["leases"].as_array_mut().expect("leases").pop();
+                allocation
+            },
+            true,
+        );
     }
 }
 
@@ -268,8 +283,11 @@ fn watched(cluster: &Cluster) {
     let gateway = size(&wire::egress_node(o, 0));
     let name = o.egress_allocations.keys().next().expect("an allocation");
     let allocation = size(&wire::allocation(o, name));
-    println!("on the wire: EgressNode {usual} bytes (of an egress node {gateway}), EgressAllocation {allocation}");
-    let bytes = |lists: &[List]| -> usize { lists.iter().flat_map(|(_, pages)| pages).map(String::len).sum() };
+    println!(
+        "on the wire: EgressNode {usual} bytes (of an egress node {gateway}), EgressAllocation {allocation}"
+    );
+    let bytes =
+        |lists: &[List]| -> usize { lists.iter().flat_map(|(_, pages)| pages).map(String::len).sum() };
     let requests = |lists: &[List]| -> usize { lists.iter().map(|(_, pages)| pages.len()).sum() };
     let lists = cluster.listed_by_agent(NODES / 2);
     let all = bytes(&lists) * (NODES - GATEWAYS);

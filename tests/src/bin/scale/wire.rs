@@ -4,10 +4,8 @@ use outgate::objects::{Condition, EgressIp, EgressIpReport, Meta, Node, Objects}
 use outgate::watch::kube::{Kind, Mirror};
 use serde_json::{Value, json};
 
-use crate::cluster::{
-    GATEWAYS, egress_ip_object, meta, namespaces_on, node_name, pod_ip,
-};
 use crate::cluster::Cluster;
+use crate::cluster::{GATEWAYS, egress_ip_object, meta, namespaces_on, node_name, pod_ip};
 
 /// Bytes of a Pod and of a Node that Outgate does not read, so that they are as long as real ones.
 const POD: usize = 6_000;
@@ -99,7 +97,8 @@ pub(crate) fn allocation(objects: &Objects, name: &str) -> Value {
 
 fn list(kind: Kind, items: &[Value]) -> List {
     let page = |items: &[Value]| {
-        json!({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items}).to_string()
+        json!({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items})
+            .to_string()
     };
     (kind, items.chunks(Mirror::page(kind)).map(page).collect())
 }
