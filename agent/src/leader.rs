@@ -4,7 +4,7 @@
 mod grants;
 mod tables;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
@@ -208,9 +208,9 @@ fn allocations(
     let cluster_nodes = desired.nodes.values().filter(|n| n.exists).count();
     let now = status::seconds(around.now).unwrap_or(0);
     let timeouts = &desired.config.timeouts;
-    let gone = |node: &str, uid: &str| {
-        around.complete && around.objects.nodes.get(node).is_none_or(|n| n.metadata.uid != uid)
-    };
+    let uids: HashMap<_, _> =
+        around.objects.nodes.iter().map(|(name, n)| (name.as_str(), n.metadata.uid.as_str())).collect();
+    let gone = |node: &str, uid: &str| around.complete && uids.get(node).is_none_or(|known| *known != uid);
     let mut returned = returned(desired);
     let nothing = Allocation::default();
     let mut standbys = Standbys::new(known, now);

@@ -6,7 +6,7 @@
 //! its UID, so that a node made anew under its name has no right to it), rests: until every gateway's kernel is known
 //! to have dropped it, and nothing outside can take a new connection for an old one any more.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use datapath::keys::GranuleRange;
@@ -77,7 +77,7 @@ pub struct Outcome {
 /// is not heard.
 #[must_use]
 pub fn demands(desired: &Desired) -> BTreeMap<IpAddr, BTreeSet<Demander>> {
-    let mut demands: BTreeMap<IpAddr, BTreeSet<Demander>> = BTreeMap::new();
+    let mut demands: BTreeMap<IpAddr, Vec<Demander>> = BTreeMap::new();
     for (name, node) in &desired.nodes {
         let Some(agent) = node.agent.as_ref().filter(|a| node.exists && a.node_uid == node.uid) else {
             continue;
@@ -85,7 +85,7 @@ pub fn demands(desired: &Desired) -> BTreeMap<IpAddr, BTreeSet<Demander>> {
         let (name, uid, boot): (Text, Text, Text) =
             (name.into(), (&node.uid).into(), (&agent.boot_id).into());
         for (ip, granules) in &agent.demand {
-            demands.entry(*ip).or_default().insert(Demander {
+            demands.entry(*ip).or_default().push(Demander {
                 node: name.clone(),
                 node_uid: uid.clone(),
                 boot_id: boot.clone(),
@@ -93,7 +93,7 @@ pub fn demands(desired: &Desired) -> BTreeMap<IpAddr, BTreeSet<Demander>> {
             });
         }
     }
-    demands
+    demands.into_iter().map(|(ip, demanders)| (ip, demanders.into_iter().collect())).collect()
 }
 
 /// The next leases of an allocation. If they differ from what it has, they are of the generation after its own.
@@ -123,7 +123,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     leases.retain(|l| !l.ranges.is_empty());
     let mut free = Free::new(leases.iter().flat_map(|l| &l.ranges).chain(resting.iter().map(|r| &r.range)));
     // Where each demander's leases are, found once: a search for each would cost the square of their number.
-    let places: BTreeMap<_, usize> =
+    let places: HashMap<_, usize> =
         s.demanders.iter().map(|d| (d.node.as_str(), d.node_uid.as_str())).zip(0..).collect();
     let mut held = vec![Vec::new(); s.demanders.len()];
     for (position, l) in leases.iter().enumerate() {

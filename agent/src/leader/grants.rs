@@ -5,7 +5,7 @@
 //! hand-over is kept here: a lease is granted once the kernels of the address's owner and standbys are known to have it,
 //! and another owner is named once its kernel has all that the node was granted before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -23,11 +23,12 @@ pub(super) fn node_specs(
     plan: &mut Plan,
 ) {
     let around = known.around;
-    let mut leases: BTreeMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = BTreeMap::new();
-    let is_of = |lease: &Lease| {
-        around.objects.nodes.get(lease.node.as_str()).is_some_and(|n| n.metadata.uid == lease.node_uid)
-    };
-    let mut lessees = BTreeSet::new();
+    // Looked up for each of perhaps a hundred thousand leases.
+    let mut leases: HashMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = HashMap::new();
+    let uids: HashMap<_, _> =
+        around.objects.nodes.iter().map(|(name, n)| (name.as_str(), n.metadata.uid.as_str())).collect();
+    let is_of = |lease: &Lease| uids.get(lease.node.as_str()).is_some_and(|uid| lease.node_uid == *uid);
+    let mut lessees = HashSet::new();
     for (ip, a) in allocations {
         for lease in &a.leases {
             lessees.insert(lease.node.as_str());
