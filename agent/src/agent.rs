@@ -264,9 +264,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         facts.forget_gone(|index| self.kernel.has_interface(index));
         facts.nameservers = self.resolv_conf.nameservers().to_vec();
         if self.publish(&desired, &facts).await {
+            // In a large cluster it is large: never two at once.
+            drop(desired);
             desired = self.desired();
         }
         if self.leading && self.plan(&desired).await {
+            drop(desired);
             desired = self.desired();
         }
         let node = &self.identity.node;

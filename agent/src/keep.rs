@@ -2,7 +2,7 @@
 //! others' objects it keeps what it decides by, and what only a leader decides by it does not. What is kept is no object to
 //! be written.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::mem::take;
 
 use ipnet::IpNet;
@@ -47,7 +47,7 @@ pub fn of_another_node(node: &mut EgressNode) {
 
 /// Networks of uplinks that work, each once.
 fn networks(uplinks: &[EgressUplink]) -> Vec<String> {
-    let mut seen = HashSet::new();
+    let mut seen = BTreeSet::new();
     let working = uplinks.iter().filter(|u| u.up).flat_map(|u| &u.networks);
     let networks = working.filter_map(|n| n.parse::<IpNet>().ok()).map(|n| n.trunc());
     networks.filter(|n| seen.insert(*n)).map(|n| n.to_string()).collect()

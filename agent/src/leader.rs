@@ -4,7 +4,7 @@
 mod grants;
 mod tables;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
@@ -15,6 +15,7 @@ use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use self::tables::{Standbys, Tables};
 use crate::addresses::object_name;
 use crate::assign::{self, Assignment, Candidate};
+use crate::hashed::Hashed;
 use crate::lease::{self, Returned};
 use crate::model::{Allocation, Desired, TUNNEL_PORT};
 use crate::objects::{
@@ -208,7 +209,7 @@ fn allocations(
     let cluster_nodes = desired.nodes.values().filter(|n| n.exists).count();
     let now = status::seconds(around.now).unwrap_or(0);
     let timeouts = &desired.config.timeouts;
-    let uids: HashMap<_, _> =
+    let uids: Hashed<_, _> =
         around.objects.nodes.iter().map(|(name, n)| (name.as_str(), n.metadata.uid.as_str())).collect();
     let gone = |node: &str, uid: &str| around.complete && uids.get(node).is_none_or(|known| *known != uid);
     let mut returned = returned(desired);

@@ -6,12 +6,13 @@
 //! its UID, so that a node made anew under its name has no right to it), rests: until every gateway's kernel is known
 //! to have dropped it, and nothing outside can take a new connection for an old one any more.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use datapath::keys::GranuleRange;
 use datapath::limits::GRANULES;
 
+use crate::hashed::Hashed;
 use crate::model::{Allocation, Desired, Lease, Resting};
 use crate::text::Text;
 
@@ -123,7 +124,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     leases.retain(|l| !l.ranges.is_empty());
     let mut free = Free::new(leases.iter().flat_map(|l| &l.ranges).chain(resting.iter().map(|r| &r.range)));
     // Where each demander's leases are, found once: a search for each would cost the square of their number.
-    let places: HashMap<_, usize> =
+    let places: Hashed<_, usize> =
         s.demanders.iter().map(|d| (d.node.as_str(), d.node_uid.as_str())).zip(0..).collect();
     let mut held = vec![Vec::new(); s.demanders.len()];
     for (position, l) in leases.iter().enumerate() {

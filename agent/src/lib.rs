@@ -4,6 +4,8 @@
 pub mod crd;
 pub mod objects;
 pub mod text;
+
+mod hashed;
 pub mod watch;
 
 pub mod cni;

@@ -631,7 +631,7 @@ fn cluster_resolvers(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTr
     }
     for ((namespace, _), o) in &objects.pods {
         let dns = DNS_PODS.iter().any(|(place, label, value)| {
-            namespace == place && o.metadata.labels.get(*label).is_some_and(|v| v == value)
+            namespace == place && o.metadata.labels.get(label).is_some_and(|v| v == value)
         });
         if dns && has_network(o) {
             // What is wrong with addresses of pods is said where the pods are read, on their own node.

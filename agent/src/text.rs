@@ -3,7 +3,7 @@
 
 use std::borrow::Borrow;
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::ops::{Deref, Index};
@@ -20,14 +20,18 @@ const FEW: usize = 1024;
 #[derive(Clone, Default)]
 pub struct Text(Arc<str>);
 
+/// The texts that are shared, by themselves.
+#[expect(clippy::disallowed_types, reason = "looked up, and gone through only to throw out")]
+type Texts = std::collections::HashSet<Arc<str>>;
+
 /// All texts, and how many there may be before those are thrown out that are nobody's.
 struct Table {
-    texts: HashSet<Arc<str>>,
+    texts: Texts,
     limit: usize,
 }
 
 static TABLE: LazyLock<Mutex<Table>> =
-    LazyLock::new(|| Mutex::new(Table { texts: HashSet::new(), limit: FEW }));
+    LazyLock::new(|| Mutex::new(Table { texts: Texts::new(), limit: FEW }));
 
 impl Table {
     fn get(&mut self, text: &str) -> Arc<str> {
@@ -299,7 +303,7 @@ mod tests {
         let a: Text = serde_json::from_str("\"eu-central-1\"").unwrap();
         assert!(Arc::ptr_eq(&a.0, &Text::from("eu-central-1".to_owned()).0));
         assert_eq!((&a, a.len()), (&Text::from("eu-central-1"), 12));
-        let mut table = Table { texts: HashSet::new(), limit: 4 };
+        let mut table = Table { texts: Texts::new(), limit: 4 };
         let kept = table.get("kept");
         for n in 0..10_000 {
             table.get(&n.to_string());

@@ -5,13 +5,14 @@
 //! hand-over is kept here: a lease is granted once the kernels of the address's owner and standbys are known to have it,
 //! and another owner is named once its kernel has all that the node was granted before.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::{Known, Plan};
 use crate::addresses;
 use crate::digest::digest;
+use crate::hashed::Hashed;
 use crate::model::{Allocation, Lease};
 use crate::objects::{EgressNodeSpec, GrantedGranules, GrantedPorts};
 use crate::watch::Write;
@@ -24,18 +25,18 @@ pub(super) fn node_specs(
 ) {
     let around = known.around;
     // Looked up for each of perhaps a hundred thousand leases.
-    let mut leases: HashMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = HashMap::new();
-    let uids: HashMap<_, _> =
+    let mut leases: Hashed<&str, BTreeMap<IpAddr, Vec<&Lease>>> = Hashed::new();
+    let uids: Hashed<_, _> =
         around.objects.nodes.iter().map(|(name, n)| (name.as_str(), n.metadata.uid.as_str())).collect();
     let is_of = |lease: &Lease| uids.get(lease.node.as_str()).is_some_and(|uid| lease.node_uid == *uid);
-    let mut lessees = HashSet::new();
+    let mut lessees: Hashed<&str, ()> = Hashed::new();
     for (ip, a) in allocations {
         for lease in &a.leases {
-            lessees.insert(lease.node.as_str());
+            lessees.insert(lease.node.as_str(), ());
             if !is_of(lease) {
                 continue;
             }
-            leases.entry(&lease.node).or_default().entry(*ip).or_default().push(lease);
+            leases.or_default(lease.node.as_str()).entry(*ip).or_default().push(lease);
         }
     }
     let nothing = BTreeMap::new();
@@ -54,7 +55,7 @@ pub(super) fn node_specs(
         return;
     }
     for (name, node) in &around.objects.egress_nodes {
-        let gone = !around.objects.nodes.contains_key(name) && !lessees.contains(name.as_str());
+        let gone = !around.objects.nodes.contains_key(name) && lessees.get(name.as_str()).is_none();
         // An agent that runs where there never was a Node would only write it again.
         if gone && (!node.spec.node_uid.is_empty() || !(around.reachable)(name)) {
             plan.writes.push(Write::RemoveEgressNode(name.clone()));

@@ -1,10 +1,11 @@
 //! Who has the port table of an address: what the leader knows of gateways' kernels, and the nodes that it keeps ready
 //! to take an address over.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::Known;
+use crate::hashed::Hashed;
 use crate::model::{Allocation, Desired, EgressIp};
 use crate::text::Text;
 
@@ -16,7 +17,7 @@ const PATIENCE: u64 = 10;
 /// The generations of allocations that nodes' kernels are known to have whole.
 pub(super) struct Tables<'a> {
     /// What each node has, of those that have anything.
-    by_node: HashMap<&'a str, &'a BTreeMap<IpAddr, (Text, u64)>>,
+    by_node: Hashed<&'a str, &'a BTreeMap<IpAddr, (Text, u64)>>,
     /// Nodes that have anything of an address: name, UID of the allocation, generation.
     by_address: BTreeMap<IpAddr, Vec<(&'a str, &'a str, u64)>>,
 }
@@ -24,7 +25,7 @@ pub(super) struct Tables<'a> {
 impl<'a> Tables<'a> {
     pub(super) fn new(desired: &'a Desired) -> Self {
         let mut by_address: BTreeMap<IpAddr, Vec<_>> = BTreeMap::new();
-        let mut by_node = HashMap::new();
+        let mut by_node = Hashed::new();
         for (name, node) in desired.nodes.iter().filter(|(_, n)| n.exists) {
             // Nothing that an earlier node of the name has said counts.
             let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid);
