@@ -269,7 +269,10 @@ spec: {{egressIP: 192.0.2.200, owner: n{owner}, standbys: [n2], leases: [{}], re
                     egress_node(&identity, &desired, &facts(), &compiled.loaded, &compiled.firewalls, &ports);
                 (compiled, said, desired)
             });
-            prop_assert_eq!(&whole.0, &kept.0);
+            prop_assert_eq!(&whole.0.problems, &kept.0.problems);
+            prop_assert_eq!(&whole.0.loaded, &kept.0.loaded);
+            // Too long to be printed.
+            prop_assert!(whole.0 == kept.0, "other maps");
             prop_assert_eq!(whole.1, kept.1);
             let (whole, kept) = (whole.2, kept.2);
             prop_assert_eq!(whole.problems, kept.problems);
