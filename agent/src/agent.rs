@@ -191,9 +191,12 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         facts.forget(&self.kernel.gone(facts.pod_interfaces.keys().copied()));
         facts.nameservers = self.resolv_conf.nameservers().to_vec();
         if self.publish(&desired, &facts).await {
+            // In a large cluster it is large: never two at once.
+            drop(desired);
             desired = self.desired();
         }
         if self.leadership.work(&mut self.source, &desired, &mut self.failures).await {
+            drop(desired);
             desired = self.desired();
         }
         let node = &self.identity.node;

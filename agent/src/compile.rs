@@ -9,6 +9,7 @@ mod firewalls;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
 
 use datapath::addr::Ip;
 use datapath::keys::{
@@ -319,18 +320,18 @@ impl Compiler<'_> {
             }
         }
         if gateway || used {
-            self.out.image.granules.insert(id, table);
+            self.out.image.granules.insert(id, Arc::new(table));
         }
         id
     }
 
     fn allocation(&self, ip: &IpAddr) -> Option<&model::Allocation> {
-        self.desired.allocations.get(ip)
+        self.desired.allocations.get(ip).map(|a| &**a)
     }
 
     /// The id of the node that a lease is for; 0 if that very node is not there any more, or not known yet.
     fn lessee(&self, lease: &model::Lease) -> NodeId {
-        match self.node_ids.get(&lease.node) {
+        match self.node_ids.get(lease.node.as_str()) {
             Some(id) if self.knows(lease) => *id,
             _ => 0,
         }
@@ -338,7 +339,7 @@ impl Compiler<'_> {
 
     /// Whether the agent of the very node that a lease is for is known.
     fn knows(&self, lease: &model::Lease) -> bool {
-        let agent = self.desired.nodes.get(&lease.node).and_then(|n| n.agent.as_ref());
+        let agent = self.desired.nodes.get(lease.node.as_str()).and_then(|n| n.agent.as_ref());
         agent.is_some_and(|a| a.node_uid == lease.node_uid)
     }
 

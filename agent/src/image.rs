@@ -29,8 +29,8 @@ pub struct MapImage {
     pub egress_ips: BTreeMap<EgressId, EgressIp>,
     /// `EGRESS_ADDRS`.
     pub egress_addrs: BTreeMap<Ip, EgressId>,
-    /// `GRANULES`.
-    pub granules: BTreeMap<EgressId, GranuleTable>,
+    /// `GRANULES`. Shared between copies: each has two kilobytes, and the agent keeps an image and the kernel's side another.
+    pub granules: BTreeMap<EgressId, Arc<GranuleTable>>,
     /// `LEASES`.
     pub leases: BTreeMap<EgressId, Lease>,
     /// `NODES`.

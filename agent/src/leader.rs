@@ -6,6 +6,7 @@ mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use datapath::keys::GranuleRange;
@@ -14,6 +15,7 @@ use datapath::limits::{FIRST_PORT, GRANULE_PORTS};
 use self::tables::{Standbys, Tables};
 use crate::addresses::object_name;
 use crate::assign::{self, Assignment, Candidate};
+use crate::hashed::Hashed;
 use crate::lease::{self, Returned};
 use crate::model::{Allocation, Desired, TUNNEL_PORT};
 use crate::objects::{
@@ -21,6 +23,7 @@ use crate::objects::{
     Objects, PortLease, RestingPorts, Tunnel,
 };
 use crate::status::{self, Outcomes, Ports, Shadow};
+use crate::text::Text;
 use crate::watch::Write;
 
 /// What the leader knows besides what the objects ask for.
@@ -200,15 +203,15 @@ fn allocations(
     known: &Known<'_>,
     random: &mut dyn FnMut() -> u64,
     plan: &mut Plan,
-) -> (BTreeMap<IpAddr, Allocation>, BTreeMap<IpAddr, Ports>) {
+) -> (BTreeMap<IpAddr, Arc<Allocation>>, BTreeMap<IpAddr, Ports>) {
     let Known { desired, around, tables, assignment, .. } = *known;
     let demands = lease::demands(desired);
     let cluster_nodes = desired.nodes.values().filter(|n| n.exists).count();
     let now = status::seconds(around.now).unwrap_or(0);
     let timeouts = &desired.config.timeouts;
-    let gone = |node: &str, uid: &str| {
-        around.complete && around.objects.nodes.get(node).is_none_or(|n| n.metadata.uid != uid)
-    };
+    let uids: Hashed<_, _> =
+        around.objects.nodes.iter().map(|(name, n)| (name.as_str(), n.metadata.uid.as_str())).collect();
+    let gone = |node: &str, uid: &str| around.complete && uids.get(node).is_none_or(|known| *known != uid);
     let mut returned = returned(desired);
     let nothing = Allocation::default();
     let mut standbys = Standbys::new(known, now);
@@ -219,7 +222,7 @@ fn allocations(
             continue;
         }
         let old = desired.allocations.get(&ip);
-        let before = old.unwrap_or(&nothing);
+        let before = old.map_or(&nothing, |a| &**a);
         let owner = assignment.owners.get(&ip).cloned();
         let standbys = standbys.of(&ip, e, before, owner.as_ref());
         let nobody = BTreeSet::new();
@@ -243,9 +246,9 @@ fn allocations(
             leases: outcome.leases,
             resting: outcome.resting,
         };
-        if old != Some(&new) {
+        if old.is_none_or(|old| **old != new) {
             new.generation += 1;
-            describe(&e.name, ip, old, &new, known, &mut plan.log);
+            describe(&e.name, ip, old.map(|a| &**a), &new, known, &mut plan.log);
             plan.writes.push(Write::Allocation(object(ip, &new)));
         }
         // What only time changes: ports that have rested, and standbys that are waited for no more.
@@ -253,7 +256,9 @@ fn allocations(
         plan.again = times.filter(|t| *t > now).chain(plan.again).min();
         let used = lease::leased(&new);
         ports.insert(ip, Ports { leased: used, refused: outcome.refused, short: outcome.short });
-        allocations.insert(ip, new);
+        if old.is_none_or(|old| **old != new) {
+            allocations.insert(ip, Arc::new(new));
+        }
     }
     if around.complete {
         let named: BTreeSet<_> = desired.egress_ips.values().flat_map(|e| &e.named).collect();
@@ -273,8 +278,8 @@ fn returned(desired: &Desired) -> BTreeMap<(IpAddr, &str), Vec<Returned>> {
         let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid);
         for (ip, (uid, ranges)) in agent.into_iter().flat_map(|a| &a.returned) {
             let of = |r: &crate::model::Granted| Returned {
-                node: name.clone(),
-                node_uid: node.uid.clone(),
+                node: name.into(),
+                node_uid: (&node.uid).into(),
                 generation: r.generation,
                 range: r.range,
             };
@@ -357,8 +362,8 @@ fn object(ip: IpAddr, a: &Allocation) -> EgressAllocation {
             node_uid: l.node_uid.clone(),
             boot_id: l.boot_id.clone(),
             since: match l.since {
-                0 => String::new(),
-                since => status::rfc3339(UNIX_EPOCH + Duration::from_secs(since)),
+                0 => Text::default(),
+                since => status::rfc3339(UNIX_EPOCH + Duration::from_secs(since)).into(),
             },
             generation: l.generation,
             ranges: l.ranges.iter().map(|r| Granules { first: r.first, count: r.count }).collect(),
@@ -396,6 +401,7 @@ mod tests {
     use super::*;
     use crate::model::{desired, tests::objects};
     use crate::objects::{LoadedAllocation, PortDemand, ShadowedPods};
+    use crate::text::Labels;
 
     const CLUSTER: &str = "kind: Node
 metadata: {name: a, uid: ua, labels: {k8s.ovn.org/egress-assignable: ''}}
@@ -583,7 +589,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         assert_eq!(writes, [false, true], "the allocation, and whom to send by");
         let a = w.objects.egress_allocations["192.0.2.100"].clone();
         assert_eq!(a.spec.leases.iter().map(|l| l.generation).collect::<Vec<_>>(), [1, 2]);
-        w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
+        w.objects.nodes.get_mut("a").unwrap().metadata.labels = Labels::default();
         let p = w.step();
         let moved = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!((moved.spec.owner.as_str(), &moved.spec.leases), ("", &a.spec.leases), "b holds another");
@@ -612,7 +618,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         let m = &w.objects.egress_allocations["192.0.2.100"].metadata;
         let loaded = LoadedAllocation {
             egress_ip: "192.0.2.100".into(),
-            uid: m.uid.clone(),
+            uid: (&m.uid).into(),
             generation: m.generation,
         };
         w.objects.egress_nodes.get_mut(node).unwrap().status.loaded = vec![loaded];
@@ -656,7 +662,7 @@ spec: {routedCIDRs: ['2001:db8::/64']}";
         w.step();
         confirm(&mut w, "a");
         w.step();
-        w.objects.nodes.get_mut("a").unwrap().metadata.labels.clear();
+        w.objects.nodes.get_mut("a").unwrap().metadata.labels = Labels::default();
         w.step();
         let allocation = &w.objects.egress_allocations["192.0.2.100"];
         assert_eq!(allocation.spec.owner, "b");
@@ -738,7 +744,7 @@ status: {nodeUID: uc, tunnelAddress: 192.0.2.7, uplinks: [{name: eth0, up: true,
         w.step();
         assert_eq!(standbys(&w), ["b", "c"]);
         // The owner is not ready any more: the first that is.
-        w.objects.nodes.get_mut("b").unwrap().metadata.labels.clear();
+        w.objects.nodes.get_mut("b").unwrap().metadata.labels = Labels::default();
         let not =
             crate::objects::Condition { kind: "Ready".into(), status: "False".into(), ..Default::default() };
         w.objects.nodes.get_mut("a").unwrap().status.conditions = vec![not];

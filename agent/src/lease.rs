@@ -12,17 +12,19 @@ use std::net::IpAddr;
 use datapath::keys::GranuleRange;
 use datapath::limits::GRANULES;
 
+use crate::hashed::Hashed;
 use crate::model::{Allocation, Desired, Lease, Resting};
+use crate::text::Text;
 
 /// A node that needs ports of an address.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Demander {
     /// Name.
-    pub node: String,
+    pub node: Text,
     /// UID of its Node object.
-    pub node_uid: String,
+    pub node_uid: Text,
     /// Its boot id.
-    pub boot_id: String,
+    pub boot_id: Text,
     /// How many granules it wants in all; 0: whatever comes first.
     pub granules: u16,
 }
@@ -31,9 +33,9 @@ pub struct Demander {
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Returned {
     /// Name.
-    pub node: String,
+    pub node: Text,
     /// UID of its Node object.
-    pub node_uid: String,
+    pub node_uid: Text,
     /// Generation of the lease that the ports are of: the same ports leased again are not given back.
     pub generation: u64,
     /// The ports.
@@ -76,19 +78,23 @@ pub struct Outcome {
 /// is not heard.
 #[must_use]
 pub fn demands(desired: &Desired) -> BTreeMap<IpAddr, BTreeSet<Demander>> {
-    let mut demands: BTreeMap<IpAddr, BTreeSet<Demander>> = BTreeMap::new();
+    let mut demands: BTreeMap<IpAddr, Vec<Demander>> = BTreeMap::new();
     for (name, node) in &desired.nodes {
-        let agent = node.agent.as_ref().filter(|a| node.exists && a.node_uid == node.uid);
-        for (ip, granules) in agent.into_iter().flat_map(|a| &a.demand) {
-            demands.entry(*ip).or_default().insert(Demander {
+        let Some(agent) = node.agent.as_ref().filter(|a| node.exists && a.node_uid == node.uid) else {
+            continue;
+        };
+        let (name, uid, boot): (Text, Text, Text) =
+            (name.into(), (&node.uid).into(), (&agent.boot_id).into());
+        for (ip, granules) in &agent.demand {
+            demands.entry(*ip).or_default().push(Demander {
                 node: name.clone(),
-                node_uid: node.uid.clone(),
-                boot_id: agent.map(|a| a.boot_id.clone()).unwrap_or_default(),
+                node_uid: uid.clone(),
+                boot_id: boot.clone(),
                 granules: *granules,
             });
         }
     }
-    demands
+    demands.into_iter().map(|(ip, demanders)| (ip, demanders.into_iter().collect())).collect()
 }
 
 /// The next leases of an allocation. If they differ from what it has, they are of the generation after its own.
@@ -118,7 +124,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
     leases.retain(|l| !l.ranges.is_empty());
     let mut free = Free::new(leases.iter().flat_map(|l| &l.ranges).chain(resting.iter().map(|r| &r.range)));
     // Where each demander's leases are, found once: a search for each would cost the square of their number.
-    let places: BTreeMap<_, usize> =
+    let places: Hashed<_, usize> =
         s.demanders.iter().map(|d| (d.node.as_str(), d.node_uid.as_str())).zip(0..).collect();
     let mut held = vec![Vec::new(); s.demanders.len()];
     for (position, l) in leases.iter().enumerate() {
@@ -148,7 +154,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
             continue;
         }
         match free.hole(first_share(s.demanders.len(), s.nodes, free.count())) {
-            None => refused.push(d.node.clone()),
+            None => refused.push(d.node.to_string()),
             Some(range) => {
                 free.take(range);
                 held.push(leases.len());
@@ -168,7 +174,7 @@ pub fn next(old: &Allocation, s: &Situation<'_>) -> Outcome {
         }
         let gets = wants.min(free.count().saturating_sub(reserve));
         if gets < wants {
-            short.push(d.node.clone());
+            short.push(d.node.to_string());
         }
         let ends: Vec<_> = held.iter().flat_map(|l| &leases[*l].ranges).map(|r| r.first + r.count).collect();
         let ranges = free.several(&ends, gets);
@@ -288,7 +294,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn demander(n: usize) -> Demander {
-        Demander { node: format!("n{n:04}"), node_uid: format!("u{n}"), boot_id: "b".into(), granules: 0 }
+        Demander {
+            node: format!("n{n:04}").into(),
+            node_uid: format!("u{n}").into(),
+            boot_id: "b".into(),
+            granules: 0,
+        }
     }
 
     fn demanders(n: usize) -> BTreeSet<Demander> {
@@ -447,7 +458,7 @@ mod tests {
                 let uid = |n: usize| format!("u{n}-{}", h.incarnation.get(&n).copied().unwrap_or(0));
                 let demanders: BTreeSet<_> = wanting
                     .iter()
-                    .map(|(n, granules)| Demander { node_uid: uid(*n), granules: *granules, ..demander(*n) })
+                    .map(|(n, granules)| Demander { node_uid: uid(*n).into(), granules: *granules, ..demander(*n) })
                     .collect();
                 // Of ranges that are its own, and of others.
                 let returned: Vec<_> = returns
@@ -457,7 +468,7 @@ mod tests {
                         let range = own.map_or(range(*first, *count), |l| l.ranges[usize::from(*first) % l.ranges.len()]);
                         Returned {
                             node: demander(*n).node,
-                            node_uid: uid(*n),
+                            node_uid: uid(*n).into(),
                             generation: own.map_or(1, |l| l.generation),
                             range,
                         }
@@ -481,7 +492,7 @@ mod tests {
                 let again = next(&new, &Situation { returned: &[], ..s });
                 prop_assert_eq!(&again.leases, &new.leases);
                 let owners = |a: &Allocation| {
-                    let mut owners: Vec<Option<(String, u64)>> = vec![None; GRANULES];
+                    let mut owners: Vec<Option<(Text, u64)>> = vec![None; GRANULES];
                     for l in &a.leases {
                         for r in &l.ranges {
                             for o in &mut owners[usize::from(r.first)..][..usize::from(r.count)] {
@@ -503,7 +514,7 @@ mod tests {
                             let back = returned.iter().any(|r| {
                                 (&r.node_uid, r.generation) == (&before.0, before.1) && (r.range.first..r.range.first + r.range.count).contains(&at)
                             });
-                            prop_assert!(back || gone.contains(&before.0), "a living node is robbed");
+                            prop_assert!(back || gone.contains(before.0.as_str()), "a living node is robbed");
                             h.ended.insert(g, (new.generation, now));
                         }
                         _ => {}
@@ -520,7 +531,7 @@ mod tests {
                 }
                 for d in &demanders {
                     let has = new.leases.iter().any(|l| l.node_uid == d.node_uid);
-                    prop_assert!(has != outcome.refused.contains(&d.node));
+                    prop_assert!(has != outcome.refused.iter().any(|n| d.node == *n));
                 }
                 // Refused only when nothing is left.
                 let free = is.iter().filter(|o| o.is_none()).count()

@@ -3,6 +3,9 @@
 
 pub mod crd;
 pub mod objects;
+pub mod text;
+
+mod hashed;
 pub mod watch;
 
 pub mod cni;
@@ -14,6 +17,7 @@ pub mod selector;
 
 pub mod assign;
 pub mod digest;
+pub mod keep;
 pub mod leader;
 pub mod leadership;
 pub mod lease;

@@ -5,7 +5,9 @@
 //! address does not let them out by the node's: they have no egress IP in force, and `unassigned` decides.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use datapath::addr::Ip;
 use datapath::keys::{GranuleRange, Offload, Unassigned};
@@ -22,6 +24,7 @@ use crate::objects::{
 };
 use crate::selector::{Match, Selector};
 use crate::status;
+use crate::text::{Labels, Text};
 use crate::watch::Problem;
 
 /// UDP port of the tunnel unless the EgressConfig says otherwise: near VXLAN's own 4789, which the CNI may use,
@@ -49,7 +52,7 @@ pub struct Desired {
     /// nodes' agents say. Only nodes that are known.
     pub firewall_nodes: BTreeMap<String, BTreeSet<String>>,
     /// Who holds and leases what, by address.
-    pub allocations: BTreeMap<IpAddr, Allocation>,
+    pub allocations: BTreeMap<IpAddr, Arc<Allocation>>,
     /// EgressIPs that select this node's pods which older ones serve.
     pub shadowed: Vec<ShadowedPods>,
     /// What the leader has granted to this node, by address; none: it has not told this very node anything.
@@ -248,7 +251,7 @@ pub struct Node {
     /// UID of the Node object.
     pub uid: String,
     /// Its labels.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Whether it is labelled to own egress IPs.
     pub assignable: bool,
     /// Whether it is ready.
@@ -301,7 +304,7 @@ pub struct NodeAgent {
     /// Egress IPs that it needs ports of, and how many granules of each it wants in all; 0: whatever comes first.
     pub demand: BTreeMap<IpAddr, u16>,
     /// Allocations whose whole port table its kernel has: address to UID and generation.
-    pub loaded: BTreeMap<IpAddr, (String, u64)>,
+    pub loaded: BTreeMap<IpAddr, (Text, u64)>,
     /// Ports that it gives back, with the UID of the allocation.
     pub returned: BTreeMap<IpAddr, (String, Vec<Granted>)>,
     /// What has come of firewalls, by namespace.
@@ -326,6 +329,9 @@ pub struct Allocation {
     /// Ports taken back that nobody may use yet.
     pub resting: Vec<Resting>,
 }
+
+/// An allocation that makes sense, and its address. Shared: a node of an egress address has thousands of its leases.
+pub type Checked = (IpAddr, Arc<Allocation>);
 
 /// Ports taken back.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -364,11 +370,11 @@ pub struct Granted {
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Lease {
     /// Node.
-    pub node: String,
+    pub node: Text,
     /// Its UID: a node made anew under an old name has no right to the old one's ports.
-    pub node_uid: String,
+    pub node_uid: Text,
     /// Its boot id when it last asked.
-    pub boot_id: String,
+    pub boot_id: Text,
     /// Since when it is as it is, in seconds since 1970; 0: not known.
     pub since: u64,
     /// Generation of the allocation that first had this lease as it is.
@@ -458,6 +464,7 @@ pub fn desired_with(objects: &Objects, node: &str, known: &Known) -> Desired {
                 None
             }
         })
+        .chain(objects.checked_allocations.values().cloned())
         .collect();
     let grants = grants(objects, node);
     let tunnel = objects.cluster.map(|c| c.tunnel);
@@ -624,7 +631,7 @@ fn cluster_resolvers(objects: &Objects, problems: &mut BTreeSet<Problem>) -> BTr
     }
     for ((namespace, _), o) in &objects.pods {
         let dns = DNS_PODS.iter().any(|(place, label, value)| {
-            namespace == place && o.metadata.labels.get(*label).is_some_and(|v| v == value)
+            namespace == place && o.metadata.labels.get(label).is_some_and(|v| v == value)
         });
         if dns && has_network(o) {
             // What is wrong with addresses of pods is said where the pods are read, on their own node.
@@ -1135,11 +1142,12 @@ pub(crate) fn has_network(pod: &objects::Pod) -> bool {
     !pod.spec.host_network && !matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
 }
 
-fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
+/// Checks an allocation; or why it is ignored.
+pub fn allocation(o: &EgressAllocation) -> Result<Checked, String> {
     let ip = addresses::address(&o.spec.egress_ip)
         .map_err(|error| format!("spec.egressIP: {:?} {error}; ignored", o.spec.egress_ip))?;
     let mut used = [false; GRANULES];
-    let mut take = |first: u16, count: u16, whose: &str| {
+    let mut take = |first: u16, count: u16, whose: &dyn fmt::Display| {
         let granules = used
             .get_mut(usize::from(first)..usize::from(first) + usize::from(count))
             .filter(|_| count > 0)
@@ -1150,18 +1158,24 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
         granules.fill(true);
         Ok(GranuleRange { first, count })
     };
-    let mut leases = Vec::new();
+    let mut leases = Vec::with_capacity(o.spec.leases.len());
+    // Many are of one moment.
+    let unknown = Text::default();
+    let mut since = (&unknown, 0);
     for lease in &o.spec.leases {
-        let mut ranges = Vec::new();
+        if *since.0 != lease.since {
+            since = (&lease.since, status::seconds(&lease.since).unwrap_or(0));
+        }
+        let mut ranges = Vec::with_capacity(lease.ranges.len());
         for range in &lease.ranges {
-            ranges.push(take(range.first, range.count, &format!("node {}", lease.node))?);
+            ranges.push(take(range.first, range.count, &format_args!("node {}", lease.node))?);
         }
         ranges.sort_unstable();
         leases.push(Lease {
             node: lease.node.clone(),
             node_uid: lease.node_uid.clone(),
             boot_id: lease.boot_id.clone(),
-            since: status::seconds(&lease.since).unwrap_or(0),
+            since: since.1,
             generation: lease.generation,
             ranges,
         });
@@ -1169,23 +1183,21 @@ fn allocation(o: &EgressAllocation) -> Result<(IpAddr, Allocation), String> {
     let mut resting = Vec::new();
     for r in &o.spec.resting {
         resting.push(Resting {
-            range: take(r.first, r.count, "resting")?,
+            range: take(r.first, r.count, &"resting")?,
             generation: r.generation,
             until: status::seconds(&r.until)
                 .ok_or_else(|| format!("spec.resting: {:?} is not a time; ignored", r.until))?,
         });
     }
-    Ok((
-        ip,
-        Allocation {
-            uid: o.metadata.uid.clone(),
-            generation: o.metadata.generation,
-            owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
-            standbys: o.spec.standbys.clone(),
-            leases,
-            resting,
-        },
-    ))
+    let allocation = Allocation {
+        uid: o.metadata.uid.clone(),
+        generation: o.metadata.generation,
+        owner: Some(o.spec.owner.clone()).filter(|n| !n.is_empty()),
+        standbys: o.spec.standbys.clone(),
+        leases,
+        resting,
+    };
+    Ok((ip, Arc::new(allocation)))
 }
 
 #[cfg(test)]

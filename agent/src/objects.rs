@@ -15,6 +15,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::crd::{self, Address, Network};
 use crate::firewall::check::Spec as FirewallSpec;
+use crate::model::Checked;
+use crate::text::{Labels, Text};
 
 /// The label key that lets a node own egress IPs; its value is ignored.
 pub const EGRESS_ASSIGNABLE: &str = "k8s.ovn.org/egress-assignable";
@@ -56,8 +58,8 @@ pub struct Meta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deletion_timestamp: Option<String>,
     /// Labels.
-    #[serde(deserialize_with = "text_map", skip_serializing_if = "BTreeMap::is_empty")]
-    pub labels: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Annotations.
     #[serde(deserialize_with = "text_map", skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
@@ -516,8 +518,8 @@ pub struct EgressNodeSpec {
     #[serde(rename = "nodeUID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub node_uid: String,
     /// The Node object's labels.
-    #[serde(deserialize_with = "text_map", skip_serializing_if = "BTreeMap::is_empty")]
-    pub labels: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// The Node object's internal addresses, in its order.
     #[serde(rename = "internalIPs", deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
     pub internal_ips: Vec<String>,
@@ -698,10 +700,10 @@ pub struct EgressUplink {
 pub struct LoadedAllocation {
     /// The address.
     #[serde(rename = "egressIP", deserialize_with = "or_default")]
-    pub egress_ip: String,
+    pub egress_ip: Text,
     /// `metadata.uid` of the EgressAllocation: an address given up and taken again is another allocation.
     #[serde(deserialize_with = "or_default")]
-    pub uid: String,
+    pub uid: Text,
     /// `metadata.generation` of the EgressAllocation.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
@@ -782,16 +784,16 @@ pub struct RestingPorts {
 pub struct PortLease {
     /// Name of the node.
     #[serde(deserialize_with = "or_default")]
-    pub node: String,
+    pub node: Text,
     /// UID of the node.
-    #[serde(rename = "nodeUID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
-    pub node_uid: String,
+    #[serde(rename = "nodeUID", deserialize_with = "or_default", skip_serializing_if = "is_empty")]
+    pub node_uid: Text,
     /// Boot id of the node.
-    #[serde(rename = "bootID", deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
-    pub boot_id: String,
+    #[serde(rename = "bootID", deserialize_with = "or_default", skip_serializing_if = "is_empty")]
+    pub boot_id: Text,
     /// Since when it is as it is, RFC 3339, UTC.
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
-    pub since: String,
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_empty")]
+    pub since: Text,
     /// `metadata.generation` of the allocation that first had this lease as it is.
     #[serde(deserialize_with = "or_default")]
     pub generation: u64,
@@ -870,6 +872,8 @@ pub struct Objects {
     pub egress_nodes: BTreeMap<String, EgressNode>,
     /// `EgressAllocation` objects, by name.
     pub egress_allocations: BTreeMap<String, EgressAllocation>,
+    /// Those that were checked as they were read, and are not kept as objects: as the model has them, by name.
+    pub checked_allocations: BTreeMap<String, Checked>,
     /// What the leader has chosen for all; none until it has.
     pub cluster: Option<Cluster>,
 }
@@ -883,6 +887,10 @@ fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) ->
 fn text_map<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D::Error> {
     let map = Option::<BTreeMap<String, Option<String>>>::deserialize(d)?.unwrap_or_default();
     Ok(map.into_iter().map(|(k, v)| (k, v.unwrap_or_default())).collect())
+}
+
+fn is_empty(text: &Text) -> bool {
+    text.is_empty()
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]

@@ -1,8 +1,9 @@
 //! Label selectors, as Kubernetes defines them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use crate::objects::{LabelSelector, NAMESPACE_NAME};
+use crate::text::Labels;
 
 /// A valid label selector. The empty one selects everything.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -126,19 +127,18 @@ impl Selector {
 
     /// Whether these labels are selected.
     #[must_use]
-    pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.requirements.iter().all(|r| r.holds(labels.get(&r.key)))
+    pub fn matches(&self, labels: &Labels) -> bool {
+        self.requirements.iter().all(|r| r.holds(labels.get(&r.key).map(|v| &**v)))
     }
 
     /// Whether a namespace is selected; `labels` is `None` if its object is not known. Every namespace has
     /// its name as a label: the API server sees to that, files written by hand may not.
     #[must_use]
-    pub fn matches_namespace(&self, name: &str, labels: Option<&BTreeMap<String, String>>) -> Match {
-        let name = name.to_owned();
+    pub fn matches_namespace(&self, name: &str, labels: Option<&Labels>) -> Match {
         let mut outcome = Match::Yes;
         for requirement in &self.requirements {
-            let value = labels.and_then(|l| l.get(&requirement.key));
-            let value = if requirement.key == NAMESPACE_NAME { value.or(Some(&name)) } else { value };
+            let value = labels.and_then(|l| l.get(&requirement.key)).map(|v| &**v);
+            let value = if requirement.key == NAMESPACE_NAME { value.or(Some(name)) } else { value };
             if value.is_none() && labels.is_none() {
                 outcome = Match::Unknown;
             } else if !requirement.holds(value) {
@@ -150,7 +150,7 @@ impl Selector {
 }
 
 impl Requirement {
-    fn holds(&self, value: Option<&String>) -> bool {
+    fn holds(&self, value: Option<&str>) -> bool {
         match &self.demand {
             Demand::In(values) => value.is_some_and(|v| values.contains(v)),
             Demand::NotIn(values) => value.is_none_or(|v| !values.contains(v)),
@@ -192,8 +192,8 @@ mod tests {
         Selector::new(&serde_saphyr::from_str(yaml).unwrap())
     }
 
-    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
     }
 
     #[test]

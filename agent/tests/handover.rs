@@ -13,6 +13,7 @@ use outgate::compile::{Compiled, compile};
 use outgate::facts::{Facts, Uplink};
 use outgate::ids::Ids;
 use outgate::image::MapImage;
+use outgate::keep;
 use outgate::leader::{Plan, Surroundings, plan};
 use outgate::model::{self, Desired};
 use outgate::objects::{
@@ -252,9 +253,11 @@ impl World {
             Step::Lead(l, writes) => drop(self.lead(l, writes)),
             Step::Label(n) => {
                 let labels = &mut self.objects.nodes.get_mut(&name(n)).unwrap().metadata.labels;
-                if labels.remove(EGRESS_ASSIGNABLE).is_none() {
-                    labels.insert(EGRESS_ASSIGNABLE.into(), String::new());
-                }
+                *labels = if labels.contains_key(EGRESS_ASSIGNABLE) {
+                    labels.without(EGRESS_ASSIGNABLE)
+                } else {
+                    labels.with(EGRESS_ASSIGNABLE, "")
+                };
             }
             Step::Ready(n) => {
                 let conditions = &mut self.objects.nodes.get_mut(&name(n)).unwrap().status.conditions;
@@ -443,6 +446,7 @@ impl World {
             self.publish(n, &facts);
         }
         if steps >= 3 {
+            self.compare_kept(n, &facts);
             let desired = self.desired(n);
             let agent = &mut self.agents[n];
             let Compiled { image, loaded, .. } = compile(&desired, &facts, &mut agent.ids);
@@ -474,6 +478,25 @@ impl World {
         if steps < 4 {
             self.start(n);
         }
+    }
+
+    /// What an agent of a cluster keeps of the objects makes the same of its kernel as the whole of them.
+    fn compare_kept(&self, n: usize, facts: &Facts) {
+        let agent = &self.agents[n];
+        let mut kept = agent.view.clone();
+        for (_, node) in kept.egress_nodes.iter_mut().filter(|(other, _)| **other != name(n)) {
+            keep::of_another_node(node);
+        }
+        for (name, allocation) in &mut std::mem::take(&mut kept.egress_allocations) {
+            let checked = keep::of_an_allocation(allocation).expect("it makes sense");
+            kept.checked_allocations.insert(name.clone(), checked);
+        }
+        kept.namespaces.values_mut().for_each(keep::of_a_namespace);
+        let [whole, part] = [&agent.view, &kept].map(|objects| {
+            let compiled = compile(&model::desired(objects, &name(n)), facts, &mut agent.ids.clone());
+            (compiled.image, compiled.loaded)
+        });
+        assert_eq!(whole, part, "it decides by something that it does not keep");
     }
 
     fn publish(&mut self, n: usize, facts: &Facts) {

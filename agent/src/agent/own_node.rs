@@ -37,7 +37,7 @@ pub fn still_loaded(
     own.status
         .loaded
         .iter()
-        .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.clone(), l.generation))))
+        .filter_map(|l| Some((l.egress_ip.parse().ok()?, (l.uid.to_string(), l.generation))))
         .filter(|(ip, _)| {
             let id = kernel.egress_addrs.get(&Ip::from(*ip));
             id.is_some_and(|id| kernel.granules.contains_key(id))
@@ -104,8 +104,8 @@ pub fn egress_node(
             loaded: loaded
                 .iter()
                 .map(|(ip, (uid, generation))| LoadedAllocation {
-                    egress_ip: ip.to_string(),
-                    uid: uid.clone(),
+                    egress_ip: ip.to_string().into(),
+                    uid: uid.as_str().into(),
                     generation: *generation,
                 })
                 .collect(),
@@ -168,7 +168,7 @@ mod tests {
         let key = |ip: &str| Ip::from(ip.parse::<IpAddr>().unwrap());
         MapImage {
             egress_addrs: [(key("192.0.2.1"), 1), (key("192.0.2.2"), 2)].into(),
-            granules: [(1, GranuleTable { node: [0; GRANULES] })].into(),
+            granules: [(1, GranuleTable { node: [0; GRANULES] }.into())].into(),
             firewalls: [(1, 1)].into(),
             ..MapImage::default()
         }

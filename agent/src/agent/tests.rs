@@ -246,7 +246,7 @@ spec: {{egressIPs: [{addresses}], namespaceSelector: {{matchLabels: {{env: prod}
         let Some(holder) = self.holder(ip) else { return false };
         let gateway = self.get(&holder);
         let id = gateway.image().node_addrs[&key(&format!("192.0.2.{}", node.as_bytes()[0]))];
-        let table = gateway.image().granules[&gateway.egress(ip)];
+        let table = gateway.image().granules[&gateway.egress(ip)].clone();
         let granules = &lease.granule[..lease.granules as usize];
         granules.iter().all(|g| table.node[usize::from(*g)] == id)
     }

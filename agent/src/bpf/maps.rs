@@ -1,8 +1,10 @@
 //! The maps seen from user space: their shapes, reading them, and making the policy maps equal to an image.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use aya::maps::lpm_trie::Key;
 use aya::maps::{
@@ -370,7 +372,7 @@ impl Maps {
             policies: self.policies.read()?,
             egress_ips: self.egress_ips.read()?,
             egress_addrs: self.egress_addrs.read()?,
-            granules: self.granules.read()?,
+            granules: self.granules.read()?.into_iter().map(|(k, v)| (k, Arc::new(v))).collect(),
             leases: self.leases.read()?,
             nodes: self.nodes.read()?.into_iter().map(|(k, v)| (k as NodeId, v)).collect(),
             node_addrs: self.node_addrs.read()?.into_iter().map(|(k, v)| (k, v as NodeId)).collect(),
@@ -462,23 +464,23 @@ impl Maps {
     }
 }
 
-pub(super) fn put_changed<K: keys::MapData + Ord, V: keys::MapData + PartialEq>(
+pub(super) fn put_changed<K: keys::MapData + Ord, V: keys::MapData, W: Borrow<V> + PartialEq>(
     table: &mut Table<K, V>,
-    old: &BTreeMap<K, V>,
-    new: &BTreeMap<K, V>,
+    old: &BTreeMap<K, W>,
+    new: &BTreeMap<K, W>,
 ) -> Result<(), Error> {
     for (key, value) in new {
         if old.get(key) != Some(value) {
-            table.put(*key, *value)?;
+            table.put(*key, *value.borrow())?;
         }
     }
     Ok(())
 }
 
-pub(super) fn remove_gone<K: keys::MapData + Ord, V: keys::MapData>(
+pub(super) fn remove_gone<K: keys::MapData + Ord, V: keys::MapData, W>(
     table: &mut Table<K, V>,
-    old: &BTreeMap<K, V>,
-    new: &BTreeMap<K, V>,
+    old: &BTreeMap<K, W>,
+    new: &BTreeMap<K, W>,
 ) -> Result<(), Error> {
     for key in old.keys().filter(|key| !new.contains_key(key)) {
         table.remove(key)?;

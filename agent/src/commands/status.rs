@@ -219,7 +219,7 @@ fn egress_firewall<S: Source>(source: &S, desired: &Desired, namespace: &str) ->
 
 fn address(desired: &Desired, reported: &EgressIpStatus, ip: IpAddr) -> Address {
     let text = ip.to_string();
-    let allocation = desired.allocations.get(&ip);
+    let allocation = desired.allocations.get(&ip).map(|a| &**a);
     let owner = reported.items.iter().find(|i| i.egress_ip == text).map(|i| i.node.clone());
     let why = reported.conditions.iter().find(|c| c.kind == ADDRESS_ASSIGNED && c.egress_ip == text);
     // Held for other nodes only once the owner's kernel has the port table.
@@ -250,7 +250,7 @@ fn address(desired: &Desired, reported: &EgressIpStatus, ip: IpAddr) -> Address 
         leases: allocation
             .iter()
             .flat_map(|a| &a.leases)
-            .map(|l| Lease { node: l.node.clone(), ports: leader::ports(&l.ranges) })
+            .map(|l| Lease { node: l.node.to_string(), ports: leader::ports(&l.ranges) })
             .collect(),
     }
 }

@@ -355,7 +355,7 @@ fn tables(image: &MapImage, pod: &Pod) -> Memory {
         policies: image.policies.clone(),
         egress_ips: image.egress_ips.clone(),
         egress_addrs: image.egress_addrs.clone(),
-        granules: image.granules.clone(),
+        granules: image.granules.iter().map(|(id, table)| (*id, **table)).collect(),
         leases: image.leases.clone(),
         nodes: image.nodes.clone(),
         firewalls: image.firewalls.clone(),

@@ -556,7 +556,7 @@ fn what_outgate_writes_is_taken() {
     let mut node = EgressNode { metadata: meta(), ..EgressNode::default() };
     check(&node);
     node.spec.node_uid = "1".into();
-    node.spec.labels = [("a.example/b".to_owned(), String::new())].into();
+    node.spec.labels = [("a.example/b", "")].into();
     node.spec.internal_ips = vec![ip()];
     node.spec.external_ips = vec![ip()];
     node.spec.pod_cidrs = vec!["10.1.0.0/24".into()];
@@ -582,7 +582,7 @@ fn what_outgate_writes_is_taken() {
     node.status.demand = vec![PortDemand::default(), PortDemand { egress_ip: ip(), granules: 1008 }];
     node.status.returned = vec![ReturnedPorts { egress_ip: ip(), uid: "2".into(), ranges: granted() }];
     node.status.loaded =
-        vec![LoadedAllocation { egress_ip: ip(), uid: "2".into(), generation: u64::from(u32::MAX) }];
+        vec![LoadedAllocation { egress_ip: ip().into(), uid: "2".into(), generation: u64::from(u32::MAX) }];
     node.status.shadowed = vec![ShadowedPods { egress_ip: "b".into(), by: "a".into(), pods: 3 }];
     node.status.firewalls = vec![
         AppliedFirewall::default(),

@@ -702,7 +702,7 @@ mod tests {
         );
         let node = |role: &str, addresses: &[&str]| Node {
             exists: true,
-            labels: BTreeMap::from([("role".to_owned(), role.to_owned())]),
+            labels: [("role", role)].into(),
             object_addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
             ..Node::default()
         };

@@ -7,29 +7,36 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::{Known, Plan};
 use crate::addresses;
 use crate::digest::digest;
+use crate::hashed::Hashed;
 use crate::model::{Allocation, Lease};
 use crate::objects::{EgressNodeSpec, GrantedGranules, GrantedPorts};
 use crate::watch::Write;
 
 /// Writes the spec of every node's EgressNode, and removes those of nodes that are gone and lease nothing any more.
-pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Allocation>, plan: &mut Plan) {
+pub(super) fn node_specs(
+    known: &Known<'_>,
+    allocations: &BTreeMap<IpAddr, Arc<Allocation>>,
+    plan: &mut Plan,
+) {
     let around = known.around;
-    let mut leases: BTreeMap<&str, BTreeMap<IpAddr, Vec<&Lease>>> = BTreeMap::new();
-    let is_of = |lease: &Lease| {
-        around.objects.nodes.get(&lease.node).is_some_and(|n| n.metadata.uid == lease.node_uid)
-    };
-    let mut lessees = BTreeSet::new();
+    // Looked up for each of perhaps a hundred thousand leases.
+    let mut leases: Hashed<&str, BTreeMap<IpAddr, Vec<&Lease>>> = Hashed::new();
+    let uids: Hashed<_, _> =
+        around.objects.nodes.iter().map(|(name, n)| (name.as_str(), n.metadata.uid.as_str())).collect();
+    let is_of = |lease: &Lease| uids.get(lease.node.as_str()).is_some_and(|uid| lease.node_uid == *uid);
+    let mut lessees: Hashed<&str, ()> = Hashed::new();
     for (ip, a) in allocations {
         for lease in &a.leases {
-            lessees.insert(lease.node.as_str());
+            lessees.insert(lease.node.as_str(), ());
             if !is_of(lease) {
                 continue;
             }
-            leases.entry(&lease.node).or_default().entry(*ip).or_default().push(lease);
+            leases.or_default(lease.node.as_str()).entry(*ip).or_default().push(lease);
         }
     }
     let nothing = BTreeMap::new();
@@ -48,7 +55,7 @@ pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Alloc
         return;
     }
     for (name, node) in &around.objects.egress_nodes {
-        let gone = !around.objects.nodes.contains_key(name) && !lessees.contains(name.as_str());
+        let gone = !around.objects.nodes.contains_key(name) && lessees.get(name.as_str()).is_none();
         // An agent that runs where there never was a Node would only write it again.
         if gone && (!node.spec.node_uid.is_empty() || !(around.reachable)(name)) {
             plan.writes.push(Write::RemoveEgressNode(name.clone()));
@@ -58,7 +65,7 @@ pub(super) fn node_specs(known: &Known<'_>, allocations: &BTreeMap<IpAddr, Alloc
 
 fn ranges(
     known: &Known<'_>,
-    allocations: &BTreeMap<IpAddr, Allocation>,
+    allocations: &BTreeMap<IpAddr, Arc<Allocation>>,
     name: &str,
     uid: &str,
     leases: &BTreeMap<IpAddr, Vec<&Lease>>,

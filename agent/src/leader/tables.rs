@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::Known;
+use crate::hashed::Hashed;
 use crate::model::{Allocation, Desired, EgressIp};
+use crate::text::Text;
 
 /// How many nodes are kept ready to take an address over.
 const STANDBYS: usize = 2;
@@ -14,7 +16,8 @@ const PATIENCE: u64 = 10;
 
 /// The generations of allocations that nodes' kernels are known to have whole.
 pub(super) struct Tables<'a> {
-    desired: &'a Desired,
+    /// What each node has, of those that have anything.
+    by_node: Hashed<&'a str, &'a BTreeMap<IpAddr, (Text, u64)>>,
     /// Nodes that have anything of an address: name, UID of the allocation, generation.
     by_address: BTreeMap<IpAddr, Vec<(&'a str, &'a str, u64)>>,
 }
@@ -22,21 +25,22 @@ pub(super) struct Tables<'a> {
 impl<'a> Tables<'a> {
     pub(super) fn new(desired: &'a Desired) -> Self {
         let mut by_address: BTreeMap<IpAddr, Vec<_>> = BTreeMap::new();
+        let mut by_node = Hashed::new();
         for (name, node) in desired.nodes.iter().filter(|(_, n)| n.exists) {
             // Nothing that an earlier node of the name has said counts.
             let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid);
-            for (ip, (uid, generation)) in agent.into_iter().flat_map(|a| &a.loaded) {
+            let Some(agent) = agent.filter(|a| !a.loaded.is_empty()) else { continue };
+            by_node.insert(name.as_str(), &agent.loaded);
+            for (ip, (uid, generation)) in &agent.loaded {
                 by_address.entry(*ip).or_default().push((name.as_str(), uid.as_str(), *generation));
             }
         }
-        Self { desired, by_address }
+        Self { by_node, by_address }
     }
 
     /// The generation of an address's allocation, of this UID, that a node has.
     pub(super) fn loaded(&self, node: &str, ip: &IpAddr, uid: &str) -> Option<u64> {
-        let node = self.desired.nodes.get(node).filter(|n| n.exists)?;
-        let agent = node.agent.as_ref().filter(|a| a.node_uid == node.uid)?;
-        agent.loaded.get(ip).filter(|(of, _)| of == uid).map(|(_, generation)| *generation)
+        self.by_node.get(node)?.get(ip).filter(|(of, _)| of == uid).map(|(_, generation)| *generation)
     }
 
     /// The generation that everybody has: those that must have it, and whoever else has any, for they steer as well.
@@ -144,7 +148,7 @@ mod tests {
 
     /// A node whose agent says this of the address's allocation, as that of a Node object of its own UID.
     fn node(uid: &str, generation: u64) -> Node {
-        let loaded = BTreeMap::from([(ip(), (uid.to_owned(), generation))]);
+        let loaded = BTreeMap::from([(ip(), (uid.into(), generation))]);
         let agent = NodeAgent { node_uid: "machine".into(), loaded, ..NodeAgent::default() };
         Node { exists: true, uid: "machine".into(), agent: Some(agent), ..Node::default() }
     }

@@ -29,7 +29,8 @@ pub(super) fn fenced(
             .filter(|l| l.node_uid == lease.node_uid && l.generation == lease.generation)
             .flat_map(|l| &l.ranges)
             .map(|r| r.first..r.first.saturating_add(r.count));
-        let status = nodes.get(&lease.node).map(|n| &n.status).filter(|s| s.node_uid == lease.node_uid);
+        let status =
+            nodes.get(lease.node.as_str()).map(|n| &n.status).filter(|s| s.node_uid == lease.node_uid);
         let returned = status
             .into_iter()
             .flat_map(|s| &s.returned)
@@ -40,7 +41,7 @@ pub(super) fn fenced(
         let accounted: Vec<_> = kept.chain(returned).collect();
         let mut granules = lease.ranges.iter().flat_map(|r| r.first..r.first.saturating_add(r.count));
         if granules.any(|g| !accounted.iter().any(|range| range.contains(&g))) {
-            fenced.insert((lease.node.clone(), lease.node_uid.clone()));
+            fenced.insert((lease.node.to_string(), lease.node_uid.to_string()));
         }
     }
     fenced

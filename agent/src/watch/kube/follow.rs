@@ -7,10 +7,12 @@
 use std::time::{Duration, SystemTime};
 
 use futures_util::stream::{BoxStream, StreamExt as _};
-use kube::api::{DynamicObject, ListParams, ObjectList, WatchEvent, WatchParams};
-use kube::core::PartialObjectMeta;
+use kube::api::{DynamicObject, ListMeta, ListParams, WatchEvent, WatchParams};
+use kube::core::{PartialObjectMeta, Request};
 use kube::{Api, Client};
+use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
@@ -31,6 +33,24 @@ const BRIEF: Duration = Duration::from_millis(500);
 /// After so many answers that there is no such kind, some of them seconds apart, there is none.
 const MISSING: u32 = 8;
 
+/// A page of a list. Its objects stay texts until each is read: as trees of values, large ones are ten times as large.
+#[derive(Deserialize)]
+pub(super) struct Page {
+    #[serde(default)]
+    metadata: ListMeta,
+    items: Option<Vec<Box<RawValue>>>,
+}
+
+impl Page {
+    /// What it says of the list, and its objects.
+    pub(super) fn read(self, scope: &Scope) -> serde_json::Result<(ListMeta, Vec<Seen>)> {
+        let items = self.items.unwrap_or_default().into_iter();
+        let seen =
+            items.map(|item| Ok(read(scope.kind, serde_json::from_str(item.get())?, scope.own.as_deref())));
+        Ok((self.metadata, seen.collect::<serde_json::Result<_>>()?))
+    }
+}
+
 /// What is watched.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Scope {
@@ -44,12 +64,14 @@ pub(super) struct Scope {
     pub(super) fields: Option<String>,
     /// Only their metadata.
     pub(super) metadata: bool,
+    /// The node of the agent that watches: of much it needs a part only.
+    pub(super) own: Option<String>,
 }
 
 impl Scope {
     /// All of a kind.
     pub(super) fn all(kind: Kind) -> Self {
-        Self { kind, namespace: None, labels: None, fields: None, metadata: false }
+        Self { kind, namespace: None, labels: None, fields: None, metadata: false, own: None }
     }
 
     /// In one namespace.
@@ -72,6 +94,11 @@ impl Scope {
         Self { metadata: true, ..self }
     }
 
+    /// For whom it is read.
+    pub(super) fn read_for(self, own: Option<&str>) -> Self {
+        Self { own: own.map(str::to_owned), ..self }
+    }
+
     pub(super) fn api(&self, client: Client) -> Api<DynamicObject> {
         let resource = self.kind.resource();
         match &self.namespace {
@@ -81,10 +108,10 @@ impl Scope {
     }
 
     /// Objects to a page of a list: some kinds' are large.
-    fn page(&self) -> u32 {
+    pub(super) fn page(&self) -> u32 {
         if self.kind == Kind::EgressFirewall && !self.metadata {
             50
-        } else if self.kind == Kind::Node {
+        } else if matches!(self.kind, Kind::Node | Kind::EgressAllocation) {
             100
         } else {
             500
@@ -139,12 +166,14 @@ struct Over;
 
 /// Lists and watches until nobody listens.
 pub(super) async fn follow(client: Client, scope: Scope, outlet: Outlet) {
-    let mut follower = Follower { api: scope.api(client), scope, outlet, patience: PATIENCE.0, since: None };
+    let mut follower =
+        Follower { api: scope.api(client.clone()), client, scope, outlet, patience: PATIENCE.0, since: None };
     // It ends when nobody listens, and that is no error.
     let _ = follower.run().await;
 }
 
 struct Follower {
+    client: Client,
     api: Api<DynamicObject>,
     scope: Scope,
     outlet: Outlet,
@@ -219,12 +248,11 @@ impl Follower {
                         continue 'list;
                     }
                 };
-                let kind = self.scope.kind;
-                let seen = page.items.into_iter().map(|o| read(kind, o)).collect();
+                let (metadata, seen) = page;
                 self.outlet.say(Change::Page(seen)).await?;
-                params.continue_token = page.metadata.continue_.filter(|t| !t.is_empty());
+                params.continue_token = metadata.continue_.filter(|t| !t.is_empty());
                 if params.continue_token.is_none() {
-                    let of = page.metadata.resource_version.unwrap_or_default();
+                    let of = metadata.resource_version.unwrap_or_default();
                     self.works().await?;
                     self.outlet.say(Change::End(version(Some(&of)))).await?;
                     return Ok(of);
@@ -233,13 +261,12 @@ impl Follower {
         }
     }
 
-    async fn page(&self, params: &ListParams) -> kube::Result<ObjectList<DynamicObject>> {
-        if !self.scope.metadata {
-            return self.api.list(params).await;
-        }
-        let list = self.api.list_metadata(params).await?;
-        let ObjectList { types, metadata, items } = list;
-        Ok(ObjectList { types, metadata, items: items.into_iter().map(bare).collect() })
+    async fn page(&self, params: &ListParams) -> kube::Result<(ListMeta, Vec<Seen>)> {
+        // As `Api::list` does, but for what the answer is read as.
+        let request = Request::new(self.api.resource_url());
+        let request = if self.scope.metadata { request.list_metadata(params) } else { request.list(params) };
+        let page: Page = self.client.request(request.map_err(kube::Error::BuildRequest)?).await?;
+        page.read(&self.scope).map_err(kube::Error::SerdeError)
     }
 
     fn watch_params(&self) -> WatchParams {
@@ -278,7 +305,7 @@ impl Follower {
                 Ok(Some(Ok(event))) => match event {
                     WatchEvent::Added(o) | WatchEvent::Modified(o) => {
                         advance(from, o.metadata.resource_version.as_deref());
-                        Change::Put(Box::new(read(self.scope.kind, o)))
+                        Change::Put(Box::new(read(self.scope.kind, o, self.scope.own.as_deref())))
                     }
                     WatchEvent::Deleted(o) => {
                         advance(from, o.metadata.resource_version.as_deref());

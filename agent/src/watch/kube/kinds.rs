@@ -6,6 +6,8 @@ use kube::core::GroupVersionKind;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::keep;
+use crate::model::Checked;
 use crate::objects::{
     Cluster, EGRESS_CAPACITY, EgressAllocation, EgressConfig, EgressFirewall, EgressFirewallReport, EgressIp,
     EgressIpReport, EgressNode, Meta, Namespace, Node, OVN_API, Pod, Service, Tunnel,
@@ -16,7 +18,8 @@ pub(super) type Key = (String, String);
 
 /// A kind of object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(super) enum Kind {
+#[expect(missing_docs, reason = "they are called what they are")]
+pub enum Kind {
     Node,
     Namespace,
     Pod,
@@ -72,8 +75,10 @@ pub(super) enum Object {
     EgressFirewall(EgressFirewall, Option<EgressFirewallReport>),
     EgressConfig(Box<EgressConfig>),
     EgressNode(Box<EgressNode>),
-    /// An allocation, and the metadata that a replacement must leave alone.
-    EgressAllocation(EgressAllocation, Box<ObjectMeta>),
+    /// An allocation, and for who writes them the metadata that a replacement must leave alone.
+    EgressAllocation(EgressAllocation, Option<Box<ObjectMeta>>),
+    /// An allocation that makes sense, where it is only read.
+    Checked(Checked),
     /// When a heartbeat was last renewed, as text.
     Heartbeat(String),
     Leader(Leader),
@@ -146,8 +151,8 @@ fn runs_ovn(meta: &ObjectMeta) -> bool {
     keys.into_iter().any(|k| k == "k8s.ovn.org/l3-gateway-config" || k.starts_with("k8s.ovn.org/node-"))
 }
 
-/// Reads an object of a kind.
-pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
+/// Reads an object of a kind; for the agent of a node, `own`, only what it needs.
+pub(super) fn read(kind: Kind, object: DynamicObject, own: Option<&str>) -> Seen {
     let DynamicObject { mut metadata, data, .. } = object;
     let key = (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default());
     let uid = metadata.uid.clone().unwrap_or_default();
@@ -156,16 +161,44 @@ pub(super) fn read(kind: Kind, object: DynamicObject) -> Seen {
     let ovn = kind == Kind::Node && runs_ovn(&metadata);
     // Who wrote which field is larger than many an object, and of annotations one counts.
     metadata.managed_fields = None;
-    let original = (kind == Kind::EgressAllocation).then(|| Box::new(metadata.clone()));
+    let original = (kind == Kind::EgressAllocation && own.is_none()).then(|| Box::new(metadata.clone()));
     if let Some(annotations) = &mut metadata.annotations {
         annotations.retain(|key, _| key == EGRESS_CAPACITY);
     }
     let spec = (kind == Kind::EgressIp).then(|| data.get("spec").cloned()).flatten();
-    let object = parse(kind, &metadata, data, ovn, original).map_err(|message| {
+    let mut object = parse(kind, &metadata, data, ovn, original).map_err(|message| {
         let rest = (kind == Kind::EgressIp).then(|| Box::new(rest(&metadata, spec)));
         Bad { message, rest }
     });
+    if let (Ok(object), Some(own)) = (&mut object, own) {
+        cut(object, key.1 == own);
+    }
     Seen { key, uid, generation, version, object }
+}
+
+/// Takes from an object what no agent needs. `is_own`: it has the name of the agent's own node.
+fn cut(object: &mut Object, is_own: bool) {
+    match object {
+        Object::EgressNode(node) if !is_own => keep::of_another_node(node),
+        Object::EgressAllocation(allocation, _) => {
+            if let Some(checked) = keep::of_an_allocation(allocation) {
+                *object = Object::Checked(checked);
+            }
+        }
+        Object::Namespace(namespace) => keep::of_a_namespace(namespace),
+        // The leader's business.
+        Object::EgressIp(_, report) => *report = None,
+        Object::EgressFirewall(_, report) => *report = None,
+        Object::Node(..)
+        | Object::Pod(_)
+        | Object::Service(_)
+        | Object::EgressConfig(_)
+        | Object::EgressNode(_)
+        | Object::Checked(_)
+        | Object::Heartbeat(_)
+        | Object::Leader(_)
+        | Object::Cluster(_) => {}
+    }
 }
 
 /// What can be read of an EgressIP without its addresses, or else without its spec.
@@ -225,7 +258,7 @@ fn parse(
         }
         Kind::EgressConfig => Object::EgressConfig(of(value)?),
         Kind::EgressNode => Object::EgressNode(of(value)?),
-        Kind::EgressAllocation => Object::EgressAllocation(of(value)?, original.unwrap_or_default()),
+        Kind::EgressAllocation => Object::EgressAllocation(of(value)?, original),
         Kind::Heartbeat => {
             let renewed = value.pointer("/spec/renewTime").and_then(Value::as_str);
             Object::Heartbeat(renewed.unwrap_or_default().to_owned())
@@ -259,7 +292,7 @@ mod tests {
     use serde_json::json;
 
     fn seen(kind: Kind, value: Value) -> Seen {
-        read(kind, serde_json::from_value(value).unwrap())
+        read(kind, serde_json::from_value(value).unwrap(), None)
     }
 
     #[test]
@@ -276,6 +309,34 @@ mod tests {
         let Ok(Object::Node(node, true)) = s.object else { panic!("{s:?}") };
         assert_eq!(node.metadata.annotations.len(), 1);
         assert_eq!(node.status.addresses[0].address, "10.0.0.1");
+    }
+
+    #[test]
+    fn an_agent_keeps_no_statuses_and_of_allocations_nothing_to_write_them_by() {
+        let ip =
+            json!({"metadata": {"name": "e"}, "status": {"items": [{"node": "a", "egressIP": "192.0.2.1"}]}});
+        let allocation = json!({"metadata": {"name": "192.0.2.1", "uid": "u"},
+            "spec": {"egressIP": "192.0.2.1", "leases": [{"node": "b", "nodeUID": "n", "bootID": "x", "since": "y"}]}});
+        let read =
+            |kind, value: &Value, own| read(kind, serde_json::from_value(value.clone()).unwrap(), own).object;
+        assert!(matches!(read(Kind::EgressIp, &ip, Some("a")), Ok(Object::EgressIp(_, None))));
+        assert!(matches!(read(Kind::EgressIp, &ip, None), Ok(Object::EgressIp(_, Some(_)))));
+        let Ok(Object::Checked((ip, kept))) = read(Kind::EgressAllocation, &allocation, Some("a")) else {
+            panic!()
+        };
+        assert_eq!((ip.to_string().as_str(), kept.uid.as_str()), ("192.0.2.1", "u"));
+        assert_eq!((kept.leases[0].node_uid.as_str(), kept.leases[0].boot_id.as_str()), ("n", ""));
+        let mut bad = allocation.clone();
+        bad["spec"]["egressIP"] = json!("x");
+        let Ok(Object::EgressAllocation(kept, None)) = read(Kind::EgressAllocation, &bad, Some("a")) else {
+            panic!()
+        };
+        assert_eq!(kept.spec.egress_ip, "x", "the model says what is wrong with it");
+        let Ok(Object::EgressAllocation(whole, Some(_))) = read(Kind::EgressAllocation, &allocation, None)
+        else {
+            panic!()
+        };
+        assert_eq!(whole.spec.leases[0].boot_id, "x");
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod firewalls;
 mod follow;
 mod heartbeat;
 mod kinds;
+mod mirror;
 mod publish;
 mod set;
 mod trouble;
@@ -38,7 +39,9 @@ use self::client::Connection;
 use self::firewalls::{Firewalls, Got};
 use self::follow::{Change, Message, Outlet, Scope, follow};
 use self::heartbeat::Judge;
-use self::kinds::{Key, Kind, read};
+pub use self::kinds::Kind;
+use self::kinds::{Key, read};
+pub use self::mirror::Mirror;
 use self::set::{Set, Step};
 use self::trouble::{SERVER, Trouble};
 use self::view::View;
@@ -329,6 +332,7 @@ impl KubeSource {
     }
 
     fn start(&mut self, scope: Scope, required: bool) {
+        let scope = scope.read_for(self.view.own());
         let outlet = Outlet { watch: self.watches.len(), run: 0, sender: self.sender.clone() };
         let task = Task::spawn(follow(self.connection.client.clone(), scope.clone(), outlet));
         self.watches.push(Watch {
@@ -551,9 +555,13 @@ impl KubeSource {
         self.settle_firewalls(node);
         // Who uses which ports of an address concerns who holds it or may; all others have their own in their EgressNode.
         if let Some(index) = self.watch_of(Kind::EgressAllocation) {
-            let mut allocations = self.view.objects.egress_allocations.values();
-            let named =
-                allocations.any(|a| a.spec.owner == node || a.spec.standbys.iter().any(|s| s == node));
+            let o = &self.view.objects;
+            let whole = o.egress_allocations.values().map(|a| (a.spec.owner.as_str(), &a.spec.standbys));
+            let checked = o.checked_allocations.values();
+            let checked = checked.map(|(_, a)| (a.owner.as_deref().unwrap_or_default(), &a.standbys));
+            let named = whole
+                .chain(checked)
+                .any(|(owner, standbys)| owner == node || standbys.iter().any(|s| s == node));
             let watch = &self.watches[index];
             match (&watch.task, assignable || named) {
                 (None, true) => self.run(index),
@@ -583,7 +591,7 @@ impl KubeSource {
 
     /// Takes up a firewall that was got.
     fn got(&mut self, (_, object): Got) -> bool {
-        let seen = read(Kind::EgressFirewall, object);
+        let seen = read(Kind::EgressFirewall, object, self.view.own());
         self.firewalls.got(&seen);
         self.view.put(Kind::EgressFirewall, seen)
     }
@@ -630,7 +638,8 @@ impl KubeSource {
     /// Takes up an object that a request has brought.
     fn absorb(&mut self, kind: Kind, object: DynamicObject) {
         if let Some(index) = self.watch_of(kind)
-            && let Some(Step::Put(seen)) = self.watches[index].set.written(read(kind, object))
+            && let Some(Step::Put(seen)) =
+                self.watches[index].set.written(read(kind, object, self.view.own()))
         {
             self.view.put(kind, *seen);
         }

@@ -6,7 +6,7 @@ use kube::api::ObjectMeta;
 
 use super::kinds::{Bad, Key, Kind, Leader, Object, Seen};
 use crate::digest;
-use crate::objects::{EgressFirewallReport, EgressIpReport, EgressNodeStatus, Meta, Objects};
+use crate::objects::{EgressFirewallReport, EgressIpReport, EgressNodeSpec, EgressNodeStatus, Meta, Objects};
 
 /// The objects, and what is read of them besides.
 #[derive(Debug, Default)]
@@ -48,6 +48,11 @@ impl View {
         Self { own: own.map(str::to_owned), ..Self::default() }
     }
 
+    /// The node, if this is the view of its agent.
+    pub(super) fn own(&self) -> Option<&str> {
+        self.own.as_deref()
+    }
+
     /// Takes up an object; whether that changes anything.
     pub(super) fn put(&mut self, kind: Kind, seen: Seen) -> bool {
         let Seen { key, object, .. } = seen;
@@ -66,7 +71,10 @@ impl View {
                     self.partial.insert(key.1.clone());
                     self.objects.egress_ips.insert(key.1.clone(), *rest);
                 }
-                if kind == Kind::EgressAllocation && !self.objects.egress_allocations.contains_key(&key.1) {
+                if kind == Kind::EgressAllocation
+                    && !self.objects.egress_allocations.contains_key(&key.1)
+                    && !self.objects.checked_allocations.contains_key(&key.1)
+                {
                     self.unreadable.insert(key.1.clone());
                 }
                 self.bad.insert((kind, key), message.clone()) != Some(message)
@@ -109,13 +117,23 @@ impl View {
                 let mut changed = false;
                 if self.own.is_some() && !is_own {
                     changed = set(&mut o.nodes, &key.1, digest::node(&key.1, &node.spec));
+                    // The Node has it.
+                    node.spec = EgressNodeSpec::default();
                 }
                 replace(&mut o.egress_nodes, key.1, *node, |n| &mut n.metadata) | changed
             }
             Object::EgressAllocation(a, original) => {
                 self.unreadable.remove(&key.1);
-                self.originals.insert(key.1.clone(), *original);
-                replace(&mut o.egress_allocations, key.1, a, |a| &mut a.metadata)
+                if let Some(original) = original {
+                    self.originals.insert(key.1.clone(), *original);
+                }
+                let checked = o.checked_allocations.remove(&key.1).is_some();
+                replace(&mut o.egress_allocations, key.1, a, |a| &mut a.metadata) | checked
+            }
+            Object::Checked(checked) => {
+                self.unreadable.remove(&key.1);
+                let other = o.egress_allocations.remove(&key.1).is_some();
+                set(&mut o.checked_allocations, &key.1, Some(checked)) | other
             }
             Object::Heartbeat(renewed) => self.heartbeats.insert(key.1, renewed.clone()) != Some(renewed),
             Object::Leader(leader) => self.leader.replace(leader.clone()) != Some(leader),
@@ -158,7 +176,7 @@ impl View {
             Kind::EgressAllocation => {
                 self.originals.remove(&key.1);
                 self.unreadable.remove(&key.1);
-                o.egress_allocations.remove(&key.1).is_some()
+                o.checked_allocations.remove(&key.1).is_some() | o.egress_allocations.remove(&key.1).is_some()
             }
             Kind::Heartbeat => self.heartbeats.remove(&key.1).is_some(),
             Kind::Leader => self.leader.take().is_some(),
@@ -261,7 +279,8 @@ mod tests {
     use serde_json::{Value, json};
 
     fn put(view: &mut View, kind: Kind, value: Value) -> bool {
-        view.put(kind, read(kind, serde_json::from_value(value).unwrap()))
+        let seen = read(kind, serde_json::from_value(value).unwrap(), view.own());
+        view.put(kind, seen)
     }
 
     fn node(uid: &str) -> Value {
@@ -282,6 +301,33 @@ mod tests {
         let mut leader = View::new(None);
         put(&mut leader, Kind::EgressNode, node("u"));
         assert!(leader.objects.nodes.is_empty(), "who watches Nodes believes those only");
+    }
+
+    #[test]
+    fn what_an_agent_does_not_keep_of_another_node_is_no_news() {
+        let mut view = View::new(Some("a"));
+        put(&mut view, Kind::EgressNode, node("u"));
+        let kept = &view.objects.egress_nodes["b"];
+        assert_eq!(
+            (&kept.spec, view.objects.nodes["b"].metadata.uid.as_str()),
+            (&EgressNodeSpec::default(), "u")
+        );
+        let mut other = node("u");
+        other["spec"]["ranges"] = json!([{"egressIP": "192.0.2.1"}]);
+        assert!(!put(&mut view, Kind::EgressNode, other.clone()), "ports granted to it");
+        other["status"] = json!({"nodeUID": "u", "addresses": ["10.0.0.2"]});
+        assert!(put(&mut view, Kind::EgressNode, other.clone()), "its agent");
+        other["status"]["demand"] = json!([{"egressIP": "192.0.2.1"}]);
+        other["status"]["firewalls"] = json!([{"namespace": "shop"}]);
+        assert!(!put(&mut view, Kind::EgressNode, other.clone()), "what only the leader reads");
+        other["spec"]["labels"]["x"] = json!("z");
+        assert!(put(&mut view, Kind::EgressNode, other.clone()));
+        assert_eq!(view.objects.nodes["b"].metadata.labels["x"], "z");
+        let mut own = other;
+        own["metadata"]["name"] = json!("a");
+        put(&mut view, Kind::EgressNode, own);
+        let own = &view.objects.egress_nodes["a"];
+        assert_eq!((own.spec.ranges.len(), own.status.demand.len()), (1, 1), "its own it keeps whole");
     }
 
     #[test]

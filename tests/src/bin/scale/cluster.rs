@@ -1,17 +1,20 @@
 //! A cluster of 5,000 nodes, as its API server would have it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, UNIX_EPOCH};
 
 use datapath::keys::IfIndex;
-use outgate::addresses::{address, object_name};
+use outgate::addresses::address;
 use outgate::digest;
 use outgate::facts::{Facts, PodInterface, Uplink};
 use outgate::leader::{Plan, Surroundings, plan};
 use outgate::model;
 use outgate::objects::{
-    EgressAllocation, EgressIp, EgressIpReport, EgressIpSpec, EgressNode, EgressUplink, LabelSelector,
-    LoadedAllocation, Meta, Namespace, Node, NodeAddress, Objects, Pod, PodIp, PortDemand,
+    Condition, EgressAllocation, EgressIp, EgressIpReport, EgressIpSpec, EgressNode, EgressUplink,
+    LabelSelector, LoadedAllocation, Meta, Namespace, Node, NodeAddress, Objects, PortDemand,
 };
+use outgate::status::{rfc3339, seconds};
+use outgate::text::Text;
 use outgate::watch::Write;
 
 /// Nodes.
@@ -24,10 +27,12 @@ pub(crate) const PODS: usize = 150_000;
 pub(crate) const PODS_PER_NODE: usize = PODS / NODES;
 /// Namespaces. Each has pods on as many nodes as it has pods.
 pub(crate) const NAMESPACES: usize = 5_000;
+/// How often each thing is measured; told is the median.
+pub(crate) const ROUNDS: usize = 3;
 /// EgressIPs with an address each; each is for as many namespaces.
 pub(crate) const EGRESS_IPS: usize = 1_000;
-/// The time.
-const NOW: &str = "2026-11-22T12:00:00Z";
+/// When it begins.
+const BEGIN: &str = "2026-11-22T12:00:00Z";
 
 /// The cluster.
 #[derive(Clone)]
@@ -36,23 +41,29 @@ pub(crate) struct Cluster {
     pub(crate) objects: Objects,
     /// Statuses of EgressIPs.
     pub(crate) statuses: BTreeMap<String, EgressIpReport>,
+    /// Nodes that are not heard of: neither their kubelets nor their agents.
+    silent: BTreeSet<String>,
+    /// The time, in seconds since 1970.
+    now: u64,
+    /// When the leader wants to look again.
+    again: Option<u64>,
     random: u64,
 }
 
-fn meta(name: String, labels: &[(&str, String)]) -> Meta {
+pub(crate) fn meta(name: String, labels: &[(&str, String)]) -> Meta {
     Meta {
         uid: uid(&name),
         name,
         generation: 1,
         resource_version: "123456789".to_owned(),
         creation_timestamp: Some("2026-01-01T00:00:00Z".to_owned()),
-        labels: labels.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect(),
+        labels: labels.iter().map(|(k, v)| ((*k).into(), v.into())).collect(),
         ..Meta::default()
     }
 }
 
 /// As long as a real one.
-fn uid(name: &str) -> String {
+pub(crate) fn uid(name: &str) -> String {
     format!("{name:0>8.8}-1111-4222-8333-{name:0>12.12}")
 }
 
@@ -70,7 +81,7 @@ fn pod_network(n: usize) -> String {
 }
 
 /// An egress IP, of the network that the gateways' uplinks are in.
-fn egress_ip(n: usize) -> String {
+pub(crate) fn egress_ip(n: usize) -> String {
     format!("172.20.{}.{}", n / 250, n % 250 + 1)
 }
 
@@ -79,7 +90,7 @@ fn team(namespace: usize) -> usize {
 }
 
 /// The namespaces of a node's pods.
-fn namespaces_on(node: usize) -> impl Iterator<Item = usize> {
+pub(crate) fn namespaces_on(node: usize) -> impl Iterator<Item = usize> {
     (0..PODS_PER_NODE).map(move |n| (node * PODS_PER_NODE + n) % NAMESPACES)
 }
 
@@ -102,12 +113,12 @@ pub(crate) fn node(n: usize) -> Node {
     let mut node = Node { metadata: meta(name, &labels), ..Node::default() };
     node.spec.pod_cidrs = vec![pod_network(n)];
     node.status.addresses = vec![NodeAddress { kind: "InternalIP".to_owned(), address: node_ip(n) }];
-    node.status.conditions = vec![outgate::objects::Condition {
-        kind: "Ready".to_owned(),
-        status: "True".to_owned(),
-        ..outgate::objects::Condition::default()
-    }];
+    node.status.conditions = vec![ready("True")];
     node
+}
+
+fn ready(status: &str) -> Condition {
+    Condition { kind: "Ready".to_owned(), status: status.to_owned(), ..Condition::default() }
 }
 
 /// What its agent says of a node.
@@ -160,20 +171,9 @@ pub(crate) fn egress_ip_object(n: usize) -> EgressIp {
     }
 }
 
-/// A pod of a node.
-pub(crate) fn pod(node: usize, n: usize, namespace: usize) -> Pod {
-    let mut pod = Pod {
-        metadata: meta(format!("web-6d4cf56db6-{node:04}{n:02}"), &[("app", "web".to_owned())]),
-        ..Pod::default()
-    };
-    pod.metadata.namespace = format!("namespace-{namespace:04}");
-    pod.spec.node_name = node_name(node);
-    "Running".clone_into(&mut pod.status.phase);
-    let network = pod_network(node);
-    let ip = network.replace(".0/24", &format!(".{}", n + 2));
-    pod.status.pod_ips = vec![PodIp { ip: ip.clone() }];
-    pod.status.pod_ip = ip;
-    pod
+/// The address of a pod of a node.
+pub(crate) fn pod_ip(node: usize, n: usize) -> String {
+    pod_network(node).replace(".0/24", &format!(".{}", n + 2))
 }
 
 impl Cluster {
@@ -197,7 +197,14 @@ impl Cluster {
         for n in 0..EGRESS_IPS {
             objects.egress_ips.insert(format!("team-{n:04}"), egress_ip_object(n));
         }
-        Self { objects, statuses: BTreeMap::new(), random: 1 }
+        Self {
+            objects,
+            statuses: BTreeMap::new(),
+            silent: BTreeSet::new(),
+            now: seconds(BEGIN).expect("a time"),
+            again: None,
+            random: 1,
+        }
     }
 
     /// What the leader would write now.
@@ -210,24 +217,46 @@ impl Cluster {
             firewall_statuses: &firewalls,
             unreadable: &BTreeSet::new(),
             complete: true,
-            now: NOW,
-            reachable: &|_| true,
+            now: &rfc3339(UNIX_EPOCH + Duration::from_secs(self.now)),
+            reachable: &|node| !self.silent.contains(node),
         };
         let random = &mut self.random;
         let plan = plan(&desired, &around, &mut || {
             *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             *random >> 11
         });
+        self.again = plan.again;
         (desired, plan)
     }
 
-    /// Writes what is in a plan, and has the agents of owners and standbys load it. Writes by kind.
+    /// A node is heard of no more: the node controller says so of its kubelet, and its agent's heartbeat is late.
+    pub(crate) fn lose(&mut self, n: usize) {
+        let node = self.objects.nodes.get_mut(&node_name(n)).expect("the node");
+        node.status.conditions = vec![ready("Unknown")];
+        self.silent.insert(node_name(n));
+    }
+
+    /// Whether a node is not heard of.
+    pub(crate) fn is_silent(&self, node: &str) -> bool {
+        self.silent.contains(node)
+    }
+
+    /// Whether the leader has asked to look again later; it is then.
+    pub(crate) fn wait(&mut self) -> bool {
+        let Some(again) = self.again.take() else { return false };
+        self.now = again.max(self.now + 1);
+        true
+    }
+
+    /// Writes what is in a plan, and has the agents of all egress nodes load it, for each may come to hold each address.
+    /// Writes by kind.
     pub(crate) fn write(&mut self, plan: Plan) -> BTreeMap<&'static str, usize> {
         let mut count = BTreeMap::new();
+        let mut confirmed = BTreeSet::new();
         for write in plan.writes {
             let kind = match write {
                 Write::Allocation(allocation) => {
-                    self.load(&allocation);
+                    confirmed.extend(self.load(&allocation));
                     self.objects.egress_allocations.insert(allocation.metadata.name.clone(), allocation);
                     "EgressAllocation"
                 }
@@ -255,42 +284,30 @@ impl Cluster {
             };
             *count.entry(kind).or_default() += 1;
         }
+        if !confirmed.is_empty() {
+            // An agent confirms at once what it finds at once.
+            count.insert("status of an egress node", confirmed.len());
+        }
         count
     }
 
-    fn load(&mut self, allocation: &EgressAllocation) {
+    /// The numbers of the nodes that do.
+    fn load(&mut self, allocation: &EgressAllocation) -> Vec<usize> {
         let loaded = LoadedAllocation {
-            egress_ip: allocation.spec.egress_ip.clone(),
-            uid: allocation.metadata.uid.clone(),
+            egress_ip: Text::from(&allocation.spec.egress_ip),
+            uid: Text::from(&allocation.metadata.uid),
             generation: allocation.metadata.generation,
         };
-        for name in allocation.spec.standbys.iter().chain([&allocation.spec.owner]) {
-            if let Some(node) = self.objects.egress_nodes.get_mut(name) {
-                node.status.loaded.retain(|l| l.egress_ip != loaded.egress_ip);
-                node.status.loaded.push(loaded.clone());
+        let living: Vec<_> = (0..GATEWAYS).filter(|n| !self.silent.contains(&node_name(*n))).collect();
+        for n in &living {
+            let node = self.objects.egress_nodes.get_mut(&node_name(*n)).expect("the node");
+            let all = &mut node.status.loaded;
+            match all.iter_mut().find(|l| l.egress_ip == loaded.egress_ip) {
+                Some(known) => *known = loaded.clone(),
+                None => all.push(loaded.clone()),
             }
         }
-    }
-
-    /// The objects that the agent of a node watches.
-    pub(crate) fn seen_by(&self, n: usize) -> Objects {
-        let mut objects = self.objects.clone();
-        let name = node_name(n);
-        // Other nodes are what their EgressNodes say.
-        for (other, node) in &mut objects.nodes {
-            if *other != name {
-                let known = objects.egress_nodes.get(other).and_then(|e| digest::node(other, &e.spec));
-                *node = known.expect("a digest");
-            }
-        }
-        if n >= GATEWAYS {
-            objects.egress_allocations.clear();
-        }
-        for (place, namespace) in namespaces_on(n).enumerate() {
-            let pod = pod(n, place, namespace);
-            objects.pods.insert((pod.metadata.namespace.clone(), pod.metadata.name.clone()), pod);
-        }
-        objects
+        living
     }
 }
 
@@ -314,7 +331,7 @@ pub(crate) fn facts(n: usize) -> Facts {
     if n < GATEWAYS {
         facts.uplinks.insert(3, uplink("ens6", format!("172.20.200.{}/16", n + 1)));
     }
-    for place in 0..=PODS_PER_NODE {
+    for place in 0..PODS_PER_NODE + ROUNDS {
         let index = IfIndex::try_from(100 + place).expect("an index");
         let interface = PodInterface {
             name: format!("veth{place}"),
@@ -324,13 +341,7 @@ pub(crate) fn facts(n: usize) -> Facts {
             mtu: 1450,
         };
         facts.pod_interfaces.insert(index, interface);
-        let ip = pod(n, place, 0).status.pod_ip;
-        facts.host_routes.insert(address(&ip).expect("an address"), index);
+        facts.host_routes.insert(address(&pod_ip(n, place)).expect("an address"), index);
     }
     facts
-}
-
-/// The name of an address's allocation.
-pub(crate) fn allocation_name(n: usize) -> String {
-    object_name(&address(&egress_ip(n)).expect("an address"))
 }
