@@ -192,8 +192,8 @@ fn egress(id: EgressId) -> Ip {
 
 /// One of each: a resolver's, a resolver pod's, a NodePort.
 const PORTS: [u16; 7] = [80, 53, 5353, 40000, 40001, 30080, TUNNEL_PORT];
-/// Ages in seconds, none of them near an idle time.
-const AGES: [u32; 13] = [0, 0, 5, 20, 40, 55, 63, 70, 200, 250, 290, 310, 8000];
+/// Ages in seconds, none of them so near below an idle time that a machine's pause could make it one.
+const AGES: [u32; 13] = [0, 0, 5, 20, 40, 50, 61, 70, 200, 250, 280, 310, 8000];
 
 /// Random numbers: splitmix64.
 struct Rng(u64);
