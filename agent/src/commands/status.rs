@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use datapath::limits::{GRANULE_PORTS, GRANULES};
 use serde::Serialize;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::{SourceArg, StatusArgs};
 use crate::leader;
@@ -106,11 +107,19 @@ pub(super) fn run(args: &StatusArgs, out: &mut impl Write) -> anyhow::Result<()>
 
 /// An API server that has not answered by then is away, for a command.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Who looks on is told after so long what is waited for.
+const SILENCE: Duration = Duration::from_secs(2);
 
 async fn from_cluster(args: &StatusArgs) -> anyhow::Result<Status> {
     let s = &args.source;
     let mut source = KubeSource::open(Role::Command, s.kubeconfig.as_deref(), &s.namespace).await?;
-    match tokio::time::timeout(PATIENCE, source.ready(|_| ())).await {
+    let end = Instant::now() + PATIENCE;
+    let mut ready = timeout(SILENCE, source.ready(|_| ())).await;
+    if ready.is_err() {
+        eprintln!("waiting for the API server's objects, up to {} s ...", PATIENCE.as_secs());
+        ready = timeout_at(end, source.ready(|_| ())).await;
+    }
+    match ready {
         Ok(ready) => ready?,
         Err(_) if source.problems().is_empty() => {
             anyhow::bail!("the API server has not sent everything within {} s", PATIENCE.as_secs())
