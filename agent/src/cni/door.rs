@@ -332,7 +332,7 @@ async fn wait(
             match looked {
                 Ok(()) => {
                     waiting.interfaces = Interfaces::Read;
-                    waiting.why = "the node's agent is busy".to_owned();
+                    "the node's agent is busy".clone_into(&mut waiting.why);
                 }
                 Err(ended) => waiting.why = ended.to_string(),
             }

@@ -48,7 +48,7 @@ impl Requests {
     /// Waits until somebody asks who has not been heard yet; for ever if nobody can. Cancelling it loses nothing.
     pub async fn asked(&mut self) {
         if self.wanted.changed().await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
