@@ -73,11 +73,9 @@ mod tests {
             options: false,
             by_router: false,
         };
-        let hash = match datapath::from_pod::from_pod(&t, port, &packet, &Keep) {
-            FromPod::Pass => PASS,
-            FromPod::NotOurs => 0,
-            other => panic!("{other:?}"),
-        };
+        let from_pod = datapath::from_pod::from_pod(&t, port, &packet, &Keep);
+        assert!(matches!(from_pod, FromPod::Pass | FromPod::NotOurs), "{from_pod:?}");
+        let hash = if from_pod == FromPod::Pass { PASS } else { 0 };
         packet.tuple.source = node;
         let fate = datapath::to_uplink::to_uplink(&t, 2, BRIDGE, hash, &packet, &Keep);
         matches!(fate, ToUplink::NotOurs | ToUplink::Pass)
