@@ -185,6 +185,9 @@ impl<S: Source, K: Kernel> Agent<S, K> {
         self.failures.clear();
         self.notes.clear();
         self.retry_at = None;
+        if let Some(door) = &self.runtime.door {
+            door.begin();
+        }
         let mut facts = self.facts.borrow_and_update().clone();
         let mut desired = self.desired();
         // Objects and interfaces are told of apart: a new pod must not be found behind what was an earlier one's.
@@ -213,14 +216,14 @@ impl<S: Source, K: Kernel> Agent<S, K> {
             self.retry_at = Some(Instant::now() + RETRY);
         }
         self.report(&desired, &compiled);
-        self.answer(&desired);
+        self.answer(&desired, &facts);
     }
 
     /// Tells those who wait for a pod that it is programmed, or what is missing.
-    fn answer(&self, desired: &Desired) {
+    fn answer(&self, desired: &Desired, facts: &Facts) {
         let Some(door) = &self.runtime.door else { return };
         let objects = self.source.objects();
-        let image = self.applied.as_ref().map(|(image, _)| image);
+        let image = self.applied.as_ref().filter(|(_, f)| f == facts).map(|(image, _)| image);
         door.set_not_ready(self.state.borrow().not_ready.clone());
         door.answer(|a| cni::programmed(a, objects, desired, image, self.told.problems()));
         door.forget(objects);

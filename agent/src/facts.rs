@@ -1,10 +1,14 @@
 //! What the agent knows of its own node's network, read from netlink: an input of `compile`.
 
+mod fresh;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
 use datapath::keys::IfIndex;
 use ipnet::IpNet;
+
+pub use self::fresh::{Ended, Fresh, Requests, fresh};
 
 /// The node's interfaces and addresses at one moment.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -334,6 +334,32 @@ fn unselected_pods_are_left_alone() {
     assert_eq!(lost, ToUplink::Drop(DropReason::TokenLost));
 }
 
+/// Of a bridge's pod the bridge is known first, then its port: whenever that is, it loses nothing by it.
+#[test]
+fn an_unselected_pods_entry_may_move_while_its_packets_are_under_way() {
+    const BRIDGE: u32 = 60;
+    let mut a = node(A, B);
+    let guarded = |kind: InterfaceKind, bridge| Interface {
+        kind: kind as u8,
+        guarded: Guard::Guarded as u8,
+        mac: [2; 6],
+        bridge,
+    };
+    a.interfaces.insert(BRIDGE, guarded(InterfaceKind::Bridge, 0));
+    a.interfaces.insert(OTHER_IF, guarded(InterfaceKind::Pod, BRIDGE));
+    let syn = tcp((OTHER_POD, 40000), (SERVER, 80), SYN);
+    for (before, after) in [(BRIDGE, OTHER_IF), (OTHER_IF, BRIDGE), (0, BRIDGE), (0, OTHER_IF)] {
+        for up in [syn, masqueraded(&syn)] {
+            a.pods.get_mut(&OTHER_POD).unwrap().ifindex = before;
+            assert_eq!(from_pod(&a, OTHER_IF, &syn), FromPod::Pass);
+            a.pods.get_mut(&OTHER_POD).unwrap().ifindex = after;
+            assert_eq!(to_uplink(&a, UPLINK, BRIDGE, a.settings.pass_token, &up), ToUplink::Pass);
+            // A selected pod's would have a token, wherever its entry is.
+            assert_eq!(to_uplink(&a, UPLINK, BRIDGE, 0, &up), ToUplink::Drop(DropReason::TokenLost));
+        }
+    }
+}
+
 #[test]
 fn a_new_interface_is_held_until_it_is_known() {
     let mut a = node(A, B);

@@ -1311,6 +1311,37 @@ fn what_a_selected_pod_may_not_send() {
     assert_eq!(rig.fate(Program::FromPod, &egress), Fate::Drop(DropReason::SpoofedSource));
 }
 
+/// The agent learns a bridge's pod by its bridge first, then by its port.
+#[test]
+fn an_unselected_pods_entry_may_move_while_its_packets_are_under_way() {
+    let guarded = |kind: InterfaceKind, bridge| Interface {
+        kind: kind as u8,
+        guarded: Guard::Guarded as u8,
+        bridge,
+        ..Interface::default()
+    };
+    let with_entry_at = |ifindex| {
+        let mut t = tables(B);
+        t.interfaces.insert(BRIDGE, guarded(InterfaceKind::Bridge, 0));
+        t.interfaces.insert(OTHER_IF, guarded(InterfaceKind::Pod, BRIDGE));
+        t.pods.get_mut(&OTHER_POD).expect("it is there").ifindex = ifindex;
+        t
+    };
+    let mut rig = Rig::new(&with_entry_at(BRIDGE));
+    let sent = udp((OTHER_POD, 4000), (SERVER, 53));
+    let masqueraded = to_uplink(&udp((NODE_A, MASQUERADE), (SERVER, 53)));
+    for (before, after) in [(BRIDGE, OTHER_IF), (OTHER_IF, BRIDGE), (0, OTHER_IF)] {
+        rig.kernel.write(&with_entry_at(before));
+        let hash = rig.observe(Program::FromPod, &input_of(OTHER_IF, &sent)).hash;
+        assert_eq!(hash, PASS);
+        rig.kernel.write(&with_entry_at(after));
+        let at_uplink = Input { ingress: BRIDGE, hash, ..masqueraded.clone() };
+        assert_eq!(rig.fate(Program::ToUplink, &at_uplink), Fate::Next(masqueraded.frame.clone()));
+        let unmarked = Input { hash: 0, ..at_uplink };
+        assert_eq!(rig.fate(Program::ToUplink, &unmarked), Fate::Drop(DropReason::TokenLost));
+    }
+}
+
 #[test]
 fn what_may_not_leave_by_the_uplink() {
     let mut t = tables(B);

@@ -22,7 +22,7 @@ use datapath::limits;
 use datapath::verdict::DropReason;
 
 use super::firewalls::Firewalls;
-use super::{Error, batch};
+use super::{Error, batch, interfaces};
 use crate::image::MapImage;
 
 /// A type of `datapath` as it is copied to and from the kernel.
@@ -405,7 +405,9 @@ impl Maps {
         remove_gone(&mut self.pods, &old.pods, &new.pods)?;
         remove_gone(&mut self.leases, &old.leases, &new.leases)?;
         // Before the settings, which put the programs to work: an interface not in the map is held.
-        put_changed(&mut self.interfaces, &old.interfaces, &new.interfaces)?;
+        for (index, interface) in interfaces::changes(&old.interfaces, &new.interfaces) {
+            self.interfaces.put(index, interface)?;
+        }
         // Before ids are used or freed, so that an agent that stops half-way leaves no id to be given twice.
         if old.settings != new.settings {
             self.settings

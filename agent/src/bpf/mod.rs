@@ -6,6 +6,7 @@ mod blocks;
 pub mod firewall_counts;
 mod firewalls;
 pub mod guard;
+mod interfaces;
 pub mod maps;
 pub mod names;
 mod object;

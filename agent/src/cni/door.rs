@@ -1,6 +1,8 @@
 //! The agent's side of the chained CNI plugin: a unix socket, a line of JSON each way.
 //!
-//! A sandbox that is asked about is known from that moment, and the answer is sent when the kernel has it. It is
+//! A sandbox that is asked about is known from that moment, and the answer is sent when the kernel has it, by what the
+//! node's interfaces are by then: the pod's own is older than the question, but what the agent knows may be older still.
+//! On an interface that is not programmed yet, an unselected pod's packets are held, too. A sandbox is
 //! forgotten when its pod's status says the same, when the pod goes, on DEL, and when whoever asked hangs up
 //! before it was answered, for then the runtime makes another.
 
@@ -21,6 +23,7 @@ use tracing::debug;
 
 use super::Attachment;
 use super::known::{is_same, status_addresses};
+use crate::facts::Fresh;
 use crate::model::has_network;
 use crate::objects::Objects;
 
@@ -95,10 +98,11 @@ pub struct Door {
     inode: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     state: RefCell<State>,
     news: Notify,
+    fresh: Fresh,
 }
 
 #[derive(Debug, Default)]
@@ -113,9 +117,21 @@ struct State {
 #[derive(Debug)]
 struct Waiting {
     attachment: Attachment,
+    interfaces: Interfaces,
     /// What is missing.
     why: String,
     done: oneshot::Sender<()>,
+}
+
+/// Since when the node's interfaces that the agent goes by are known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Interfaces {
+    /// Perhaps from before the question.
+    Old,
+    /// They have been read since.
+    Read,
+    /// And what is programmed now, if all is well, is by these.
+    Used,
 }
 
 /// The socket cannot be made.
@@ -128,18 +144,18 @@ pub struct Error {
 
 impl Door {
     /// Makes the socket, in place of one that an earlier agent left, and serves it in a task of the current
-    /// `LocalSet`.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    /// `LocalSet`. `fresh` has the node's interfaces read, which [`Door::begin`]'s caller then uses.
+    pub fn open(path: &Path, fresh: Fresh) -> Result<Self, Error> {
         let failure = |error| Error { path: path.to_owned(), error };
         let (listener, inode) = listen(path).map_err(failure)?;
         let state =
             State { not_ready: Some("the node's agent has just started".to_owned()), ..State::default() };
-        let shared = Rc::new(Shared { state: RefCell::new(state), news: Notify::new() });
+        let shared = Rc::new(Shared { state: RefCell::new(state), news: Notify::new(), fresh });
         tokio::task::spawn_local(serve(listener, Rc::clone(&shared)));
         Ok(Self { shared, path: path.to_owned(), inode })
     }
 
-    /// Waits until somebody asks or leaves. Cancelling it loses nothing.
+    /// Waits until somebody is to be answered or leaves. Cancelling it loses nothing.
     pub async fn changed(&self) {
         self.shared.news.notified().await;
     }
@@ -161,19 +177,32 @@ impl Door {
         !self.shared.state.borrow().waiting.is_empty()
     }
 
+    /// To be called before the node's interfaces are looked up, by which pods are then programmed: who asks later, or
+    /// whose interface may not be among them, is not answered this time.
+    pub fn begin(&self) {
+        for waiting in self.shared.state.borrow_mut().waiting.values_mut() {
+            if waiting.interfaces == Interfaces::Read {
+                waiting.interfaces = Interfaces::Used;
+            }
+        }
+    }
+
     /// Answers those whose pods are programmed.
     pub fn answer(&self, programmed: impl Fn(&Attachment) -> Result<(), String>) {
         let mut state = self.shared.state.borrow_mut();
         let waiting = std::mem::take(&mut state.waiting);
         for (number, mut waiting) in waiting {
-            match programmed(&waiting.attachment) {
-                // Whoever has left forgets the sandbox itself.
-                Ok(()) => drop(waiting.done.send(())),
-                Err(why) => {
-                    waiting.why = why;
-                    state.waiting.insert(number, waiting);
+            if waiting.interfaces == Interfaces::Used {
+                match programmed(&waiting.attachment) {
+                    // Whoever has left forgets the sandbox itself.
+                    Ok(()) => {
+                        let _ = waiting.done.send(());
+                        continue;
+                    }
+                    Err(why) => waiting.why = why,
                 }
             }
+            state.waiting.insert(number, waiting);
         }
     }
 
@@ -293,14 +322,28 @@ async fn wait(
         }
         state.next += 1;
         let number = state.next;
-        let why = "the node's agent is busy".to_owned();
-        state.waiting.insert(number, Waiting { attachment, why, done });
+        let why = "the node's agent has not read the node's interfaces since".to_owned();
+        state.waiting.insert(number, Waiting { attachment, interfaces: Interfaces::Old, why, done });
         number
     };
-    shared.news.notify_one();
+    let look = async {
+        let looked = shared.fresh.look().await;
+        if let Some(waiting) = shared.state.borrow_mut().waiting.get_mut(&number) {
+            match looked {
+                Ok(()) => {
+                    waiting.interfaces = Interfaces::Read;
+                    "the node's agent is busy".clone_into(&mut waiting.why);
+                }
+                Err(ended) => waiting.why = ended.to_string(),
+            }
+        }
+        shared.news.notify_one();
+        std::future::pending().await
+    };
     let programmed = tokio::select! {
         biased;
         done = &mut answered => done.is_ok(),
+        never = look => never,
         () = tokio::time::sleep(limit) => false,
         // Nothing more is to come: the end of the stream, or nonsense.
         _ = reader.read_u8() => false,
@@ -327,6 +370,7 @@ mod tests {
 
     use super::*;
     use crate::cni::plugin::ask;
+    use crate::facts::{Requests, fresh};
 
     struct Dir(PathBuf);
 
@@ -371,18 +415,44 @@ mod tests {
         asking.join().unwrap().unwrap()
     }
 
-    /// Waits until the door knows so many sandboxes.
+    /// Waits until the door knows so many sandboxes, and the node's interfaces since then.
     async fn until(door: &Door, sandboxes: usize) {
         let limit = Duration::from_secs(10);
-        while door.attachments().len() != sandboxes {
+        let reads = || door.shared.state.borrow().waiting.values().any(|w| w.interfaces == Interfaces::Old);
+        while door.attachments().len() != sandboxes || reads() {
             tokio::time::timeout(limit, door.changed()).await.expect("it changes");
         }
+    }
+
+    /// As the agent does it.
+    fn answer(door: &Door, programmed: impl Fn(&Attachment) -> Result<(), String>) {
+        door.begin();
+        door.answer(programmed);
+    }
+
+    fn read(requests: &mut Requests) {
+        let served = requests.begin();
+        requests.done(served);
+    }
+
+    /// Reads the node's interfaces whenever it is asked to.
+    fn reading() -> Fresh {
+        let (fresh, mut requests) = fresh();
+        tokio::task::spawn_local(async move {
+            loop {
+                requests.asked().await;
+                read(&mut requests);
+            }
+        });
+        fresh
     }
 
     async fn with(test: &str, then: impl AsyncFnOnce(Door, PathBuf)) {
         let dir = dir(test);
         let path = dir.0.join("run/cni.sock");
-        LocalSet::new().run_until(async { then(Door::open(&path).unwrap(), path.clone()).await }).await;
+        LocalSet::new()
+            .run_until(async { then(Door::open(&path, reading()).unwrap(), path.clone()).await })
+            .await;
     }
 
     #[tokio::test]
@@ -394,9 +464,9 @@ mod tests {
             until(&door, 1).await;
             assert_eq!(door.attachments()[0].addresses, attachment().addresses);
             assert!(door.attachments()[0].written > SystemTime::UNIX_EPOCH);
-            door.answer(|_| Err("not yet".to_owned()));
+            answer(&door, |_| Err("not yet".to_owned()));
             assert!(door.is_asked() && !asking.is_finished());
-            door.answer(|a| if a.name == "web" { Ok(()) } else { Err(String::new()) });
+            answer(&door, |a| if a.name == "web" { Ok(()) } else { Err(String::new()) });
             assert_eq!(answered(asking).await, Answer::of(Ok(())));
             // Known until its status says so.
             let pod = |ip: &str| -> Objects {
@@ -412,12 +482,57 @@ mod tests {
         .await;
     }
 
+    /// A pod's interface may be younger than what was known of the node when it was asked about.
+    #[tokio::test]
+    async fn nobody_is_answered_by_what_the_node_was_before_the_question() {
+        let dir = dir("fresh");
+        let path = dir.0.join("cni.sock");
+        let test = async {
+            let (fresh, mut requests) = fresh();
+            let door = Door::open(&path, fresh).unwrap();
+            let (first, check) = (
+                asking(&path, add(60_000)),
+                Question::Check { attachment: attachment(), timeout_milliseconds: 60_000 },
+            );
+            requests.asked().await;
+            let asked_of = || {
+                let asked = std::cell::Cell::new(0);
+                door.answer(|_| {
+                    asked.set(asked.get() + 1);
+                    Err(String::new())
+                });
+                asked.get()
+            };
+            door.begin();
+            assert_eq!(asked_of(), 0, "what is known is older");
+            // Read while the agent is at work with what it had.
+            read(&mut requests);
+            until(&door, 1).await;
+            assert_eq!(asked_of(), 0, "not used yet");
+            door.begin();
+            assert_eq!(asked_of(), 1);
+            let second = asking(&path, check);
+            requests.asked().await;
+            door.begin();
+            assert_eq!(asked_of(), 1, "each has its own question");
+            read(&mut requests);
+            until(&door, 1).await;
+            answer(&door, |_| Ok(()));
+            assert!(answered(first).await.ok && answered(second).await.ok);
+            // Whose reader is gone is told so.
+            drop(requests);
+            let vain = answered(asking(&path, add(1))).await;
+            assert!(vain.message.contains("not watched any more"), "{vain:?}");
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
     #[tokio::test]
     async fn whoever_waits_in_vain_is_told_why_and_leaves_nothing() {
         with("vain", async |door, path| {
             let hasty = asking(&path, add(200));
             until(&door, 1).await;
-            door.answer(|_| Err("no such pod".to_owned()));
+            answer(&door, |_| Err("no such pod".to_owned()));
             door.forget(&Objects::default());
             assert_eq!(door.attachments().len(), 1, "it is being waited for");
             assert_eq!(answered(hasty).await, Answer::of(Err("no such pod".to_owned())));
@@ -441,7 +556,7 @@ mod tests {
             for gone in [false, true] {
                 let asking = asking(&path, add(60_000));
                 until(&door, 1).await;
-                door.answer(|_| Ok(()));
+                answer(&door, |_| Ok(()));
                 answered(asking).await;
                 if gone {
                     door.forget(&Objects::default());
@@ -476,7 +591,7 @@ mod tests {
     #[tokio::test]
     async fn a_later_agent_takes_the_place() {
         with("place", async |first, path| {
-            let second = Door::open(&path).unwrap();
+            let second = Door::open(&path, reading()).unwrap();
             second.set_not_ready(None);
             drop(first);
             assert!(answered(asking(&path, Question::Status)).await.ok, "it is the second's");
@@ -484,7 +599,7 @@ mod tests {
             assert!(!path.exists());
             // What a killed agent leaves is in nobody's way.
             fs::write(&path, "").unwrap();
-            let third = Door::open(&path).unwrap();
+            let third = Door::open(&path, reading()).unwrap();
             third.set_not_ready(None);
             assert!(answered(asking(&path, Question::Status)).await.ok);
         })

@@ -63,13 +63,13 @@ async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     }
     let selection =
         netlink::Selection { uplinks: args.uplinks.clone(), pod_interfaces: args.pod_interfaces.clone() };
-    let facts = netlink::watch(selection).await?;
+    let (facts, fresh) = netlink::watch(selection).await?;
     if let Some(address) = args.metrics {
         serve_metrics(address, &bpf::pin_dir(&args.bpffs.bpffs), &state).await?;
     }
     tokio::task::spawn_local(audit::run(bpf::pin_dir(&args.bpffs.bpffs), Rc::clone(&state)));
     let asked = args.cni_socket.as_deref().unwrap_or(Path::new(cni::door::SOCKET));
-    let door = cni::Door::open(asked);
+    let door = cni::Door::open(asked, fresh);
     if args.cni_socket.is_some() {
         door.as_ref().map_err(|error| anyhow::Error::msg(error.to_string()))?;
     }

@@ -31,7 +31,7 @@ use tracing::{debug, warn};
 
 use self::dump::{connect, dump};
 use self::roles::{Roles, controller, peer_elsewhere, roles};
-use crate::facts::{Bridge, Facts, PodInterface, Proxy, Uplink};
+use crate::facts::{Bridge, Facts, Fresh, PodInterface, Proxy, Uplink, fresh};
 
 /// The tunnel's device.
 pub const TUNNEL: &str = "outgate0";
@@ -96,8 +96,9 @@ pub struct Selection {
     pub pod_interfaces: Vec<String>,
 }
 
-/// Reads the facts, and again after every change. The task ends when the receiver is dropped.
-pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error> {
+/// Reads the facts, and again after every change and when that is asked for. The task ends when the receiver is
+/// dropped.
+pub async fn watch(selection: Selection) -> Result<(watch::Receiver<Facts>, Fresh), Error> {
     // For notices only: see `dump::connect`.
     let (connection, _, mut events) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
@@ -116,20 +117,26 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
         }
     }
     let (sender, receiver) = watch::channel(facts);
+    let (fresh, mut requests) = fresh();
     tokio::spawn(async move {
         let mut again = REREAD;
         loop {
             tokio::select! {
-                event = events.next() => if event.is_none() {
-                    warn!("netlink closed its socket: changes of interfaces are no longer seen; restart the agent");
-                    return;
-                },
+                event = events.next() => {
+                    if event.is_none() {
+                        warn!("netlink closed its socket: changes of interfaces are no longer seen; restart the agent");
+                        return;
+                    }
+                    tokio::time::sleep(SETTLE).await;
+                }
+                // What it is asked for is there already.
+                () = requests.asked() => {}
                 () = tokio::time::sleep(again) => {}
                 () = sender.closed() => return,
             }
-            tokio::time::sleep(SETTLE).await;
             // What has come meanwhile is covered by the read below.
             while let Some(Some(_)) = futures_util::FutureExt::now_or_never(events.next()) {}
+            let served = requests.begin();
             match read(&selection).await {
                 Ok(facts) => {
                     again = REREAD;
@@ -138,6 +145,7 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
                         *held = facts;
                         changed
                     });
+                    requests.done(served);
                 }
                 Err(error) => {
                     debug!("reading the node's network again: {error}");
@@ -146,7 +154,7 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Facts>, Error
             }
         }
     });
-    Ok(receiver)
+    Ok((receiver, fresh))
 }
 
 /// Makes sure that the tunnel's device exists with this UDP port, and is up.
