@@ -164,9 +164,11 @@ pub(crate) fn nft(figures: &mut Vec<Figure>, rng: &mut Rng, packets: u32) -> Res
         ip route add fd00:20::/32 via fd00:2::1 dev sink")?;
     for shape in Shape::ALL {
         let mut base = None;
-        let socket = UdpSocket::bind(if shape == Shape::Hosts6 { "[fd00:2::2]:0" } else { "192.0.2.202:0" })?;
+        let (family, from) =
+            if shape == Shape::Hosts6 { ("ip6", "[fd00:2::2]:0") } else { ("ip", "192.0.2.202:0") };
+        let socket = UdpSocket::bind(from)?;
         for each in [0, 1, 100, 1000, MOST] {
-            load(&nftables(&shape.rules(each, 0)))?;
+            load(&nftables(family, &shape.rules(each, 0)))?;
             let mut times = vec![];
             for _ in 0..packets {
                 let (address, port) = shape.destination(rng.below(MOST));
@@ -175,7 +177,7 @@ pub(crate) fn nft(figures: &mut Vec<Figure>, rng: &mut Rng, packets: u32) -> Res
                 socket.send_to(&[7; 64], to).context("a datagram to the device that drops all")?;
                 times.push(start.elapsed());
             }
-            sh("nft delete table inet bench")?;
+            sh(&format!("nft delete table {family} bench"))?;
             let time = median(&mut times).as_nanos();
             let base = *base.get_or_insert(time);
             figures.push(Figure {

@@ -113,15 +113,14 @@ pub(crate) fn compiled(shape: Shape, each: u32, firewalls: u32) -> Memory {
     memory
 }
 
-/// The same rules as nftables has them, one by one, for what a socket sends. Ports are UDP's: it sends datagrams.
-pub(crate) fn nftables(rules: &[Rule]) -> String {
-    let mut script =
-        "table inet bench { chain out { type filter hook output priority 0; policy accept;\n".to_owned();
+/// The same rules as nftables has them, one by one, in a table of this family, for what a socket sends. Ports are UDP's:
+/// it sends datagrams.
+pub(crate) fn nftables(family: &str, rules: &[Rule]) -> String {
+    let mut script = format!("table {family} bench {{ chain out {{ {NFT_HOOK}\n");
     for rule in rules {
         if let Destination::Network(net) = &rule.to
             && net.prefix_len() > 0
         {
-            let family = if net.addr().is_ipv4() { "ip" } else { "ip6" };
             let _ = write!(script, "{family} daddr {net} ");
         }
         for ports in &rule.ports {
@@ -132,3 +131,5 @@ pub(crate) fn nftables(rules: &[Rule]) -> String {
     script.push_str("}\n}\n");
     script
 }
+
+const NFT_HOOK: &str = "type filter hook output priority 0; policy accept;";
