@@ -44,11 +44,18 @@ pub fn run(cli: Cli, out: &mut impl Write) -> anyhow::Result<()> {
     }
 }
 
-/// Starts the log, on standard error. What the API's libraries have to say is only for those who ask.
+/// Starts the log, on standard error. What libraries have to say is only for those who ask.
 fn log(filter: &str) -> anyhow::Result<()> {
     let mut filter = tracing_subscriber::EnvFilter::try_new(filter)?;
-    for quiet in ["kube_client=off", "kube_lease_manager=off", "tower=off", "hyper_util=warn", "rustls=warn"]
-    {
+    for quiet in [
+        "kube_client=off",
+        "kube_lease_manager=off",
+        "tower=off",
+        "hyper_util=warn",
+        "rustls=warn",
+        // It warns when notices were lost; everything is read again then.
+        "netlink_proto=error",
+    ] {
         let name = quiet.split('=').next().unwrap_or_default();
         if !filter.to_string().contains(name) {
             filter = filter.add_directive(quiet.parse()?);

@@ -122,6 +122,7 @@ pub async fn watch(selection: Selection) -> Result<(watch::Receiver<Facts>, Fres
         let mut again = REREAD;
         loop {
             tokio::select! {
+                // Where notices were lost, that is an event of its own (netlink-proto's `NetlinkPayload::Overrun`).
                 event = events.next() => {
                     if event.is_none() {
                         warn!("netlink closed its socket: changes of interfaces are no longer seen; restart the agent");
