@@ -80,6 +80,7 @@ const _: () = {
     }
     assert!(levels <= MOST_LEVELS);
     assert!(crate::limits::RULES <= LINE_MASK + 1);
+    assert!(Winner::new(crate::limits::FIREWALL_RULES as u32, true).order < LINK);
 };
 
 /// The winner for an IPv4 address, in host byte order, as [`Winner::order`]. `line` gives lines by number; where there

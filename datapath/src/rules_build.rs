@@ -274,14 +274,14 @@ impl<R: Room> Writer<'_, R> {
                     Some(after) if span.last < end => (after & !behind(nth)) - 1,
                     _ => end,
                 };
-                put_port(&mut words, (whole >> shift(nth)) as u32, span.winner);
+                up_to(&mut words, 0, (whole >> shift(nth)) as u32, span.winner);
                 at += usize::from(span.last == whole);
                 whole
             } else {
                 let mut inner = spans[at..=at + count].to_vec();
                 inner[count].last = last;
                 let link = self.tree_v6(&inner, begin, nth + 1)? | LINK;
-                put_port(&mut words, word, link);
+                up_to(&mut words, 0, word, link);
                 at += count + usize::from(spans[at + count].last == last);
                 last
             };
@@ -374,20 +374,20 @@ pub fn read<E>(roots: &Roots, mut line: impl FnMut(u32) -> Result<Line, E>) -> R
         for page in 0..PAGE_PORTS as u32 {
             let first = port_number(protocol, (page * PAGE_PORTS as u32) as u16);
             let word = line(root.wrapping_add(page / 16))?.word[page as usize % 16];
-            put_port(&mut ports, first - 1, 0);
+            up_to(&mut ports, 0, first - 1, 0);
             if word & PAGE == 0 {
-                put_port(&mut ports, first + PAGE_PORTS as u32 - 1, word);
+                up_to(&mut ports, 0, first + PAGE_PORTS as u32 - 1, word);
                 continue;
             }
             for at in 0..BLOCK_LINES {
                 for (n, place) in (first + at * 16..).zip(line((word & !PAGE).wrapping_add(at))?.word) {
-                    put_port(&mut ports, n, place);
+                    up_to(&mut ports, 0, n, place);
                 }
             }
         }
     }
     if !ports.is_empty() {
-        put_port(&mut ports, u32::MAX, 0);
+        up_to(&mut ports, 0, u32::MAX, 0);
     }
     let mut records = BTreeMap::from([(0, ClassRules::Trees(roots.roots))]);
     for span in ports.iter_mut().filter(|span| span.winner != 0) {
@@ -433,25 +433,22 @@ const fn end(first: u128, nth: u32) -> u128 {
 
 /// Adds the spans of a class from its stretches.
 fn put_stretches(class: u16, stretches: &[Stretch], v4: &mut Vec<Span<u32>>) {
-    let mut next = Some(0);
-    for stretch in stretches.iter().filter(|s| s.first <= s.last) {
-        if next.is_some_and(|next| next < stretch.first) {
-            v4.push(Span { class, last: stretch.first - 1, winner: Winner::NONE });
+    for Stretch { first, last, winner } in stretches.iter().filter(|s| s.first <= s.last) {
+        if let Some(before) = first.checked_sub(1) {
+            up_to(v4, class, before, Winner::NONE);
         }
-        v4.push(Span { class, last: stretch.last, winner: stretch.winner });
-        next = stretch.last.checked_add(1);
+        up_to(v4, class, *last, *winner);
     }
-    if next.is_some() {
-        v4.push(Span { class, last: u32::MAX, winner: Winner::NONE });
-    }
+    up_to(v4, class, u32::MAX, Winner::NONE);
 }
 
-/// Adds port numbers up to one, all of this winner; those before it that were added stay as they are.
-pub fn put_port(ports: &mut Vec<Span<u32>>, last: u32, winner: u32) {
-    match ports.last_mut() {
+/// Adds what a class has not yet up to an address, or a number of a port, with one winner: to the span before if that has
+/// the same, else as a span of its own.
+pub fn up_to<A: Address>(spans: &mut Vec<Span<A>>, class: u16, last: A, winner: u32) {
+    match spans.last_mut().filter(|span| span.class == class) {
         Some(before) if before.last >= last => {}
         Some(before) if before.winner == winner => before.last = last,
-        _ => ports.push(Span { class: 0, last, winner }),
+        _ => spans.push(Span { class, last, winner }),
     }
 }
 
@@ -500,8 +497,8 @@ fn read_v6<E>(
     if root >> LEVELS_SHIFT == LEAF_V6_LEVELS {
         let mut of_leaf = Vec::new();
         let is_whole = read_leaf(class, &line(root & LINE_MASK)?, end(first, nth), 0, &mut of_leaf);
-        for span in of_leaf {
-            join(span, spans);
+        for Span { last, winner, .. } in of_leaf {
+            up_to(spans, class, last, winner);
         }
         return Ok(is_whole);
     }
@@ -513,7 +510,8 @@ fn read_v6<E>(
     for Span { last: word, winner, .. } in words {
         let at = first | u128::from(word) << shift(nth);
         if winner >= Winner::NOT_READY || winner & LINK == 0 {
-            join(Span { class, last: at | behind(nth), winner }, spans);
+            // Joined with the one before, from which another tree may have parted it.
+            up_to(spans, class, at | behind(nth), winner);
         } else if word != before.map_or(0, |before: u32| before + 1)
             || nth + 1 == WORDS_V6
             || !read_v6(class, winner & !LINK, at, nth + 1, line, spans)?
@@ -539,14 +537,6 @@ fn read_leaf<A: Address>(class: u16, leaf: &Line, end: A, begin: usize, spans: &
         }
     }
     false
-}
-
-/// Adds a span, joined with the one before if their winner is the same: it was parted between two trees.
-fn join(span: Span<u128>, spans: &mut Vec<Span<u128>>) {
-    match spans.last_mut() {
-        Some(before) if (before.class, before.winner) == (span.class, span.winner) => before.last = span.last,
-        _ => spans.push(span),
-    }
 }
 
 /// The winner for an address, found the plainest way: the oracle of the trees.

@@ -12,7 +12,7 @@ use crate::rules::{
     BLOCK_LINES, ClassRecord, ClassRules, ClassSays, LEAF_V6_LEVELS, LEVELS_SHIFT, LINK, RECORD_WORDS,
     Stretch, ask_class, class_place, port_number,
 };
-use crate::rules_build::{Address, PORT_PROTOCOLS, Room, Roots, Span, blocks, build, naive, put_port, read};
+use crate::rules_build::{Address, PORT_PROTOCOLS, Room, Roots, Span, blocks, build, naive, read, up_to};
 use crate::tables::Tables as _;
 
 /// Numbers of spans around all sizes at which a tree of either family gets another level, or a line is full.
@@ -86,15 +86,16 @@ fn spans<A: Number>(t: &Memory, class: u16, count: usize) -> Vec<Span<A>> {
     spans.collect()
 }
 
-/// Compares a table at the edges of all its spans and elsewhere.
-fn compare<A: Number>(t: &Memory, spans: &[Span<A>], class: u16, root: u32) {
-    let edges = spans.iter().filter(|span| span.class == class).flat_map(|span| {
+/// Compares what is said of a class' addresses with its spans: at the edges of all of them and elsewhere.
+fn compare<A: Number>(t: &Memory, spans: &[Span<A>], class: u16, ask: impl Fn(A) -> u32) {
+    let of_class: Vec<_> = spans.iter().filter(|span| span.class == class).copied().collect();
+    let edges = of_class.iter().flat_map(|span| {
         let after = if span.last == A::HIGHEST { span.last } else { span.last + A::from(1) };
         [span.last, after, span.last - A::from(u8::from(span.last > A::from(0)))]
     });
     let random = (0..50).map(|_| A::random(t));
     for address in edges.chain(random).chain([A::from(0), A::HIGHEST]) {
-        assert_eq!(address.ask(t, root), naive(spans, class, address));
+        assert_eq!(ask(address), naive(&of_class, class, address));
     }
 }
 
@@ -105,8 +106,8 @@ fn trees_of_all_sizes_say_what_their_spans_say() {
         let (v4, v6) = (spans::<u32>(&t, 0, size), spans::<u128>(&t, 0, size));
         t.put_rules(id, Ruleset::default(), (&v4, &v6, &[]));
         let [root_v4, root_v6] = t.rulesets[&id].roots;
-        compare(&t, &v4, 0, root_v4);
-        compare(&t, &v6, 0, root_v6);
+        compare(&t, &v4, 0, |address| address.ask(&t, root_v4));
+        compare(&t, &v6, 0, |address| address.ask(&t, root_v6));
     }
     let levels = |id| t.rulesets[&id].roots.map(|root| root >> LEVELS_SHIFT);
     assert_eq!((levels(1), levels(SIZES.len() as u32)[0]), ([0, LEAF_V6_LEVELS], 3));
@@ -187,17 +188,17 @@ fn port_spans(t: &Memory, highest: u16, more: u16) -> Vec<Span<u32>> {
     let (mut spans, mut next) = (Vec::new(), 1);
     for last in edges {
         // What lies between protocols is no port.
-        put_port(&mut spans, port_number((last >> 16) as u8, 0) - 1, 0);
+        up_to(&mut spans, 0, port_number((last >> 16) as u8, 0) - 1, 0);
         let winner = match t.random() % 3 {
             0 => 0,
             _ if next <= highest => next,
             _ => t.random() as u16 % (highest + 1),
         };
-        put_port(&mut spans, last, winner.into());
+        up_to(&mut spans, 0, last, winner.into());
         next += u16::from(winner == next);
     }
     assert!(next > highest, "a class has no port");
-    put_port(&mut spans, u32::MAX, 0);
+    up_to(&mut spans, 0, u32::MAX, 0);
     spans
 }
 
@@ -242,8 +243,8 @@ fn each_class_has_its_own_rules() {
         let of_ports = port_spans(&t, highest, 50);
         t.put_rules(7, Ruleset::default(), (&v4, &v6, &of_ports));
         let Ruleset { roots, ports, .. } = t.rulesets[&7];
-        compare(&t, &v4, 0, roots[0]);
-        compare(&t, &v6, 0, roots[1]);
+        compare(&t, &v4, 0, |address| address.ask(&t, roots[0]));
+        compare(&t, &v6, 0, |address| address.ask(&t, roots[1]));
         for span in &of_ports {
             let table = PORT_PROTOCOLS.iter().position(|protocol| u32::from(*protocol) == span.last >> 16);
             let root = table.map_or(0, |n| ports[n]);
@@ -263,25 +264,13 @@ fn each_class_has_its_own_rules() {
                 ClassRules::Few(_) => forms[2] += 1,
                 ClassRules::All(_) => forms[3] += 1,
             }
-            compare_class(&t, &v4, record.class, place);
-            compare_class(&t, &v6, record.class, place);
+            compare(&t, &v4, record.class, |address| ask(&t, place, address));
+            compare(&t, &v6, record.class, |address| ask(&t, place, address));
         }
         let line = |n: u32| t.rules.get(n as usize).copied().ok_or(());
         assert!(read(&Roots { roots, ports }, line) == Ok(Some((v4, v6, of_ports))), "read back");
     }
     assert!(forms.iter().all(|count| *count > 20), "{forms:?}");
-}
-
-/// As [`compare`], of a class' record.
-fn compare_class<A: Number>(t: &Memory, spans: &[Span<A>], class: u16, place: u32) {
-    let of_class: Vec<_> = spans.iter().filter(|span| span.class == class).copied().collect();
-    let edges = of_class.iter().flat_map(|span| {
-        let after = if span.last == A::HIGHEST { span.last } else { span.last + A::from(1) };
-        [span.last, after, span.last - A::from(u8::from(span.last > A::from(0)))]
-    });
-    for address in edges.chain([A::from(0), A::random(t), A::HIGHEST]) {
-        assert_eq!(ask(t, place, address), naive(&of_class, class, address));
-    }
 }
 
 #[test]
@@ -291,9 +280,9 @@ fn as_many_classes_as_an_object_may_have_find_their_place() {
     let v4: Vec<_> = (1..=FIREWALL_CLASSES as u16).map(winner).collect();
     let mut of_ports = vec![Span { class: 0, last: port_number(UDP, 0), winner: 0 }];
     for class in 1..=FIREWALL_CLASSES as u16 {
-        put_port(&mut of_ports, port_number(UDP, class), class.into());
+        up_to(&mut of_ports, 0, port_number(UDP, class), class.into());
     }
-    put_port(&mut of_ports, u32::MAX, 0);
+    up_to(&mut of_ports, 0, u32::MAX, 0);
     t.put_rules(1, Ruleset::default(), (&v4, &[], &of_ports));
     let Ruleset { roots, ports, .. } = t.rulesets[&1];
     for class in [1_u16, 2, 127, 128, 2047, 2048, 32_766, 32_767] {
@@ -362,13 +351,14 @@ fn what_is_no_tree_is_neither_read_nor_allows_anything() {
     assert_eq!(look(&t, beyond), Err(()));
     assert_eq!(t.rule_v4(beyond, 5), Winner::NOT_READY);
     assert_eq!(t.rule_v6(beyond | 2 << LEVELS_SHIFT, 5, 5), Winner::NOT_READY);
-    assert_eq!(ClassRecord::find(beyond * RECORD_WORDS as u32, |line| t.rule_line(line)), None);
-    assert_eq!(
-        ClassRecord::find(Winner::NOT_READY, |line| t.rule_line(line)),
-        None,
-        "of a broken tree of ports"
-    );
-    assert_eq!(ClassRecord::find(5, |line| t.rule_line(line)), None, "a line that was not written");
+    let no_records =
+        [(beyond * RECORD_WORDS as u32, "beyond"), (Winner::NOT_READY, "no place"), (5, "not written")];
+    for (place, why) in no_records {
+        assert_eq!(ClassRecord::find(place, |line| t.rule_line(line)), None, "{why}");
+        for v4 in [true, false] {
+            assert_eq!(ask_class(place, v4, 5, |line| t.rule_line(line)), ClassSays::NOTHING, "{why}");
+        }
+    }
     // Two lines of the lowest level are the same.
     t.rules[17] = t.rules[16];
     assert_eq!(look(&t, root), Ok(None));

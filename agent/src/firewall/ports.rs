@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use datapath::keys::Winner;
 use datapath::limits::FIREWALL_STEPS;
 use datapath::rules::port_number;
-use datapath::rules_build::{self, put_port};
+use datapath::rules_build::{self, up_to};
 
 use super::places::{Line, Lowest, Places};
 use super::{Ports, Rule, TooMuch};
@@ -75,7 +75,7 @@ impl Classes {
     /// The spans of port numbers ([`port_number`]), with their class for winner.
     pub(super) fn ports(&self) -> Vec<rules_build::Span<u32>> {
         let mut ports = Vec::new();
-        let mut put = |last, class| put_port(&mut ports, last, class);
+        let mut put = |last, class| up_to(&mut ports, 0, last, class);
         for span in &self.spans {
             // No protocol with ports is 0.
             put(port_number(span.protocol, 0) + span.first as u32 - 1, 0);

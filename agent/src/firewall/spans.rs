@@ -2,7 +2,7 @@
 //! wins in: what the programs' search trees are made of.
 
 use datapath::keys::Winner;
-use datapath::rules_build::{Address, Span};
+use datapath::rules_build::{Address, Span, up_to};
 
 /// Addresses that can be counted.
 pub(super) trait Number: Address {
@@ -63,11 +63,7 @@ impl<'a, A: Number> Spans<'a, A> {
 
     /// All that is not decided yet, up to an address.
     fn up_to(&mut self, last: A, winner: u32) {
-        match self.out[self.begin..].last_mut() {
-            Some(span) if span.last >= last => {}
-            Some(span) if span.winner == winner => span.last = last,
-            _ => self.out.push(Span { class: self.class, last, winner }),
-        }
+        up_to(self.out, self.class, last, winner);
     }
 }
 
